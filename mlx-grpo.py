@@ -1,0 +1,2283 @@
+#!/usr/bin/env python3
+"""Group Relative Policy Optimization for small language models, on MLX: Metal, CUDA or CPU.
+
+For every prompt q the policy writes G completions o_1..o_G, reward functions score them, and each completion is
+pushed up or down by how it compares with its own group (DeepSeekMath, arXiv 2402.03300, eqs. 3 and 4):
+
+    A_i  = (R_i - mean(R)) / std(R)
+    loss = - 1/G sum_i 1/|o_i| sum_t [ min(r_it A_i, clip(r_it, 1-eps, 1+eps) A_i) - beta KL_it ]
+    r_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)
+
+There is no value network and no reward model: rewards are plain Python functions, the baseline is the group's mean.
+
+    uv run mlx-grpo.py                                             the quickstart: a bundled model, a few minutes
+    uv run mlx-grpo.py --config configs/prod.toml --set learning_rate=2e-6
+    uv run mlx-grpo.py --config configs/prod.toml --resume         carry on after a stop
+
+The file reads in the order data flows: config, tokenizer, model, data, rewards, rollout, objective, log-probs,
+checkpoints, trainer, command line. Shapes are written where an array is born:
+
+    B prompts a batch    G completions a prompt    N = B*G rows    P prompt positions    T completion positions
+    V vocabulary         D hidden width
+"""
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import ctypes
+import ctypes.util
+import dataclasses
+import difflib
+import fcntl
+import glob
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+
+def load_blas() -> str | None:
+    """Load OpenBLAS or MKL ahead of MLX and return its name, or None where there is none or no need.
+
+    MLX's Linux CPU build links the reference BLAS, thirty times slower than these; the first library loaded with
+    global symbols wins, so this must run before `import mlx.core`.
+    """
+    if sys.platform != "linux" or "mlx" in sys.modules:
+        return None
+    in_environment = sorted(glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*")))
+    for name in filter(None, [ctypes.util.find_library("openblas"), *in_environment, ctypes.util.find_library("mkl_rt")]):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            return name
+    return None
+
+
+BLAS = load_blas()
+
+import mlx.core as mx  # noqa: E402  (after the BLAS)
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+import numpy as np  # noqa: E402
+from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent
+SYSTEM_PROMPT = (
+    "Think step by step between <reasoning> and </reasoning>, "
+    "then write only the final number between <answer> and </answer>."
+)
+
+
+class UserError(Exception):
+    """What the user wrote cannot be done; the message is the one line they see. Exit status 2."""
+
+
+class RunError(Exception):
+    """Something failed while running; the message is the one line the user sees. Exit status 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Config
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MLXGRPOConfig:
+    """Every setting of a run and its only default. TRL's names where TRL has the thing, mlx-lm's where mlx-lm has it."""
+
+    # Model
+    model_name: str = "Qwen/Qwen2.5-1.5B-Instruct"  # a local MLX or Hugging Face directory, or a hub name
+    trust_remote_code: bool = False  # run Python code that comes with the model; only for authors you trust
+    fine_tune_type: str = "auto"  # full, lora or dora; auto is full, or lora where the model is quantised
+    num_layers: int = -1  # adapters go on this many last blocks; -1 for all
+    lora_parameters: dict = field(default_factory=lambda: {"rank": 8, "scale": 20.0, "dropout": 0.0})  # as in mlx-lm
+    # Data
+    dataset: str = "openai/gsm8k"  # a hub name, or a local file or folder (its train.* and test.* are the splits)
+    dataset_config: str = "main"  # the hub dataset's configuration; not used for local files
+    eval_dataset: str = ""  # held-out data of its own; empty: the dataset's test split
+    eval_fraction: float = 0.05  # share of the training rows set aside where there is no test split
+    prompt_field: str = "question"  # column with the question: text, or a list of chat messages
+    answer_field: str = "answer"  # column with the gold answer; what follows #### counts where that is present
+    max_train_samples: int = 0  # use the first so many training rows, 0 for all; the schedule counts them
+    max_prompt_length: int = 512  # tokens; longer prompts are dropped before training and counted
+    system_prompt: str = SYSTEM_PROMPT  # what tells the model the answer's form; empty for none
+    completion_prefix: str = ""  # text that starts every answer, such as "<reasoning>\n"; part of what is scored
+    # Rewards
+    reward_funcs: list[str] = field(
+        default_factory=lambda: [
+            "correctness_reward_func",
+            "int_reward_func",
+            "strict_format_reward_func",
+            "soft_format_reward_func",
+            "xmlcount_reward_func",
+        ]
+    )  # built-in names, or "file.py:function" for your own
+    reward_weights: list[float] = field(default_factory=list)  # one per function; empty for 1.0 each
+    multi_objective_aggregation: str = "sum_then_normalize"  # or normalize_then_sum: each function by its own group
+    reward_timeout: float = 60.0  # seconds one reward function may take for one batch
+    # Rollout
+    batch_size: int = 8  # prompts a step
+    num_generations: int = 8  # G, completions a prompt; the baseline is their mean
+    max_completion_length: int = 512  # tokens; also the constant that dr_grpo divides by
+    max_new_tokens: int = 0  # a lower limit for the rollout alone; 0 for max_completion_length
+    temperature: float = 1.0  # of sampling, and of the log-probs in the objective
+    top_p: float = 1.0  # below 1 the ratio is biased: the objective's log-probs know the full distribution
+    top_k: int = 0  # above 0: the same bias
+    min_p: float = 0.0  # above 0: the same bias
+    repetition_penalty: float = 1.0  # other than 1: the same bias
+    stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])  # text that ends a completion, kept in it
+    kv_budget_gb: float = 0.0  # KV cache the rollout may fill before it decodes in several batches; 0: 1/4 of memory
+    quantize_for_rollouts: bool = False  # sample from a quantised copy: less memory traffic, off-policy, corrected
+    bits: int = 4  # of that copy
+    group_size: int = 64  # of that copy: weights that share a scale
+    sync_every: int = 1  # updates between refreshes of the sampler's weights; above 1 it is stale, and corrected
+    # Objective
+    loss_type: str = "grpo"  # grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo
+    importance_sampling_level: str = "token"  # or sequence (GSPO, arXiv 2507.18071)
+    num_iterations: int = 1  # updates a rollout is used for (mu in the paper)
+    clip_eps: float = 0.2  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]
+    clip_eps_high: float | None = None  # DAPO's clip-higher; none for clip_eps. For cispo the bound itself, about 5
+    delta: float | None = None  # upper bound of the ratio for negative advantages (INTELLECT-2, arXiv 2505.07291)
+    kl_coeff: float = 0.0  # beta; above 0 a frozen reference is kept (the same weights, adapters off, under LoRA)
+    use_bias_correction_kl: bool = False  # weigh the KL by the ratio, so that its gradient is unbiased off-policy
+    scale_rewards: str = "group"  # divide advantages by the standard deviation of group or batch, or none
+    mask_truncated_completions: bool = False  # leave completions cut at the length limit out of the loss
+    top_entropy_quantile: float = 1.0  # train only this share of positions, those of highest entropy
+    entropy_coef: float = 0.0  # bonus per nat of entropy
+    off_policy_mask_threshold: float | None = None  # drop negative rows whose mean sampler-to-policy gap exceeds it
+    sampler_correction: str = "auto"  # token_truncate, token_mask, sequence_truncate, sequence_mask, none; auto: token_truncate where the sampler is quantised or stale
+    sampler_correction_min: float | None = None  # lower end of the correction's range
+    sampler_correction_max: float = 3.0  # upper end of the correction's range
+    sapo_temperature_pos: float = 1.0  # SAPO's gate for positive advantages (arXiv 2511.20347)
+    sapo_temperature_neg: float = 1.05  # and for the others
+    dynamic_sampling_max_batches: int = 0  # times a batch's groups without signal are replaced by fresh prompts (DAPO)
+    # Optimisation
+    learning_rate: float = 1e-6  # peak; about 1e-6 for full fine-tuning, 1e-5 for adapters
+    lr_scheduler_type: str = "cosine"  # cosine, linear or constant, after the warm-up
+    warmup_ratio: float = 0.03  # share of the updates
+    num_epochs: float = 1.0  # passes over the prompts
+    gradient_accumulation_steps: int = 1  # steps an update
+    micro_batch_tokens: int = 16384  # positions in one forward and backward; lower it when memory is short
+    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, about a third slower
+    max_grad_norm: float = 1.0  # global norm the gradient is clipped to; 0 for no clipping
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.0  # decoupled, as in AdamW
+    max_nan_updates: int = 3  # updates in a row with a non-finite gradient before the run stops
+    use_compile: bool = True  # mx.compile the training step
+    # Evaluation
+    eval_steps: int = 50  # updates between evaluations on the held-out split; 0: only before and after
+    eval_samples: int = 200  # rows of the held-out split, a fixed choice; 0 for all
+    eval_every_updates: int = 0  # updates between evaluations on a fixed part of the training split; 0 for never
+    eval_subset_size: int = 100  # rows of that part
+    eval_max_new_tokens: int = 0  # tokens an answer may take in evaluation; 0 for max_completion_length
+    # Output
+    output_dir: str = "outputs"  # holds one directory a run
+    run_name: str = ""  # that directory; empty: the config's name, numbered when taken
+    logging_steps: int = 1  # updates between progress lines; the log file has every update
+    log_jsonl: bool = True  # write training_log.jsonl and completions.jsonl
+    log_completions_steps: int = 10  # updates between samples written to completions.jsonl; 0 for never
+    save_steps: int = 50  # updates between checkpoints; 0: only the final model
+    save_total_limit: int = 3  # newest checkpoints kept, besides the best on held-out data; 0 for all
+    seed: int = 0  # of the data order, the sampling and the adapters
+
+    def __post_init__(self):
+        """Refuse what cannot work, before anything is loaded."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"Invalid {name}: {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise UserError(f"Invalid {name}: {value}; it must be {bound}")
+        for wrong, message in self._contradictions():
+            if wrong:
+                raise UserError(message)
+
+    def _contradictions(self):
+        weights, functions = self.reward_weights, self.reward_funcs
+        lora = self.fine_tune_type in ("lora", "dora")
+        yield not functions, "reward_funcs is empty; name at least one reward function"
+        yield weights and len(weights) != len(functions), (
+            f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; give one for each"
+        )
+        yield self.max_new_tokens > self.max_completion_length, (
+            f"max_new_tokens ({self.max_new_tokens}) is above max_completion_length ({self.max_completion_length})"
+        )
+        yield self.lora_parameters.get("dropout"), (
+            "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two passes"
+        )
+        yield not {"rank", "scale"} <= set(self.lora_parameters), "lora_parameters needs rank and scale, as in mlx-lm"
+        yield self.fine_tune_type == "full" and self.num_layers >= 0, "num_layers is for adapters; use fine_tune_type lora"
+        yield lora and self.num_layers == 0, "num_layers = 0 would train nothing; use -1 for all blocks"
+        yield self.loss_type == "vespo" and self.sampler_correction not in ("auto", "none"), (
+            "loss_type vespo has its own correction; set sampler_correction to none"
+        )
+        yield "/" in self.run_name or self.run_name in (".", ".."), (
+            f"run_name must be a plain name, not a path: {self.run_name!r}; use output_dir for the folder"
+        )
+
+    @property
+    def rollout_tokens(self) -> int:
+        """Longest completion the rollout may write, in tokens."""
+        return self.max_new_tokens or self.max_completion_length
+
+    @property
+    def off_policy_sampler(self) -> bool:
+        """Whether the sampler's weights can differ from the policy's."""
+        return self.quantize_for_rollouts or self.sync_every > 1
+
+    @property
+    def correction(self) -> str | None:
+        """The sampler correction in force, or None."""
+        if self.sampler_correction == "auto":
+            return "token_truncate" if self.off_policy_sampler and self.loss_type != "vespo" else None
+        return None if self.sampler_correction == "none" else self.sampler_correction
+
+
+CHOICES = {
+    "fine_tune_type": ("auto", "full", "lora", "dora"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "sampler_correction": ("auto", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"),
+    "lr_scheduler_type": ("cosine", "linear", "constant"),
+    "bits": (2, 3, 4, 5, 6, 8),
+    "group_size": (32, 64, 128),
+}
+RANGES = {
+    **dict.fromkeys(
+        "batch_size max_prompt_length max_completion_length sync_every num_iterations gradient_accumulation_steps "
+        "micro_batch_tokens max_nan_updates logging_steps eval_subset_size".split(),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        "max_train_samples max_new_tokens top_k clip_eps clip_eps_high delta kl_coeff entropy_coef learning_rate "
+        "max_grad_norm weight_decay eval_steps eval_samples eval_every_updates eval_max_new_tokens kv_budget_gb "
+        "log_completions_steps dynamic_sampling_max_batches save_steps save_total_limit seed off_policy_mask_threshold sampler_correction_min "
+        "sampler_correction_max".split(),
+        (0, math.inf),
+    ),
+    **dict.fromkeys("top_p min_p warmup_ratio top_entropy_quantile adam_beta1 adam_beta2".split(), (0, 1)),
+    **dict.fromkeys("temperature num_epochs reward_timeout repetition_penalty".split(), (1e-6, math.inf)),
+    "num_generations": (2, math.inf),  # one completion is its own mean: no advantage
+    "num_layers": (-1, math.inf),
+    "eval_fraction": (1e-6, 0.9),
+}
+
+
+def coerce(name: str, value, kind, from_text: bool):
+    """`value` as the field type `kind`; text from `--set` is parsed, a TOML value must already be of the type.
+
+    Raises UserError with the contract's wording.
+    """
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    base = typing.get_origin(options[0]) or options[0]
+    text = value.strip() if from_text else None
+    try:
+        if from_text and type(None) in options and text.lower() in ("", "none", "null"):
+            return None
+        if from_text and base is bool:
+            return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[
+                text.lower()
+            ]
+        if from_text and base in (list, dict):
+            value = tomllib.loads(f"value = {text}")["value"]
+        elif from_text:
+            return base(text)
+        if base is float and type(value) is int:
+            value = float(value)
+        item = (typing.get_args(options[0]) or (None,))[0] if base is list else None
+        if item is float:
+            value = [float(v) if type(v) is int else v for v in value]
+        if type(value) is not base or (item and any(type(v) is not item for v in value)):
+            raise ValueError
+        if base is float and math.isnan(value):
+            raise ValueError
+        return value
+    except (ValueError, KeyError, tomllib.TOMLDecodeError):
+        raise UserError(f"Failed to coerce value: {value!r} to {base} (for {name})") from None
+
+
+def read_settings(path: str | Path | None, overrides: list[str]) -> tuple[dict, dict]:
+    """Settings from a TOML file (flat or under [mlx_grpo]) and `key=value` overrides, which win.
+
+    Returns values by field and, by field, where each came from. Raises UserError for whatever is not a setting.
+    """
+    kinds = {f.name: f.type for f in dataclasses.fields(MLXGRPOConfig)}
+    given = []
+    if path:
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"Config file not found: {path}")
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"Config file is not valid TOML: {path}: {error}") from None
+        nested = table.pop("mlx_grpo", {})
+        given += [(k, v, path.name, False) for k, v in {**table, **nested}.items()]
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"--set takes KEY=VALUE, not {override!r}")
+        given.append((key.strip(), value, "--set", True))
+    values, sources = {}, {}
+    for key, value, source, from_text in given:
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, 1, cutoff=0.5)
+            raise UserError(f"Unknown config key: {key}" + (f" (did you mean {near[0]}?)" if near else ""))
+        values[key] = coerce(key, value, kinds[key], from_text)
+        sources[key] = source
+    return values, sources
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> MLXGRPOConfig:
+    """The configuration from defaults, then the TOML file, then `key=value` overrides. Raises UserError."""
+    return MLXGRPOConfig(**read_settings(path, list(overrides))[0])
+
+
+def config_as_toml(config: MLXGRPOConfig, sources: dict) -> str:
+    """The resolved configuration, one line a field, each with where its value came from."""
+    import tomli_w
+
+    lines = []
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, dict):  # inline, so that every setting stays on its line
+            text = f"{name} = {{{', '.join(tomli_w.dumps({k: v}).strip() for k, v in value.items())}}}"
+        elif isinstance(value, list):
+            text = f"{name} = [{', '.join(tomli_w.dumps({'v': v}).strip()[4:] for v in value)}]"
+        else:
+            text = f"# {name} is unset" if value is None else tomli_w.dumps({name: value}).strip()
+        lines.append(f"{text}  # {sources.get(name, 'default')}")
+    return "\n".join(lines) + "\n"
+
+
+def local_path(name: str) -> Path | None:
+    """The file or folder `name` means: from the working directory, else from beside this script; None if neither."""
+    return next((p for p in (Path(name).expanduser(), ROOT / name) if p.exists()), None)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ---------------------------------------------------------------------------------------------------------------
+
+def build_prompt(tokenizer, question: str | list[dict], system_prompt: str = "", completion_prefix: str = "") -> list[int]:
+    """Token ids of a prompt: the chat template around system prompt and question, then the answer's first words.
+
+    `question` is the user's text or a list of chat messages. The one prompt builder of training, evaluation and
+    inference. A template without a system role gets the system prompt at the head of the first message.
+    Raises UserError where the tokenizer has no chat template.
+    """
+    import jinja2
+
+    if not getattr(tokenizer, "chat_template", None) and not getattr(tokenizer, "has_chat_template", False):
+        raise UserError("The model's tokenizer has no chat template; use an instruct model or add chat_template.jinja to its folder")
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    render = lambda m: tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=True)  # noqa: E731
+    try:
+        system = [{"role": "system", "content": system_prompt}] if system_prompt and messages[0]["role"] != "system" else []
+        ids = render(system + messages)
+    except jinja2.TemplateError:
+        head = {**messages[0], "content": f"{system_prompt}\n\n{messages[0]['content']}"}
+        ids = render([head, *messages[1:]])
+    return list(ids) + (tokenizer.encode(completion_prefix, add_special_tokens=False) if completion_prefix else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def flatten_rope_parameters(config: dict) -> dict:
+    """A copy of a model's config.json with what transformers 5 nests under `rope_parameters` at the top level too.
+
+    Most mlx-lm models read rope_theta, rope_scaling and partial_rotary_factor there and would silently use their
+    class's defaults otherwise.
+    """
+    config = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = flatten_rope_parameters(config["text_config"])
+    nested = config.get("rope_parameters")
+    if not isinstance(nested, dict):
+        return config
+    per_layer = {k: v for k, v in nested.items() if isinstance(v, dict)}
+    if per_layer:  # gemma3: one set for each kind of attention
+        if (theta := per_layer.get("full_attention", {}).get("rope_theta")) is not None:
+            config.setdefault("rope_theta", theta)
+        if (theta := per_layer.get("sliding_attention", {}).get("rope_theta")) is not None:
+            config.setdefault("rope_local_base_freq", theta)
+        nested = per_layer.get("full_attention", {})
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in nested:
+            config.setdefault(key, nested[key])
+    if nested.get("rope_type", "default") != "default":
+        config["rope_scaling"] = config.get("rope_scaling") or dict(nested)
+    return config
+
+
+def resolve_model(name: str) -> Path:
+    """The local directory of a model: `name` itself, or its download from the hub. Raises UserError or RunError."""
+    path = local_path(name)
+    if path is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            patterns = ["*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer.pkl"]
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(f"Model not found: {name} is no local folder, and the hub gave: {reason}") from None
+    if path is None:
+        raise UserError(f"Model not found: {name}")
+    if not (path / "config.json").is_file():
+        raise UserError(f"Not a model directory: {path} has no config.json")
+    return path
+
+
+def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
+    """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
+
+    Raises UserError where the directory holds no model that fits its tokenizer.
+    """
+    from mlx_lm.utils import load_adapters, load_config as read_model_config, load_model as mlx_load_model, load_tokenizer
+
+    path = resolve_model(name)
+    try:
+        model_config = flatten_rope_parameters(read_model_config(path))
+        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code)
+        if adapter_path:
+            load_adapters(model, adapter_path)
+            model.eval()
+        if (path / "tokenizer.pkl").is_file() and not (path / "tokenizer.json").is_file():
+            tokenizer = TiktokenTokenizerWrapper(path)
+        else:
+            tokenizer = load_tokenizer(path, eos_token_ids=model_config.get("eos_token_id"))
+    except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"Failed to load model {path}: {reason}") from error
+    rows = model_config.get("vocab_size") or model_config.get("text_config", {}).get("vocab_size")
+    largest = max(tokenizer.get_vocab().values())
+    if rows and largest >= rows:
+        raise UserError(f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}")
+    return model, tokenizer, model_config
+
+
+def is_quantized(model) -> bool:
+    """Whether any layer's weights are quantised."""
+    return any(isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)) or hasattr(m, "scales") for m in model.modules())
+
+
+def adapter_layers(model) -> list[tuple[str, nn.Module]]:
+    """The (name, module) of each LoRA or DoRA layer."""
+    return [(name, m) for name, m in model.named_modules() if "lora_a" in m]
+
+
+def load_model(config: MLXGRPOConfig):
+    """The policy and its tokenizer, with exactly what `fine_tune_type` asks for left trainable.
+
+    Raises UserError where nothing would be trained: a quantised model cannot be trained in full.
+    """
+    model, tokenizer, _ = open_model(config.model_name, trust_remote_code=config.trust_remote_code)
+    quantized = is_quantized(model)
+    kind = config.fine_tune_type if config.fine_tune_type != "auto" else "lora" if quantized else "full"
+    if kind == "full" and quantized:
+        raise UserError(f"{config.model_name} is quantised and cannot be trained in full; set fine_tune_type to lora")
+    if quantized and config.quantize_for_rollouts:
+        raise UserError(f"{config.model_name} is quantised already; set quantize_for_rollouts to false")
+    if kind != "full":
+        from mlx_lm.tuner.utils import linear_to_lora_layers
+
+        mx.random.seed(config.seed)  # adapters start at random
+        model.freeze()
+        blocks = len(model.layers) if config.num_layers < 0 else min(config.num_layers, len(model.layers))
+        linear_to_lora_layers(model, blocks, {"dropout": 0.0, **config.lora_parameters}, use_dora=kind == "dora")
+    if config.grad_checkpoint:
+        from mlx_lm.tuner.trainer import grad_checkpoint
+
+        checkpointed = {type(layer): layer for layer in model.layers if not hasattr(type(layer), "_checkpointed")}
+        for kind_of_layer, layer in checkpointed.items():
+            grad_checkpoint(layer)  # patches the class: once a class
+            kind_of_layer._checkpointed = True
+    if not tree_flatten(model.trainable_parameters()):
+        raise UserError("Nothing would be trained: no parameter is trainable with these adapter settings")
+    return model, tokenizer
+
+
+def shared_copy(model):
+    """A second module tree over the same arrays: it keeps today's weights while the original moves on, for no memory."""
+    return copy.deepcopy(model, {id(a): a for _, a in tree_flatten(model.parameters())})
+
+
+def without_adapters(model):
+    """The model beneath its LoRA or DoRA layers, sharing their base weights."""
+    base = shared_copy(model)
+    names = [(name, m.linear if "linear" in m else m.embedding) for name, m in adapter_layers(base)]
+    base.update_modules(tree_unflatten(names))
+    return base
+
+
+def fused(model):
+    """The model with its adapters merged into full-precision weights, sharing every other array."""
+    merged = shared_copy(model)
+    merged.update_modules(tree_unflatten([(name, m.fuse(dequantize=True)) for name, m in adapter_layers(merged)]))
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------
+
+NUMBER = re.compile(r"[-+−]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?%?")
+
+
+def parse_number(text: str) -> Decimal | None:
+    """The number that the whole text is, or None: "$1,080.00" is 1080, "12 apples" is none."""
+    text = text.strip().rstrip(".").replace("−", "-")
+    match = NUMBER.fullmatch(text)
+    if not match or not re.search(r"\d", text):
+        return None
+    with contextlib.suppress(InvalidOperation):
+        number = Decimal(re.sub(r"[\s$,%+]", "", text) if not re.search(r"[eE]", text) else re.sub(r"[\s$,%]", "", text))
+        return number if number.is_finite() else None
+    return None
+
+
+def answers_equal(given: str, gold: str) -> bool:
+    """Whether two answers are the same number or, where either is no number, the same text but for case."""
+    a, b = parse_number(given), parse_number(gold)
+    return a == b if a is not None and b is not None else bool(given.strip()) and given.strip().lower() == gold.strip().lower()
+
+
+def extract_xml_answer(text: str) -> str:
+    """What stands in the last complete <answer>..</answer>, stripped; "" where there is none."""
+    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
+    return found[-1].strip() if found else ""
+
+
+def extract_hash_answer(text: str) -> str | None:
+    """What follows the last ####, as GSM8K writes its gold answers, without thousands commas; None without a ####."""
+    if "####" not in text:
+        return None
+    answer = text.rsplit("####", 1)[1].strip()
+    return answer.replace(",", "").replace("$", "") if parse_number(answer) is not None else answer
+
+
+def last_number(text: str) -> str:
+    """The last number written in the text, or ""."""
+    found = [m.group().strip() for m in NUMBER.finditer(text) if re.search(r"\d", m.group())]
+    return found[-1] if found else ""
+
+
+def grade(text: str, gold: str) -> tuple[bool, bool]:
+    """Exact match of a completion, strict (the answer tags are required) and lenient (the last number counts)."""
+    strict = answers_equal(extract_xml_answer(text), gold)
+    return strict, strict or answers_equal(last_number(text), gold)
+
+
+def broken_json_line(path: Path) -> str:
+    """Where a JSON Lines file is first broken, as ", line 3: reason"; "" where every line parses."""
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            if line.strip():
+                json.loads(line)
+        except json.JSONDecodeError as error:
+            return f", line {number}: {error.msg}"
+    return ""
+
+
+def open_dataset(name: str, config_name: str, split: str):
+    """One split of a dataset as (rows, where they came from), or None where a local dataset has no such split.
+
+    `name` is a hub name, a folder with train.* and test.* files or written by save_to_disk, or one JSONL, JSON, CSV
+    or parquet file, which is a training split.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    path = file = local_path(name)
+    try:
+        if path is None:
+            rows = datasets.load_dataset(name, config_name or None, split=split)
+            return rows, f"{name} ({split})"
+        if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
+            saved = datasets.load_from_disk(str(path))
+            saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+            return (saved[split], str(path)) if split in saved else None
+        if path.is_dir():
+            file = next((f for f in sorted(path.glob(f"{split}.*")) if f.suffix in formats), None)
+        elif split != "train":
+            file = None
+        if file is None:
+            return None
+        if file.suffix not in formats:
+            raise UserError(f"Unknown dataset format: {file}; use one of {', '.join(formats)} or a save_to_disk folder")
+        if not file.stat().st_size:
+            raise UserError(f"Dataset file is empty: {file}")
+        return datasets.load_dataset(formats[file.suffix], data_files=str(file), split="train"), str(file)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if path is None:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}") from None
+        where = broken_json_line(file) if file.suffix in (".jsonl", ".json") and file.is_file() else ""
+        raise UserError(f"Failed to read dataset {file}{where or ': ' + str(error).strip().splitlines()[0]}") from None
+
+
+def check_rows(config: MLXGRPOConfig, rows, source: str) -> list[dict]:
+    """Rows as {"prompt", "answer", and every other column}; the gold answer is read after ####.
+
+    Raises UserError with file and row (counted from 1) where a field is missing, empty or of the wrong type.
+    """
+    checked = []
+    for number, row in enumerate(rows, 1):
+        for name in (config.prompt_field, config.answer_field):
+            if name not in row:
+                raise UserError(f"{source}, row {number}: no field {name!r}; it has {', '.join(row)}. Set prompt_field and answer_field")
+            if row[name] is None or row[name] == [] or not str(row[name]).strip():
+                raise UserError(f"{source}, row {number}: field {name!r} is empty")
+        question, answer = row[config.prompt_field], row[config.answer_field]
+        chat = isinstance(question, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
+        if not isinstance(question, str) and not chat:
+            raise UserError(f"{source}, row {number}: field {config.prompt_field!r} is neither text nor chat messages")
+        if not isinstance(answer, (str, int, float)):
+            raise UserError(f"{source}, row {number}: field {config.answer_field!r} is neither text nor a number")
+        gold = extract_hash_answer(str(answer))
+        extra = {k: v for k, v in row.items() if k not in (config.prompt_field, config.answer_field, "prompt")}
+        checked.append({**extra, "prompt": question, "answer": str(answer).strip() if gold is None else gold})
+    if not checked:
+        raise UserError(f"No rows in {source}")
+    return checked
+
+
+def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
+    """The rows of split "train" or "test" as {"prompt", "answer", other columns}; max_train_samples is applied.
+
+    The held-out split is eval_dataset, else the dataset's test split, else eval_fraction of the training rows, the
+    same rows for every seed.
+    """
+    if split == "test":
+        name = config.eval_dataset or config.dataset
+        held_out = open_dataset(name, config.dataset_config, "test")
+        if held_out is None and config.eval_dataset:
+            held_out = open_dataset(name, config.dataset_config, "train")
+        if held_out is not None:
+            return check_rows(config, *held_out)
+    training = open_dataset(config.dataset, config.dataset_config, "train")
+    if training is None:
+        raise UserError(f"Dataset has no training split: {config.dataset} needs a train.jsonl, .json, .csv or .parquet")
+    rows = check_rows(config, *training)
+    if not config.eval_dataset and open_dataset(config.dataset, config.dataset_config, "test") is None:
+        order = np.random.default_rng(0).permutation(len(rows))
+        aside = max(1, round(len(rows) * config.eval_fraction))
+        if aside == len(rows):
+            raise UserError(f"{training[1]} has {len(rows)} row: too few to set some aside; give an eval_dataset")
+        chosen = sorted(order[:aside]) if split == "test" else sorted(order[aside:])
+        rows = [rows[i] for i in chosen]
+    return rows[: config.max_train_samples or None] if split == "train" else rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rewards
+# ---------------------------------------------------------------------------------------------------------------
+# A reward function takes the completions as chats and each dataset column as a keyword, one value a completion, and
+# returns a number for each, or None to abstain.
+
+
+def contents(completions) -> list[str]:
+    """The text of each completion."""
+    return [completion[0]["content"] for completion in completions]
+
+
+def correctness_reward_func(completions, answer, **kwargs) -> list[float]:
+    """2.0 where the number in the answer tags equals the gold answer."""
+    return [2.0 if grade(text, gold)[0] else 0.0 for text, gold in zip(contents(completions), answer)]
+
+
+def int_reward_func(completions, **kwargs) -> list[float]:
+    """0.5 where the answer tags hold a whole number and nothing else."""
+    numbers = [parse_number(extract_xml_answer(text)) for text in contents(completions)]
+    return [0.5 if n is not None and n == n.to_integral_value() else 0.0 for n in numbers]
+
+
+def strict_format_reward_func(completions, **kwargs) -> list[float]:
+    """0.5 where the text is exactly the two tagged parts, each tag on its own line."""
+    form = re.compile(r"<reasoning>\n.+?\n</reasoning>\n<answer>\n.+?\n</answer>\n?", re.DOTALL)
+    return [0.5 if form.fullmatch(text) and has_each_tag_once(text) else 0.0 for text in contents(completions)]
+
+
+def soft_format_reward_func(completions, **kwargs) -> list[float]:
+    """0.5 where the two tagged parts follow each other anywhere in the text, on whatever lines."""
+    form = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
+    return [0.5 if form.search(text) else 0.0 for text in contents(completions)]
+
+
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+
+
+def has_each_tag_once(text: str) -> bool:
+    return all(text.count(tag) == 1 for tag in TAGS)
+
+
+def xmlcount_reward_func(completions, **kwargs) -> list[float]:
+    """0.125 for each of the four tags that occurs exactly once, less 0.001 a character after the last one."""
+    score = lambda text: sum(0.125 for tag in TAGS if text.count(tag) == 1)  # noqa: E731
+    trailing = lambda text: len(text.rsplit("</answer>", 1)[1].strip()) if "</answer>" in text else 0  # noqa: E731
+    return [max(0.0, score(text) - 0.001 * trailing(text)) for text in contents(completions)]
+
+
+def soft_overlong_reward_func(completions, completion_ids, max_completion_length, **kwargs) -> list[float]:
+    """DAPO's soft length penalty (arXiv 2503.14476, eq. 13): 0 falling to -1 over the last fifth of the length limit."""
+    margin = max(1, max_completion_length // 5)
+    return [max(-1.0, min(0.0, (max_completion_length - margin - len(ids)) / margin)) for ids in completion_ids]
+
+
+def repetition_reward_func(completions, **kwargs) -> list[float]:
+    """A guard against loops: minus the share of repeated 4-word sequences, from 0 to nearly -1."""
+    scores = []
+    for text in contents(completions):
+        words = text.split()
+        grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+        scores.append(len(set(grams)) / len(grams) - 1.0 if grams else 0.0)
+    return scores
+
+
+def import_reward_file(path: str):
+    """The user's Python file as a module. It is their own code and runs with their rights."""
+    file = local_path(path)
+    if file is None:
+        raise UserError(f"Reward file not found: {path}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises, named and passed on with its traceback
+        raise RunError(f"Reward file failed to import: {path}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
+    """The reward functions with their weights; a reward file may define `reward_weights = {"name": weight}`."""
+    functions, weights = [], []
+    for name in config.reward_funcs:
+        path, _, attribute = name.rpartition(":")
+        module = import_reward_file(path) if path else sys.modules[__name__]
+        function = getattr(module, attribute, None)
+        if not callable(function) or (not path and not attribute.endswith("_reward_func")):
+            built_in = [n for n in dir(sys.modules[__name__]) if n.endswith("_reward_func")]
+            raise UserError(f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function")
+        functions.append(function)
+        weights.append(float(getattr(module, "reward_weights", {}).get(attribute, 1.0)) if path else 1.0)
+    return functions, list(config.reward_weights) or weights
+
+
+def reward_names(functions) -> list[str]:
+    return [getattr(function, "__name__", type(function).__name__) for function in functions]
+
+
+async def call_reward(function, timeout: float, arguments: dict):
+    """One reward function's list; plain functions run here, async ones beside each other, both within `timeout` s."""
+
+    def out_of_time(signum, frame):
+        raise TimeoutError
+
+    if inspect.iscoroutinefunction(function):
+        return await asyncio.wait_for(function(**arguments), timeout)
+    previous = signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    try:
+        result = function(**arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    return await asyncio.wait_for(result, timeout) if inspect.isawaitable(result) else result
+
+
+def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndarray:
+    """Rewards (F, N) of N texts by F functions, NaN where a function abstained. `columns` hold N values each.
+
+    Raises RunError with the function's name, and the row where one is to blame; a failure is never a zero.
+    """
+    arguments = {"completions": [[{"role": "assistant", "content": text}] for text in texts], **columns}
+
+    async def call_all():
+        return await asyncio.gather(*(call_reward(f, timeout, arguments) for f in functions), return_exceptions=True)
+
+    rewards = np.full((len(functions), len(texts)), np.nan)
+    for f, (name, result) in enumerate(zip(reward_names(functions), asyncio.run(call_all()))):
+        if isinstance(result, TimeoutError):
+            raise RunError(f"Reward function {name} took longer than reward_timeout = {timeout:g} s")
+        if isinstance(result, BaseException):
+            raise RunError(f"Reward function {name} raised {type(result).__name__}: {result}") from result
+        if not isinstance(result, (list, tuple, np.ndarray)) or len(result) != len(texts):
+            got = f"{len(result)} values" if hasattr(result, "__len__") else repr(result)
+            raise RunError(f"Reward function {name} returned {got} for {len(texts)} completions")
+        for row, value in enumerate(result):
+            if value is None:
+                continue
+            if isinstance(value, (str, bytes)) or not np.isscalar(value) or not math.isfinite(value):
+                raise RunError(f"Reward function {name} returned {value!r} for completion {row}: {texts[row][:80]!r}")
+            rewards[f, row] = value
+    return rewards
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rollout
+# ---------------------------------------------------------------------------------------------------------------
+
+DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
+PREFILL_CHUNK = 2048  # prompt positions in one forward
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next id is drawn; temperature 0 takes the most likely one."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass
+class Rollout:
+    """Completions of B prompts, G each, N = B*G rows; rows of one prompt stand together. Token ids are the record."""
+
+    prompts: list[list[int]]  # B
+    completions: list[list[int]]  # N rows of ids, the id that ended a row included
+    sampler_logps: list[list[float]]  # N rows: each id's log-prob under the distribution it was drawn from
+    finish_reasons: list[str]  # N: "eos", "stop" (a stop string) or "length"
+    texts: list[str]  # N, without special tokens
+
+
+def random_key(*parts) -> mx.array:
+    """A key that depends on nothing but `parts`, so that no random state needs saving and streams never meet."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return mx.random.key(int.from_bytes(digest) >> 1)
+
+
+def plain_caches(model) -> bool:
+    """Whether every layer keeps a plain KV cache, which may be padded; sliding-window and recurrent ones may not."""
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+    return all(type(c) is KVCache for c in make_prompt_cache(model))
+
+
+def map_rows(cache: list, change) -> None:
+    """Apply `change` to every array of a cache; all have the rows as their first axis."""
+    for layer in cache:
+        layer.state = tree_map(lambda x: change(x) if isinstance(x, mx.array) else x, layer.state)
+
+
+def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> list:
+    """Run P prompts once and return a KV cache of P*repeats rows that holds all but their last ids.
+
+    tokens: (P, L) left-padded by pads: (P,), or None where no row is padded. The head is never evaluated.
+    """
+    from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    if pads is not None:
+        cache = [BatchKVCache([0]) for _ in cache]
+        for layer in cache:
+            layer.left_padding, layer.offset = pads, -pads
+    length = tokens.shape[1] - 1
+    for start in range(0, length, PREFILL_CHUNK):
+        model(tokens[:, start : min(start + PREFILL_CHUNK, length)], cache=cache)
+    if length and repeats > 1:
+        map_rows(cache, lambda x: mx.repeat(x, repeats, axis=0))
+    elif repeats > 1 and pads is not None:  # one-id prompts: nothing is cached yet but the padding
+        for layer in cache:
+            layer.left_padding, layer.offset = (mx.repeat(x, repeats) for x in (layer.left_padding, layer.offset))
+    return cache
+
+
+def left_pad(prompts: list[list[int]], length: int) -> tuple[mx.array, mx.array]:
+    """Ragged prompts as ids (P, length) and the padding before each (P,)."""
+    pads = [length - len(p) for p in prompts]
+    return mx.array([[0] * pad + p for pad, p in zip(pads, prompts)]), mx.array(pads)
+
+
+def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.array | None) -> tuple[mx.array, mx.array]:
+    """Draw one id a row: logits (N, V) and uniforms (N,) in [0, 1) -> ids (N,), log-probs (N,) of what was drawn.
+
+    Inverse transform sampling: one random number a row, so a row's draws do not depend on its neighbours.
+    """
+    from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+    logits = logits.astype(mx.float32)
+    if seen is not None:  # (N, V): ids of the prompt and of the completion so far (CTRL, arXiv 1909.05858)
+        penalty = sampling.repetition_penalty
+        logits = mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+    logps = logits / (sampling.temperature or 1.0)
+    logps = logps - mx.logsumexp(logps, axis=-1, keepdims=True)
+    if not sampling.temperature:
+        ids = mx.argmax(logps, axis=-1)
+    else:
+        filters = ((sampling.top_k, apply_top_k), (sampling.top_p % 1.0, apply_top_p), (sampling.min_p, apply_min_p))
+        for value, keep_likely in filters:
+            if value:
+                logps = keep_likely(logps, value)
+                logps = logps - mx.logsumexp(logps, axis=-1, keepdims=True)
+        cumulative = mx.cumsum(mx.exp(logps), axis=-1)
+        ids = mx.sum(cumulative <= uniforms[:, None] * cumulative[:, -1:], axis=-1)
+        ids = mx.minimum(ids, logits.shape[-1] - 1)
+    return ids, mx.take_along_axis(logps, ids[:, None], axis=-1)[:, 0]
+
+
+class Row:
+    """One completion while it is being decoded."""
+
+    def __init__(self, tokenizer, stop_strings, max_tokens):
+        self.tokenizer, self.stop_strings, self.max_tokens = tokenizer, stop_strings, max_tokens
+        self.ids, self.logps, self.finish_reason = [], [], ""
+
+    def take(self, ids: list[int], logps: list[float]) -> None:
+        """Append a block of ids, up to and including the one that ends the row."""
+        before = len(self.ids)
+        room = self.max_tokens - before
+        ends = [i for i, token in enumerate(ids[:room]) if token in self.tokenizer.eos_token_ids]
+        taken = ends[0] + 1 if ends else min(len(ids), room)
+        self.finish_reason = "eos" if ends else "length" if taken == room else ""
+        self.ids += ids[:taken]
+        tail = max(0, before - 16)  # a stop string may have begun in the block before
+        if any(stop in self.tokenizer.decode(self.ids[tail:]) for stop in self.stop_strings):
+            end = next(
+                n for n in range(before + 1, len(self.ids) + 1)
+                if any(stop in self.tokenizer.decode(self.ids[tail:n]) for stop in self.stop_strings)
+            )
+            taken, self.finish_reason = end - before, "stop"
+            del self.ids[end:]
+        self.logps += logps[:taken]
+
+
+def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], uniforms: mx.array, sampling: Sampling) -> None:
+    """Decode the completions of P prompts as one batch into `rows` (P*G), leaving out rows as they finish.
+
+    tokens: (P, L), pads: (P,) or None, uniforms: (P*G, T) in [0, 1), one a position.
+    """
+    repeats = len(rows) // tokens.shape[0]
+    cache = prefill(model, tokens, pads, repeats)
+    last = mx.repeat(tokens[:, -1:], repeats, axis=0)  # (N, 1)
+    seen = None
+    position = 0
+    while rows:
+        ids, logps = [], []
+        for _ in range(min(DECODE_BLOCK, uniforms.shape[1] - position)):
+            logits = model(last, cache=cache)[:, -1]  # (N, V)
+            if sampling.repetition_penalty != 1.0:
+                if seen is None:
+                    real = mx.repeat(tokens, repeats, axis=0)
+                    seen = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), real, mx.array(True), axis=-1)
+                seen = mx.put_along_axis(seen, last, mx.array(True), axis=-1)
+            token, logp = sample(logits, uniforms[:, position], sampling, seen)
+            last = token[:, None]
+            mx.async_eval(token, logp)  # the device runs ahead while the next step's graph is built
+            ids.append(token)
+            logps.append(logp)
+            position += 1
+        # The one host sync of the block.
+        for row, row_ids, row_logps in zip(rows, mx.stack(ids, axis=1).tolist(), mx.stack(logps, axis=1).tolist()):
+            row.take(row_ids, row_logps)
+        going = [i for i, row in enumerate(rows) if not row.finish_reason]
+        if len(going) < len(rows):
+            rows, keep = [rows[i] for i in going], mx.array(going, dtype=mx.int32)
+            if going:
+                map_rows(cache, lambda x: x[keep])
+                last, uniforms, seen = last[keep], uniforms[keep], None if seen is None else seen[keep]
+
+
+def kv_bytes_per_token(model) -> int:
+    """Bytes that one position of one row takes in the KV cache, over all layers."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, 1), mx.int32), cache=cache)
+    arrays = [x for layer in cache for _, x in tree_flatten(layer.state) if isinstance(x, mx.array) and x.ndim == 4]
+    return sum(x.nbytes // x.shape[2] for x in arrays) or 1
+
+
+def memory_bytes() -> int:
+    """Memory of the machine's accelerator, or of the machine where there is none."""
+    info = mx.device_info()
+    return int(info.get("memory_size") or info.get("total_memory") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def generate(
+    model, tokenizer, prompts, *, sampling=Sampling(), max_new_tokens=512, num_generations=1, stop_strings=(), keys=None,
+    kv_budget=None, progress=None,
+) -> Rollout:
+    """Complete each of B prompts (lists of ids) num_generations times.
+
+    keys: (B, 2) random keys, one a prompt; a prompt's completions depend on its key and not on its company. Not
+    needed at temperature 0. kv_budget: bytes of KV cache; prompts beyond it wait for the next batch. progress: called
+    with the number of prompts done. Models whose caches cannot be padded decode prompts of equal length together.
+    """
+    row = lambda: Row(tokenizer, stop_strings, max_new_tokens)  # noqa: E731
+    rows = [[row() for _ in range(num_generations)] for _ in prompts]
+    padded = plain_caches(model)
+    budget = kv_budget or memory_bytes() // 4
+    most = max(num_generations, int(budget / kv_bytes_per_token(model)) // (max(map(len, prompts)) + max_new_tokens))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours need little padding
+    while order:
+        batch = order[: max(1, most // num_generations)]
+        if not padded:
+            batch = [i for i in batch if len(prompts[i]) == len(prompts[batch[0]])]
+        order = order[len(batch) :]
+        tokens, pads = left_pad([prompts[i] for i in batch], max(len(prompts[i]) for i in batch))
+        if sampling.temperature:
+            row_keys = mx.concatenate([mx.random.split(keys[i], num_generations) for i in batch])  # (N, 2)
+            uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(max_new_tokens,), key=key))(row_keys)
+        else:
+            uniforms = mx.zeros((len(batch) * num_generations, max_new_tokens))
+        equal = len({len(prompts[i]) for i in batch}) == 1  # without padding attention needs no mask
+        decode(model, tokens, None if equal else pads, [r for i in batch for r in rows[i]], uniforms, sampling)
+        if progress:
+            progress(len(batch))
+    flat = [r for group in rows for r in group]
+    return Rollout(
+        prompts=prompts,
+        completions=[r.ids for r in flat],
+        sampler_logps=[r.logps for r in flat],
+        finish_reasons=[r.finish_reason for r in flat],
+        texts=[tokenizer.decode(r.ids, skip_special_tokens=True) for r in flat],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Objective: pure functions of arrays
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: mx.array, scale_rewards: str = "group") -> mx.array:
+    """Advantages (B, G) of rewards (B, G), NaN where nothing was scored (DeepSeekMath, eq. 3 and section 4.1.2).
+
+    Each reward less its group's mean, divided by (standard deviation + 1e-4), ddof 1: the group's, the whole batch's
+    ("batch"), or not at all ("none", Dr. GRPO, arXiv 2503.20783). Rows without a score, groups with fewer than two,
+    and groups whose rewards are all equal get 0.
+    """
+    valid = ~mx.isnan(rewards)
+    count = valid.sum(axis=1, keepdims=True)  # (B, 1)
+    known = mx.where(valid, rewards, 0.0)
+    centred = mx.where(valid, known - known.sum(axis=1, keepdims=True) / mx.maximum(count, 1), 0.0)
+    if scale_rewards == "group":
+        deviation = mx.sqrt((centred**2).sum(axis=1, keepdims=True) / mx.maximum(count - 1, 1))
+    elif scale_rewards == "batch":
+        spread = mx.where(valid, known - known.sum() / mx.maximum(valid.sum(), 1), 0.0)
+        deviation = mx.sqrt((spread**2).sum() / mx.maximum(valid.sum() - 1, 1))
+    advantages = centred if scale_rewards == "none" else centred / (deviation + 1e-4)
+    # Equality is exact: rounding in the mean must not make a tiny advantage that the division blows up.
+    highest = mx.where(valid, known, -mx.inf).max(axis=1, keepdims=True)
+    lowest = mx.where(valid, known, mx.inf).min(axis=1, keepdims=True)
+    return mx.where(valid & (count > 1) & (highest > lowest), advantages, 0.0)
+
+
+def combine_rewards(rewards: np.ndarray, weights: list[float], config: MLXGRPOConfig) -> tuple[np.ndarray, mx.array]:
+    """Rewards (F, B, G), NaN where a function abstained -> each completion's reward (B, G) and advantage (B, G).
+
+    sum_then_normalize: the weighted sum over functions, then group_advantages. normalize_then_sum: each function's
+    own group advantages, weighted and summed, then scaled over the batch, so that no function drowns another.
+    """
+    weighted = rewards * np.array(weights)[:, None, None]
+    silent = np.isnan(rewards).all(axis=0)
+    total = np.where(silent, np.nan, np.nansum(weighted, axis=0))
+    if config.multi_objective_aggregation == "sum_then_normalize":
+        return total, group_advantages(mx.array(total, dtype=mx.float32), config.scale_rewards)
+    each = [w * group_advantages(mx.array(r, dtype=mx.float32), "group") for r, w in zip(rewards, weights)]
+    summed = sum(each)
+    return total, (summed - summed.mean()) / (mx.sqrt(mx.var(summed, ddof=1)) + 1e-4)
+
+
+def grpo_loss(
+    logps, old_logps, advantages, mask, *, ref_logps=None, sampler_logps=None, entropies=None, loss_type="grpo",
+    importance_sampling_level="token", clip_eps=0.2, clip_eps_high=None, delta=None, kl_coeff=0.0,
+    max_completion_length=None, num_items=None, use_bias_correction_kl=False, top_entropy_quantile=1.0, entropy_coef=0.0,
+    off_policy_mask_threshold=None, sampler_correction=None, sampler_correction_min=None, sampler_correction_max=3.0,
+    sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, entropy_threshold=None,
+):
+    """The objective: a scalar loss and a dict of scalar metrics.
+
+    logps, old_logps, ref_logps, sampler_logps, entropies and mask are (N, T): nats, and 1 on trained positions;
+    advantages is (N,). old_logps None means logps with the gradient stopped. num_items is the mask's sum over the
+    whole generation batch (dapo, cispo, vespo), max_completion_length the constant of dr_grpo. entropy_threshold
+    replaces this batch's own quantile where it is a part of a larger one. Only logps and entropies carry a gradient.
+
+    GRPO 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, SAPO 2511.20347.
+    """
+    mask = mask.astype(mx.float32)
+    inside = mask > 0
+    clean = lambda x: mx.where(inside, x, 0.0)  # noqa: E731  padding may hold anything, and inf * 0 is not 0
+    stop = mx.stop_gradient
+    logps = clean(logps)
+    old_logps = stop(logps) if old_logps is None else clean(old_logps)
+    lengths = mask.sum(axis=1, keepdims=True)  # (N, 1)
+    row_mean = lambda x: (x * mask).sum(axis=1, keepdims=True) / mx.maximum(lengths, 1)  # noqa: E731
+    token_mean = lambda x: (x * mask).sum() / mx.maximum(mask.sum(), 1)  # noqa: E731
+    advantages = advantages[:, None]  # (N, 1)
+    clip_eps_high = clip_eps if clip_eps_high is None else clip_eps_high
+
+    # Importance ratio r: a token's own (GRPO, eq. 3), or its sequence's geometric mean (GSPO, eq. 7). Beyond e^+-20 it
+    # is held there: past every clip, and finite.
+    log_ratio = logps - old_logps  # (N, T)
+    if importance_sampling_level == "sequence":
+        log_ratio = row_mean(log_ratio)  # (N, 1)
+    ratio = mx.exp(mx.clip(log_ratio, -20.0, 20.0))
+
+    if loss_type == "cispo":  # MiniMax-M1, eq. 4: the clipped ratio is a weight, every token keeps its gradient
+        token_loss = -stop(mx.minimum(ratio, clip_eps_high)) * advantages * logps
+    elif loss_type == "sapo":  # SAPO, eq. 6: a sigmoid gate in place of the clip
+        tau = mx.where(advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
+        token_loss = -(4 / tau) * mx.sigmoid(tau * (ratio - 1)) * advantages
+    elif loss_type == "vespo":  # a gamma-shaped weight on the whole sequence's ratio
+        log_w = mx.clip((mx.clip(logps - old_logps, -20.0, 20.0) * mask).sum(axis=1, keepdims=True), math.log(1e-8), 20.0)
+        k, lam = mx.where(advantages >= 0, 2.0, 3.0), mx.where(advantages >= 0, 3.0, 2.0)
+        phi = stop(mx.exp(lam + k * log_w - lam * mx.exp(log_w)))
+        token_loss = -phi * advantages * logps
+    else:  # the clipped surrogate of PPO
+        bounded = ratio if delta is None else mx.minimum(ratio, delta)
+        clipped = mx.clip(ratio, 1 - clip_eps, 1 + clip_eps_high)
+        token_loss = -mx.minimum(bounded * advantages, clipped * advantages)
+    token_loss = mx.broadcast_to(token_loss, mask.shape)
+
+    keep = mask
+    if off_policy_mask_threshold is not None:  # rows the sampler liked and the policy no longer does
+        gap = row_mean(clean((old_logps if sampler_logps is None else sampler_logps) - stop(logps)))
+        keep = keep * ((advantages >= 0) | (gap <= off_policy_mask_threshold))
+    if top_entropy_quantile < 1.0:  # the forking tokens alone (arXiv 2506.01939)
+        if entropy_threshold is None:
+            entropy_threshold = masked_quantile(stop(entropies), inside, 1 - top_entropy_quantile)
+        keep = keep * (entropies >= entropy_threshold)
+    token_loss = mx.where(keep > 0, token_loss, 0.0)
+    if sampler_correction and sampler_logps is not None and loss_type != "vespo":
+        token_loss = token_loss * correction_weights(
+            clean(old_logps - sampler_logps), mask, sampler_correction, sampler_correction_min, sampler_correction_max
+        )
+
+    metrics = {}
+    if kl_coeff > 0:  # k3: unbiased and never negative (GRPO, eq. 4)
+        log_gap = mx.clip(clean(ref_logps) - logps, -20.0, 20.0)
+        kl = mx.exp(log_gap) - log_gap - 1
+        if use_bias_correction_kl:
+            kl = kl * ratio
+        token_loss = token_loss + kl_coeff * kl
+        metrics["kl"] = token_mean(kl)
+    if entropy_coef > 0:
+        token_loss = token_loss - entropy_coef * clean(entropies)
+
+    summed = (token_loss * mask).sum(axis=1, keepdims=True)  # (N, 1)
+    if loss_type in ("grpo", "sapo"):  # each row by its own length, then the mean over rows
+        loss = (summed / mx.maximum(lengths, 1)).mean()
+    elif loss_type == "bnpo":  # all tokens alike
+        loss = summed.sum() / mx.maximum(mask.sum(), 1)
+    elif loss_type == "dr_grpo":  # by a constant, so that length earns and costs nothing
+        loss = summed.sum() / (mask.shape[0] * (max_completion_length or mask.shape[1]))
+    elif loss_type == "luspo":  # rows weigh by their length
+        loss = summed.mean()
+    else:  # dapo, cispo, vespo: all tokens of the whole generation batch alike
+        loss = summed.sum() / mx.maximum(mask.sum() if num_items is None else num_items, 1)
+
+    # TRL's metrics: shares of tokens or, at the sequence level, of rows.
+    share = token_mean if importance_sampling_level == "token" else mx.mean
+    low, high = (ratio < 1 - clip_eps) & (advantages < 0), (ratio > 1 + clip_eps_high) & (advantages > 0)
+    if loss_type == "cispo":
+        metrics["cispo_clip_ratio"] = share((ratio > clip_eps_high) & (advantages > 0))
+    elif loss_type == "vespo":
+        metrics["vespo/phi_seq_mean"] = phi.mean()
+    elif loss_type != "sapo":
+        metrics |= {"clip_ratio/low_mean": share(low), "clip_ratio/high_mean": share(high), "clip_ratio/region_mean": share(low | high)}
+        metrics |= {"clip_ratio/low_min": row_mean(low).min(), "clip_ratio/high_max": row_mean(high).max()}
+    if entropies is not None:
+        metrics["entropy"] = token_mean(clean(entropies))
+    return loss, {name: stop(value) for name, value in metrics.items()}
+
+
+def masked_quantile(values: mx.array, inside: mx.array, q: float) -> mx.array:
+    """The q-quantile of the values inside the mask, linear between neighbours."""
+    ordered = mx.sort(mx.where(inside, values, mx.inf).reshape(-1))
+    place = q * mx.maximum(inside.sum() - 1, 0)
+    low = mx.floor(place).astype(mx.int32)
+    high = mx.minimum(low + 1, mx.maximum(inside.sum().astype(mx.int32) - 1, 0))
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def correction_weights(log_ratio, mask, mode: str, low: float | None, high: float | None) -> mx.array:
+    """Weights that undo the sampler's mismatch: exp(old - sampler) a token or summed over a row, gradient stopped.
+
+    log_ratio: (N, T), 0 outside the mask. truncate: limited to [low, high] (truncated importance sampling); mask: 0
+    outside it.
+    """
+    level, _, action = mode.partition("_")
+    if level == "sequence":
+        log_ratio = (log_ratio * mask).sum(axis=1, keepdims=True)
+    weight = mx.exp(mx.clip(mx.stop_gradient(log_ratio), -20.0, 20.0))
+    floor, ceiling = 0.0 if low is None else low, mx.inf if high is None else high
+    if action == "truncate":
+        return mx.clip(weight, floor, ceiling)
+    return mx.where((weight >= floor) & (weight <= ceiling), weight, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Log-probs of completions
+# ---------------------------------------------------------------------------------------------------------------
+
+HEAD_CHUNK_LOGITS = 2**26  # logits alive at once in the head, forward and backward: 256 MB in float32
+
+
+class HiddenThrough:
+    """Stands where a model's backbone stood and hands the hidden states given for token ids on to the head."""
+
+    def __init__(self, backbone):
+        self.backbone = backbone
+
+    def __call__(self, hidden, *args, **kwargs):
+        return hidden
+
+    def __getattr__(self, name):
+        return getattr(self.backbone, name)
+
+
+def split_head(model):
+    """(backbone, head) with model(ids) == head(backbone(ids)), or None for a model that cannot be split so.
+
+    The head is the model's own code after its backbone, with soft caps, scales and biases, sharing its weights.
+    """
+    owner = model.language_model if "language_model" in model and "model" in model.language_model else model
+    name = next((n for n in ("model", "transformer", "backbone") if n in owner), None)
+    if name is None:
+        return None
+    backbone, head = owner[name], copy.copy(owner)
+    del head[name]
+    object.__setattr__(head, name, HiddenThrough(backbone))
+    ids = mx.array([[0, 1, 2]])
+    try:
+        whole, parts = model(ids), head(backbone(ids))
+    except (TypeError, AttributeError, ValueError):  # a backbone with another call, or a head that needs more than it
+        return None
+    same = whole.shape == parts.shape and mx.allclose(whole, parts, rtol=1e-3, atol=1e-3).item()
+    return (backbone, head) if same else None
+
+
+def make_head_stats(head, backbone, temperature: float, vocabulary: int):
+    """f(hidden (M, D), ids (M,)) -> log-probs (M,), entropies (M,) in float32, without an (M, V) tensor.
+
+    Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the backward
+    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are.
+    """
+    chunk = max(1, HEAD_CHUNK_LOGITS // vocabulary)
+    # Tied models keep their head's weight in the embedding, under the backbone.
+    holders = [head] if tree_flatten(head.parameters()) else [m for m in backbone.children().values() if hasattr(m, "as_linear")]
+
+    def stats(hidden, ids, *weights):
+        current = [holder.trainable_parameters() for holder in holders]
+        names = [[n for n, _ in tree_flatten(tree)] for tree in current]
+        given = iter(weights)
+        for holder, holder_names in zip(holders, names):
+            holder.update(tree_unflatten([(n, next(given)) for n in holder_names]))
+        logits = head(hidden[None])[0].astype(mx.float32) / temperature  # (C, V)
+        for holder, tree in zip(holders, current):
+            holder.update(tree)
+        normaliser = mx.logsumexp(logits, axis=-1, keepdims=True)
+        logps = (mx.take_along_axis(logits, ids[:, None], axis=-1) - normaliser)[:, 0]
+        entropies = normaliser[:, 0] - (mx.exp(logits - normaliser) * logits).sum(axis=-1)
+        return logps, entropies
+
+    def chunks(total):
+        return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
+
+    @mx.custom_function
+    def chunked(hidden, ids, *weights):
+        parts = []
+        for part in chunks(ids.shape[0]):
+            here = mx.depends([hidden[part]], list(parts[-1]))[0] if parts else hidden[part]
+            parts.append(stats(here, ids[part], *weights))
+        return tuple(mx.concatenate(column) for column in zip(*parts))
+
+    @chunked.vjp
+    def chunked_vjp(primals, cotangents, outputs):
+        hidden, ids, *weights = primals
+        hidden_grads, weight_grads = [], None
+        for part in chunks(ids.shape[0]):
+            here = hidden[part]
+            if hidden_grads:
+                here = mx.depends([here], [hidden_grads[-1], *weight_grads])[0]
+            wanted = [here, *weights]
+            grads = mx.vjp(lambda h, *w: stats(h, ids[part], *w), wanted, [c[part] for c in cotangents])[1]
+            hidden_grads.append(grads[0])
+            exact = [g.astype(mx.float32) for g in grads[1:]]  # many chunks add up: not in half precision
+            weight_grads = exact if weight_grads is None else [a + b for a, b in zip(weight_grads, exact)]
+        weight_grads = [g.astype(w.dtype) for g, w in zip(weight_grads, weights)]
+        return mx.concatenate(hidden_grads), mx.zeros_like(ids), *weight_grads
+
+    def head_stats(hidden, ids):
+        weights = [w for holder in holders for _, w in tree_flatten(holder.trainable_parameters())]
+        return chunked(hidden, mx.stop_gradient(ids), *weights)
+
+    return head_stats
+
+
+class CompletionLogProbs:
+    """Log-probs and entropies of given completions under a model, at the sampling temperature.
+
+    A group's prompt is computed once, forward and backward, and its KV repeated to the group's rows; models without
+    plain KV caches and models with gradient checkpointing take whole sequences instead, with the same result.
+    """
+
+    def __init__(self, model, temperature: float, share_prompts: bool):
+        self.model, self.temperature = model, temperature
+        self.share_prompts = share_prompts and plain_caches(model)
+        self.split = split_head(model)
+        if self.split:
+            vocabulary = model(mx.array([[0]])).shape[-1]
+            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, vocabulary)
+
+    def __call__(self, batch: dict) -> tuple[mx.array, mx.array]:
+        """batch: prompts (P, L) left-padded by pads (P,), ids (N, T) right-padded, N a multiple of P -> (N, T) each."""
+        prompts, pads, ids = batch["prompts"], batch["pads"], batch["ids"]
+        repeats = ids.shape[0] // prompts.shape[0]
+        run = self.split[0] if self.split else self.model
+        if self.share_prompts:
+            cache = prefill(self.model, prompts, pads, repeats)
+            # The last prompt id predicts the first of the completion, and so on: T inputs for T ids.
+            inputs = mx.concatenate([mx.repeat(prompts[:, -1:], repeats, axis=0), ids[:, :-1]], axis=1)
+            out = run(inputs, cache=cache)  # (N, T, D), or (N, T, V) from a model without a split head
+        else:
+            rows = mx.concatenate([mx.repeat(prompts, repeats, axis=0), ids], axis=1)  # (N, L+T)
+            shift = mx.repeat(pads, repeats)[:, None]
+            places = mx.minimum(mx.arange(rows.shape[1]) + shift, rows.shape[1] - 1)
+            out = run(mx.take_along_axis(rows, places, axis=1))  # padding moved from the left to the right
+            first = prompts.shape[1] - 1 - shift  # where the first completion id is predicted
+            out = mx.take_along_axis(out, (first + mx.arange(ids.shape[1]))[..., None], axis=1)
+        if self.split:
+            logps, entropies = self.head_stats(out.reshape(-1, out.shape[-1]), ids.reshape(-1))
+            return logps.reshape(ids.shape), entropies.reshape(ids.shape)
+        logits = out.astype(mx.float32) / self.temperature
+        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        entropies = -(mx.exp(logits) * logits).sum(axis=-1)
+        return mx.take_along_axis(logits, ids[..., None], axis=-1)[..., 0], entropies
+
+
+def bucket(n: int, least: int = 8) -> int:
+    """The length n is padded to: steps of a quarter of its power of two, so that few shapes are ever compiled."""
+    step = max(least, 2 ** max(0, (n - 1).bit_length() - 3))
+    return -(-n // step) * step
+
+
+class MasterAdamW(optim.AdamW):
+    """AdamW with bias correction, in float32 whatever the weights are.
+
+    bfloat16 keeps 8 bits: at a learning rate of 1e-6 nearly every step would be rounded away. So a float32 copy of each
+    half-precision weight is kept in the optimizer's state, and the weight is that copy rounded.
+    """
+
+    def __init__(self, config: MLXGRPOConfig):
+        super().__init__(0.0, [config.adam_beta1, config.adam_beta2], weight_decay=config.weight_decay, bias_correction=True)
+
+    def init_single(self, parameter, state):
+        if parameter.dtype != mx.float32:
+            state["master"] = parameter.astype(mx.float32)
+        super().init_single(state.get("master", parameter), state)
+
+    def apply_single(self, gradient, parameter, state):
+        updated = super().apply_single(gradient.astype(mx.float32), state.get("master", parameter), state)
+        if "master" in state:
+            state["master"] = updated
+        return updated.astype(parameter.dtype)
+
+
+def learning_rate(config: MLXGRPOConfig, update: int, updates: int) -> float:
+    """Learning rate of update 0, 1, .. updates-1: linear warm-up to the peak, then the schedule, down to 0 at the end."""
+    warmup = math.ceil(config.warmup_ratio * updates)
+    if update < warmup:
+        return config.learning_rate * (update + 1) / warmup
+    done = (update - warmup) / max(1, updates - warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.learning_rate * shape[config.lr_scheduler_type]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def save_model(folder: Path, model, tokenizer, model_config: dict, source: Path, config: MLXGRPOConfig) -> None:
+    """Write a model directory that mlx_lm.load opens; adapters are merged, and kept beside in mlx-lm's own format."""
+    from mlx_lm.utils import save_config, save_model as save_weights
+
+    model_config = copy.deepcopy(model_config)
+    adapters = adapter_layers(model)
+    if adapters:
+        weights = {name: w for name, w in tree_flatten(model.trainable_parameters())}
+        mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+        kind = "dora" if any("m" in layer for _, layer in adapters) else "lora"
+        blocks = len(model.layers) if config.num_layers < 0 else config.num_layers
+        settings = {"fine_tune_type": kind, "num_layers": blocks, "lora_parameters": {"dropout": 0.0, **config.lora_parameters}}
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+        for name, _ in adapters:  # merged layers are in full precision, also where their base was quantised
+            for key in ("quantization", "quantization_config"):
+                model_config.get(key, {}).pop(name, None)
+    save_weights(folder, fused(model) if adapters else model)
+    save_config(model_config, folder / "config.json")
+    tokenizer.save_pretrained(folder)
+    for name in ("generation_config.json", "tokenizer.pkl", model_config.get("model_file") or ""):
+        if name and (source / name).is_file():
+            shutil.copy(source / name, folder)
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_directory(folder: Path, write) -> None:
+    """Make `folder` by write(path): complete or absent. Written aside with a manifest, synced, then renamed.
+
+    Raises RunError("Failed to save checkpoint: REASON"); what stood at `folder` is then untouched.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write(aside)
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        for path in [*files, aside / "manifest.json", aside]:
+            sync_to_disk(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        sync_to_disk(folder.parent)
+    except (OSError, RuntimeError) as error:  # MLX reports a failed write as a RuntimeError
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(f"Failed to save checkpoint: {error}") from error
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint against its manifest, or ""."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return "no readable manifest.json"
+    for name, entry in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"] or file_digest(path) != entry["sha256"]:
+            return f"{name} is damaged"
+    return ""
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoint directories, oldest first."""
+    return sorted(run_dir.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def find_checkpoint(run_dir: Path, given: str) -> Path:
+    """The checkpoint to resume from: the one given, or the newest of the run that is whole. Raises UserError."""
+    if given:
+        folder = Path(given)
+        if not folder.is_dir():
+            raise UserError(f"Checkpoint not found: {folder}")
+        if fault := damage(folder):
+            raise UserError(f"Checkpoint not found: {folder} is not complete ({fault}); resume from an earlier one")
+        return folder
+    for folder in reversed(checkpoints(run_dir)):
+        if not (fault := damage(folder)):
+            return folder
+        print(f"Checkpoint {folder} is skipped: {fault}", file=sys.stderr)
+    raise UserError(f"Checkpoint not found: {run_dir} has none to resume from")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def wilson_interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% confidence interval of a proportion (Wilson, 1927)."""
+    if not n:
+        return 0.0, 1.0
+    p, centre = hits / n, (hits / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def fixed_subset(rows: list, size: int, seed: int) -> list:
+    """`size` of the rows (0: all), chosen by a generator of its own: the same ones at every evaluation."""
+    if not size or size >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(np.random.default_rng([seed, 1]).choice(len(rows), size, replace=False))]
+
+
+def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None) -> dict:
+    """Greedy exact match over `rows` ({"prompt", "answer"}): em_strict, em_lenient, their intervals and every text."""
+    prompts = [build_prompt(tokenizer, r["prompt"], config.system_prompt, config.completion_prefix) for r in rows]
+    rollout = generate(
+        model, tokenizer, prompts, sampling=Sampling(temperature=0.0), stop_strings=config.stop_strings, progress=progress,
+        max_new_tokens=config.eval_max_new_tokens or config.max_completion_length, kv_budget=int(config.kv_budget_gb * 2**30),
+    )
+    texts = [config.completion_prefix + text for text in rollout.texts]
+    hits = np.array([grade(text, row["answer"]) for text, row in zip(texts, rows)])  # (n, 2)
+    strict, lenient = (int(h) for h in hits.sum(axis=0))
+    n = len(rows)
+    return {
+        "em_strict": strict / n, "em_strict_ci": wilson_interval(strict, n),
+        "em_lenient": lenient / n, "em_lenient_ci": wilson_interval(lenient, n),
+        "n": n, "completion_length": float(np.mean([len(c) for c in rollout.completions])), "texts": texts,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Trainer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """One prompt's G completions, scored."""
+
+    row: dict  # of the dataset
+    prompt: list[int]
+    completions: list[list[int]]  # G rows of ids
+    sampler_logps: list[list[float]]  # G rows
+    finish_reasons: list[str]  # G
+    texts: list[str]  # G, with the completion prefix: what was scored
+    rewards: np.ndarray  # (F, G), NaN where a function abstained
+
+    def has_signal(self, weights: list[float]) -> bool:
+        """Whether any reward function tells the completions apart: equality is exact."""
+        spread = np.nanmax(self.rewards, axis=1, initial=-np.inf) - np.nanmin(self.rewards, axis=1, initial=np.inf)
+        return bool((spread[np.array(weights) != 0] > 0).any())
+
+
+class MLXGRPOTrainer:
+    """Trains the policy of `config` into the directory `run_dir`.
+
+    model: the policy. sampler: what writes the completions, the policy itself unless it is to be quantised or stale.
+    reference: the policy as it was, for the KL, where kl_coeff asks for one.
+    """
+
+    def __init__(self, config: MLXGRPOConfig, run_dir: Path):
+        self.config, self.run_dir = config, Path(run_dir)
+        self.reward_functions, self.reward_weights = load_rewards(config)
+        train_rows, test_rows = load_dataset_split(config, "train"), load_dataset_split(config, "test")
+        self.model, self.tokenizer = load_model(config)
+        self.rows = self.drop_long_prompts(train_rows, "training")
+        self.eval_rows = {"test": fixed_subset(self.drop_long_prompts(test_rows, "held-out"), config.eval_samples, config.seed)}
+        if config.eval_every_updates:
+            self.eval_rows["train"] = fixed_subset(self.rows, config.eval_subset_size, config.seed)
+        self.prompts_per_update = config.batch_size * config.gradient_accumulation_steps
+        rollouts = max(1, int(config.num_epochs * len(self.rows) / self.prompts_per_update))
+        self.updates = rollouts * config.num_iterations
+
+        share = not config.grad_checkpoint
+        self.log_probs = CompletionLogProbs(self.model, config.temperature, share)
+        self.reference = None
+        if config.kl_coeff > 0:
+            frozen = without_adapters(self.model) if adapter_layers(self.model) else shared_copy(self.model)
+            self.reference = CompletionLogProbs(frozen, config.temperature, share)
+        self.optimizer = MasterAdamW(config)
+        self.optimizer.init(self.model.trainable_parameters())
+        self.quantize_rollouts = config.quantize_for_rollouts
+        self.update = 0  # optimizer updates done or skipped
+        self.cursor = 0  # prompts drawn from the data
+        self.nan_updates = 0  # in a row
+        self.failed_saves = 0  # in a row
+        self.best, self.best_update = -1.0, 0  # em_strict on held-out rows, and when
+        self.tokens = 0  # completion tokens sampled
+        self.warned = set()
+        self.stop_signal = 0
+        self.synced = self.trainable()
+        self.refresh_sampler()
+
+    def drop_long_prompts(self, rows: list[dict], split: str) -> list[dict]:
+        """The rows whose prompt fits max_prompt_length and the model's context, with their token ids as "ids"."""
+        config, args = self.config, getattr(self.model, "args", None)
+        context = getattr(args, "max_position_embeddings", None) or math.inf
+        limit = min(config.max_prompt_length, context - config.rollout_tokens)
+        if limit < 1:
+            raise UserError(f"max_completion_length ({config.rollout_tokens}) leaves no room for a prompt in the model's context of {context}")
+        ids = [build_prompt(self.tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
+        kept = [{**row, "ids": prompt} for row, prompt in zip(rows, ids) if len(prompt) <= limit]
+        if len(kept) < len(rows):
+            print(f"{len(rows) - len(kept)} of {len(rows)} {split} prompts are longer than {limit} tokens and are dropped")
+        if not kept:
+            raise UserError(f"No {split} prompt is within {limit} tokens; raise max_prompt_length (the shortest has {min(map(len, ids))})")
+        return kept
+
+    def trainable(self) -> dict:
+        """The trainable arrays by name, as they are now."""
+        return dict(tree_flatten(self.model.trainable_parameters()))
+
+    def refresh_sampler(self) -> None:
+        """Make the sampler from the weights in `synced`: the policy itself where it may be, else a copy."""
+        if not self.quantize_rollouts and self.config.sync_every == 1:
+            self.sampler = self.model
+            return
+        now = self.trainable()
+        self.model.load_weights(list(self.synced.items()), strict=False)
+        self.sampler = fused(self.model)
+        self.model.load_weights(list(now.items()), strict=False)
+        if self.quantize_rollouts:
+            fits = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % self.config.group_size == 0  # noqa: E731
+            nn.quantize(self.sampler, self.config.group_size, self.config.bits, class_predicate=fits)
+        mx.eval(self.sampler.parameters())
+
+    # Rollout and rewards
+
+    def next_rows(self, count: int) -> list[tuple[int, dict]]:
+        """The next `count` (number, row) of the endless stream of epochs, each in its own random order."""
+        drawn = []
+        for number in range(self.cursor, self.cursor + count):
+            epoch, place = divmod(number, len(self.rows))
+            order = np.random.default_rng([self.config.seed, 2, epoch]).permutation(len(self.rows))
+            drawn.append((number, self.rows[order[place]]))
+        self.cursor += count
+        return drawn
+
+    def sample_groups(self, count: int, seconds: dict) -> list[Group]:
+        """Roll out and score the next `count` prompts."""
+        config, start = self.config, time.perf_counter()
+        drawn = self.next_rows(count)
+        rows = [row for _, row in drawn]
+        self.sampler.eval()
+        rollout = generate(
+            self.sampler, self.tokenizer, [row["ids"] for row in rows],
+            sampling=Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.repetition_penalty),
+            max_new_tokens=config.rollout_tokens, num_generations=config.num_generations, stop_strings=config.stop_strings,
+            keys=[random_key(config.seed, "rollout", number) for number, _ in drawn], kv_budget=int(config.kv_budget_gb * 2**30),
+        )  # fmt: skip
+        seconds["rollout"] += time.perf_counter() - start
+        start, g = time.perf_counter(), config.num_generations
+        texts = [config.completion_prefix + text for text in rollout.texts]
+        names = set().union(*rows) - {"ids", "prompt"}
+        columns = {name: [row.get(name) for row in rows for _ in range(g)] for name in names}
+        columns |= {"prompts": [row["prompt"] for row in rows for _ in range(g)], "completion_ids": rollout.completions}
+        columns["max_completion_length"] = config.max_completion_length
+        rewards = score(self.reward_functions, config.reward_timeout, texts, columns)  # (F, N)
+        seconds["reward"] += time.perf_counter() - start
+        parts = [slice(i * g, (i + 1) * g) for i in range(count)]
+        return [
+            Group(row, row["ids"], rollout.completions[p], rollout.sampler_logps[p], rollout.finish_reasons[p], texts[p], rewards[:, p])
+            for row, p in zip(rows, parts)
+        ]
+
+    def collect(self, seconds: dict) -> list[Group]:
+        """The groups of one update. Groups without signal make way for fresh prompts, up to the cap (DAPO)."""
+        groups = self.sample_groups(self.prompts_per_update, seconds)
+        for _ in range(self.config.dynamic_sampling_max_batches):
+            good = [group for group in groups if group.has_signal(self.reward_weights)]
+            if len(good) == len(groups):
+                break
+            flat = [group for group in groups if group not in good]
+            fresh = self.sample_groups(len(flat), seconds)
+            groups = good + fresh
+        return groups
+
+    # The update
+
+    def micro_batches(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
+        """The update's arrays, cut into batches of at most micro_batch_tokens positions; advantages: (B, G).
+
+        Each has prompts (P, L), pads (P,), ids and mask (P*K, T), sampler_logps (P*K, T), advantages (P*K,), and what
+        makes the parts add up to the whole: `weight` of its loss, and num_items.
+        """
+        config, g = self.config, self.config.num_generations
+        lengths = [[0 if config.mask_truncated_completions and r == "length" else len(c) for c, r in zip(x.completions, x.finish_reasons)] for x in groups]
+        total_tokens = max(1, sum(map(sum, lengths)))
+        plain = config.kl_coeff == 0 and config.entropy_coef == 0 and config.top_entropy_quantile == 1
+        # Where nothing but the advantage drives the loss, groups without signal have no gradient: only the sums count them.
+        used = [b for b in range(len(groups)) if not plain or np.any(advantages[b])]
+        used.sort(key=lambda b: max(map(len, groups[b].completions)))
+        cost = lambda count, prompt, longest, rows: bucket(count, 1) * (bucket(prompt) + rows * bucket(longest))  # noqa: E731
+        widest = max(len(groups[b].prompt) for b in used), max(len(c) for b in used for c in groups[b].completions)
+        # Rows of a group that go together: all of them, unless one group alone is over the budget.
+        k = next(k for k in range(g, 0, -1) if g % k == 0 and (k == 1 or cost(1, *widest, k) <= config.micro_batch_tokens))
+        batches, unit = [], []
+        for b, first in [(b, first) for b in used for first in range(0, g, k)] + [(None, 0)]:
+            grown = unit + [(b, first)]
+            if b is not None:
+                prompt = max(len(groups[i].prompt) for i, _ in grown)
+                longest = max(len(c) for i, f in grown for c in groups[i].completions[f : f + k])
+            if unit and (b is None or cost(len(grown), prompt, longest, k) > config.micro_batch_tokens):
+                batches.append(self.collate(groups, advantages, lengths, unit, k))
+                grown = [(b, first)]
+            unit = grown
+        for batch in batches:
+            if config.loss_type in ("dapo", "cispo", "vespo"):
+                batch["weight"] = mx.array(1.0)
+            elif config.loss_type == "bnpo":
+                batch["weight"] = mx.maximum(batch["mask"].sum(), 1) / total_tokens
+            else:
+                batch["weight"] = mx.array(batch["ids"].shape[0] / (len(groups) * g))
+            batch["num_items"] = mx.array(float(total_tokens))
+        return batches
+
+    def collate(self, groups, advantages, lengths, unit, k) -> dict:
+        """The arrays of the (group, first row) pairs in `unit`, k rows each, padded to bucketed shapes."""
+        rows = [(b, i) for b, first in unit for i in range(first, first + k)]
+        count = bucket(len(unit), 1)
+        width = bucket(max(len(groups[b].completions[i]) for b, i in rows))
+        prompts = [groups[b].prompt for b, _ in unit] + [[0]] * (count - len(unit))
+        tokens, pads = left_pad(prompts, bucket(max(map(len, prompts))))
+        arrays = {name: np.zeros((count * k, width), kind) for name, kind in
+                  (("ids", np.int32), ("mask", np.float32), ("sampler_logps", np.float32))}  # fmt: skip
+        for n, (b, i) in enumerate(rows):
+            ids = groups[b].completions[i]
+            arrays["ids"][n, : len(ids)] = ids
+            arrays["mask"][n, : lengths[b][i]] = 1
+            arrays["sampler_logps"][n, : len(ids)] = groups[b].sampler_logps[i]
+        flat = np.zeros(count * k, np.float32)
+        flat[: len(rows)] = [advantages[b, i] for b, i in rows]
+        return {"prompts": tokens, "pads": pads, "advantages": mx.array(flat), **{n: mx.array(a) for n, a in arrays.items()}}
+
+    def build_step(self) -> None:
+        """The two functions of an update, compiled once with the state they read and write."""
+        config = self.config
+        options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS}
+
+        def loss_and_metrics(batch):
+            logps, entropies = self.log_probs(batch)  # (N, T)
+            loss, metrics = grpo_loss(
+                logps, batch.get("old_logps"), batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
+                sampler_logps=batch["sampler_logps"], entropies=entropies, num_items=batch["num_items"],
+                entropy_threshold=batch.get("entropy_threshold"), sampler_correction=config.correction, **options,
+            )  # fmt: skip
+            gap = mx.where(batch["mask"] > 0, mx.stop_gradient(batch.get("old_logps", logps)) - batch["sampler_logps"], 0.0)
+            tokens = mx.maximum(batch["mask"].sum(), 1)
+            metrics["mismatch/mean"] = mx.abs(gap).sum() / tokens
+            metrics["mismatch/kl"] = ((mx.exp(mx.clip(gap, -20, 20)) - gap - 1) * (batch["mask"] > 0)).sum() / tokens
+            metrics["mismatch/max"] = mx.abs(gap).max()
+            return loss * batch["weight"], metrics
+
+        def gradient(batch):
+            (loss, metrics), grads = nn.value_and_grad(self.model, loss_and_metrics)(batch)
+            return loss, metrics, grads
+
+        def apply(grads, scale):
+            self.optimizer.update(self.model, tree_map(lambda g: g * scale.astype(g.dtype), grads))
+
+        if config.use_compile and compile_works():
+            model, optimizer = [self.model.state], [self.model.state, self.optimizer.state]
+            gradient, apply = mx.compile(gradient, model, model), mx.compile(apply, optimizer, optimizer)
+        self.gradient, self.apply = gradient, apply
+
+    def train_on(self, groups: list[Group]) -> list[dict]:
+        """num_iterations updates on one generation batch; the metrics of each."""
+        config = self.config
+        rewards = np.stack([group.rewards for group in groups], axis=1)  # (F, B, G)
+        self.totals, advantages = combine_rewards(rewards, self.reward_weights, config)  # (B, G) each
+        advantages = np.array(advantages)
+        if not advantages.any():  # no signal, no step: Adam would blow rounding noise up to a full one
+            return [{"loss": 0.0, "grad_norm": 0.0, "skipped": "no signal"} for _ in range(config.num_iterations)]
+        self.model.train()  # models with kernels for inference alone switch to what has a gradient
+        batches = self.micro_batches(groups, advantages)
+        for batch in batches:
+            if self.reference:
+                batch["ref_logps"] = self.reference(batch)[0]
+            if config.num_iterations > 1 or config.top_entropy_quantile < 1:
+                batch["old_logps"], batch["entropies"] = self.log_probs(batch)
+            mx.eval(batch)
+        entropies = [(batch.pop("entropies"), batch["mask"] > 0) for batch in batches if "entropies" in batch]
+        if config.top_entropy_quantile < 1:
+            values, inside = (mx.concatenate([x.reshape(-1) for x in column]) for column in zip(*entropies))
+            threshold = masked_quantile(values, inside, 1 - config.top_entropy_quantile)
+            for batch in batches:
+                batch["entropy_threshold"] = threshold
+        return [self.step(batches, self.update + i) for i in range(config.num_iterations)]
+
+    def step(self, batches: list[dict], update: int) -> dict:
+        """One optimizer step on the sum of the micro-batches' gradients; its metrics."""
+        config = self.config
+        grads, results = None, []
+        for batch in batches:
+            loss, metrics, part = self.gradient(batch)
+            # Parts are added in float32: in half precision small ones would be lost.
+            grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
+            results.append((loss, metrics, batch["mask"].sum()))
+            mx.eval(grads, results[-1])  # frees this part's activations before the next begins
+        norm = mx.sqrt(sum((g.astype(mx.float32) ** 2).sum() for _, g in tree_flatten(grads))).item()
+        record = {"loss": sum(loss.item() for loss, _, _ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
+        tokens = np.array([n.item() for _, _, n in results])
+        for name in results[0][1]:
+            values = np.array([metrics[name].item() for _, metrics, _ in results])
+            merge = {"min": np.min, "max": np.max}.get(re.split("[_/]", name)[-1])
+            record[name] = float(merge(values) if merge else (values * tokens).sum() / max(1, tokens.sum()))
+        if not math.isfinite(norm) or not math.isfinite(record["loss"]):
+            return self.skip_non_finite(record)
+        self.nan_updates = 0
+        scale = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
+        self.optimizer.learning_rate = record["lr"]
+        self.apply(grads, mx.array(scale))
+        mx.eval(self.model.state, self.optimizer.state)
+        return record
+
+    def skip_non_finite(self, record: dict) -> dict:
+        """A NaN or infinite gradient never reaches the weights: the update is left out, and counted."""
+        self.nan_updates += 1
+        if self.quantize_rollouts:
+            self.quantize_rollouts = False
+            print("NaN gradient encountered: rollouts are in full precision from here on", file=sys.stderr)
+            self.refresh_sampler()
+        if self.nan_updates >= self.config.max_nan_updates:
+            self.save_checkpoint()
+            raise RunError(
+                f"NaN gradient encountered: {self.nan_updates} updates in a row; lower learning_rate, raise clipping "
+                f"(max_grad_norm), or load the model in float32. Saved in {self.run_dir}"
+            )
+        return {name: (value if math.isfinite(value) else None) for name, value in record.items()} | {"skipped": "non-finite gradient"}
+
+    # The loop
+
+    def train(self) -> dict:
+        """Train to the end: evaluate, update, log, save. Returns the evaluations before and after."""
+        config = self.config
+        self.build_step()
+        before = self.evaluations("before") if not self.update else self.read_first_evaluation()
+        with Display(self.updates, self.update) as display:
+            while self.update < self.updates and not self.stop_signal:
+                seconds = dict.fromkeys(("rollout", "reward", "train"), 0.0)
+                first = self.cursor
+                groups = self.collect(seconds)
+                start = time.perf_counter()
+                metrics = self.train_on(groups)
+                seconds["train"] = time.perf_counter() - start
+                previous, self.update = self.update, self.update + len(metrics)
+                if crossed(previous, self.update, config.sync_every):
+                    self.synced = self.trainable()
+                    self.refresh_sampler()
+                shared = self.describe(groups, seconds, self.cursor - first)
+                for number, one in enumerate(metrics, previous + 1):
+                    record = {"update": number, "lr": learning_rate(config, number - 1, self.updates), **one, **shared}
+                    self.log("training_log", record)
+                    if number % config.logging_steps == 0 or number == self.updates:
+                        display.show(record)
+                self.warn_of_mismatch(metrics[-1])
+                if crossed(previous, self.update, config.log_completions_steps):
+                    self.log_completions(groups)
+                done = self.update >= self.updates
+                for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
+                    if crossed(previous, self.update, every) and not done:
+                        display.note(self.evaluation(split))
+                if crossed(previous, self.update, config.save_steps) and not done:
+                    self.save_checkpoint()
+        if self.stop_signal:
+            self.save_checkpoint()
+            return {}
+        after = self.evaluations("after")
+        write_directory(self.run_dir / "final", lambda folder: self.write_model(folder))
+        return {"before": before, "after": after}
+
+    def describe(self, groups: list[Group], seconds: dict, prompts_drawn: int) -> dict:
+        """What the log says of an update's completions and of its time."""
+        config = self.config
+        lengths = np.array([len(c) for group in groups for c in group.completions])
+        sampled = int(lengths.sum() * prompts_drawn / len(groups))  # groups that were replaced cost the same each
+        self.tokens += sampled
+        per_function = np.stack([group.rewards for group in groups], axis=1)
+        record = {
+            "epoch": round(self.cursor / len(self.rows), 4),
+            "reward_mean": float(np.nanmean(self.totals)),
+            "reward_std": float(np.nanstd(self.totals)),
+            **{f"rewards/{n}": nan_mean(r) for n, r in zip(reward_names(self.reward_functions), per_function)},
+            "completion_length_mean": float(lengths.mean()),
+            "completion_length_max": int(lengths.max()),
+            "truncated_fraction": float(np.mean([r == "length" for group in groups for r in group.finish_reasons])),
+            "zero_signal_fraction": float(np.mean([not group.has_signal(self.reward_weights) for group in groups])),
+            "prompts_drawn": prompts_drawn,
+            "rollout_tokens_per_s": sampled / seconds["rollout"],
+            "train_tokens_per_s": int(lengths.sum()) * config.num_iterations / seconds["train"],
+            **{f"seconds/{phase}": value for phase, value in seconds.items()},
+            "peak_memory_gb": mx.get_peak_memory() / 2**30,
+            "total_tokens": self.tokens,
+        }
+        return record if self.reference else {"kl": 0.0, **record}
+
+    def warn_of_mismatch(self, metrics: dict) -> None:
+        """Say once that the sampler has drifted too far from the policy to learn from."""
+        if (metrics.get("mismatch/kl") or 0.0) > MISMATCH_WARNING and "mismatch" not in self.warned:
+            self.warned.add("mismatch")
+            print(
+                f"Warning: sampler and policy differ by {metrics['mismatch/kl']:.3f} nats a token; raise bits, lower sync_every, "
+                "or set top_p = 1, top_k = 0, min_p = 0, repetition_penalty = 1",
+                file=sys.stderr,
+            )
+
+    # Records
+
+    def log(self, name: str, record: dict) -> None:
+        """Append one line to NAME.jsonl; it is on disk when this returns, so a kill costs at most the line being written."""
+        if self.config.log_jsonl:
+            with open(self.run_dir / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def log_completions(self, groups: list[Group]) -> None:
+        names = reward_names(self.reward_functions)
+        for group in groups:
+            for text, reason, rewards, length in zip(group.texts, group.finish_reasons, group.rewards.T, map(len, group.completions)):
+                per_function = {n: None if np.isnan(r) else float(r) for n, r in zip(names, rewards)}
+                self.log("completions", {
+                    "update": self.update, "prompt": group.row["prompt"], "answer": group.row["answer"], "completion": text,
+                    "rewards": per_function, "finish_reason": reason, "length": length,
+                })  # fmt: skip
+
+    def evaluation(self, split: str) -> dict:
+        """Evaluate on a fixed part of a split, log it, and keep the best held-out score."""
+        start = time.perf_counter()
+        self.model.eval()
+        result = evaluate(self.model, self.tokenizer, self.eval_rows[split], self.config)
+        record = {"event": "eval", "update": self.update, "split": split, **{k: v for k, v in result.items() if k != "texts"}}
+        self.log("training_log", {**record, "seconds": time.perf_counter() - start})
+        if split == "test" and record["em_strict"] > self.best:
+            self.best, self.best_update = record["em_strict"], self.update
+        return record
+
+    def evaluations(self, when: str) -> dict:
+        records = {split: self.evaluation(split) for split in self.eval_rows}
+        for record in records.values():
+            print(f"{when} training: {describe_evaluation(record)}", flush=True)
+        return records
+
+    def read_first_evaluation(self) -> dict:
+        """The evaluations before the first update, from the log of the run that is resumed."""
+        log = self.run_dir / "training_log.jsonl"
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        return {r["split"]: r for r in records if r.get("event") == "eval" and r["update"] == 0}
+
+    # Saving and resuming
+
+    def write_model(self, folder: Path) -> None:
+        source = resolve_model(self.config.model_name)
+        from mlx_lm.utils import load_config as read_model_config
+
+        save_model(folder, self.model, self.tokenizer, flatten_rope_parameters(read_model_config(source)), source, self.config)
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoint-UPDATE, with all that an exact resume needs; a failure is fatal only the third time in a row."""
+
+        def write(folder: Path) -> None:
+            self.write_model(folder)
+            mx.save_safetensors(str(folder / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
+            if self.config.sync_every > 1:
+                mx.save_safetensors(str(folder / "sampler.safetensors"), self.synced)
+            logs = {p.name: p.stat().st_size for p in self.run_dir.glob("*.jsonl")}
+            state = {name: getattr(self, name) for name in RESUMED_STATE}
+            state |= {"config": dataclasses.asdict(self.config), "logs": logs}
+            (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
+
+        try:
+            write_directory(self.run_dir / f"checkpoint-{self.update}", write)
+        except RunError as error:
+            self.failed_saves += 1
+            if self.stop_signal or self.failed_saves >= 3:
+                raise
+            print(f"{error}; training goes on, the next save will try again", file=sys.stderr)
+            return
+        self.failed_saves = 0
+        kept = checkpoints(self.run_dir)
+        if self.config.save_total_limit:
+            for folder in kept[: -self.config.save_total_limit]:
+                if folder.name != f"checkpoint-{self.best_update}":
+                    shutil.rmtree(folder)
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint as if there had been no stop. Raises UserError where the configuration changed."""
+        state = json.loads((folder / "trainer_state.json").read_text())
+        now, then = dataclasses.asdict(self.config), state["config"]
+        changed = [k for k in now if now[k] != then.get(k) and k not in MAY_CHANGE]
+        if changed:
+            raise UserError(f"Cannot resume {folder}: changed settings would alter the run: {', '.join(changed)}")
+        weights = folder / "adapters.safetensors"
+        files = [weights] if weights.is_file() else sorted(folder.glob("model*.safetensors"))
+        for file in files:
+            self.model.load_weights(str(file), strict=False)
+        self.optimizer.state = tree_unflatten(list(mx.load(str(folder / "optimizer.safetensors")).items()))
+        for name in RESUMED_STATE:
+            setattr(self, name, state[name])
+        stale = folder / "sampler.safetensors"
+        self.synced = mx.load(str(stale)) if stale.is_file() else self.trainable()
+        self.refresh_sampler()
+        for name, size in state["logs"].items():  # what was logged after the checkpoint will be logged again
+            if (self.run_dir / name).is_file():
+                os.truncate(self.run_dir / name, size)
+
+    # Before the first update
+
+    def memory_plan(self) -> dict[str, float]:
+        """Estimated memory in GB by purpose; the peak is the weights and states plus the larger of the two phases."""
+        config, args = self.config, self.model.args
+        trained = [p for _, p in tree_flatten(self.model.trainable_parameters())]
+        count = sum(p.size for p in trained)
+        prompt = max(len(row["ids"]) for row in self.rows)
+        rows = min(self.prompts_per_update * config.num_generations, 2**30)
+        budget = int(config.kv_budget_gb * 2**30) or memory_bytes() // 4
+        kv = min(rows * (prompt + config.rollout_tokens) * kv_bytes_per_token(self.model), budget)
+        hidden = getattr(args, "hidden_size", 1024)
+        wide = getattr(args, "intermediate_size", 4 * hidden)
+        item = max(2, trained[0].dtype.size)
+        per_layer = hidden if config.grad_checkpoint else 16 * hidden + 5 * wide
+        positions = min(config.micro_batch_tokens, rows * (prompt + config.rollout_tokens))
+        plan = {
+            "weights": sum(p.nbytes for _, p in tree_flatten(self.model.parameters())),
+            "optimizer": count * 8 + sum(p.size * 4 for p in trained if p.dtype != mx.float32),
+            "reference": sum(p.nbytes for p in trained) if self.reference and not adapter_layers(self.model) else 0,
+            "KV cache": kv,
+            "gradients": sum(p.nbytes for p in trained),
+            "activations": positions * per_layer * item * len(self.model.layers),
+            "head": 3 * 4 * min(HEAD_CHUNK_LOGITS, positions * getattr(args, "vocab_size", 1)),
+        }
+        peak = plan["weights"] + plan["optimizer"] + plan["reference"] + max(kv, sum(list(plan.values())[4:]))
+        return {name: value / 2**30 for name, value in {**plan, "peak": peak}.items()}
+
+    def print_plan(self) -> None:
+        config = self.config
+        count = sum(p.size for p in self.trainable().values())
+        rows = self.prompts_per_update * config.num_generations
+        print(f"model      {config.model_name}: {count / 1e6:.2f}M trainable parameters, on {mx.default_device()}")
+        print(f"data       {len(self.rows)} training prompts, {len(self.eval_rows['test'])} held-out")
+        print(f"updates    {self.updates} of {self.prompts_per_update} prompts x {config.num_generations} completions")
+        print(f"tokens     at most {rows * config.rollout_tokens * self.updates // config.num_iterations:,} sampled")
+        plan = self.memory_plan()
+        print(f"memory     about {plan.pop('peak'):.2f} GB at the peak: " + ", ".join(f"{n} {v:.2f}" for n, v in plan.items() if v > 0.005))
+
+    def dry_run(self) -> None:
+        """One tiny rollout, its rewards, and one backward pass; nothing is written and no weight changes."""
+        small = dataclasses.replace(self.config, max_completion_length=min(16, self.config.rollout_tokens), max_new_tokens=0)
+        self.config, whole = small, self.config
+        self.build_step()
+        seconds = dict.fromkeys(("rollout", "reward"), 0.0)
+        groups = self.sample_groups(1, seconds)
+        self.model.train()
+        advantages = np.linspace(-1, 1, small.num_generations, dtype=np.float32)[None]
+        batch = self.micro_batches(groups, advantages)[0]
+        if self.reference:
+            batch["ref_logps"] = self.reference(batch)[0]
+        loss, _, grads = self.gradient(batch)
+        mx.eval(loss, grads)
+        self.config = whole
+        print(f"dry run    {sum(map(len, groups[0].completions))} tokens sampled, loss {loss.item():.4f}, one backward pass: all well")
+
+
+OBJECTIVE_OPTIONS = (
+    "loss_type", "importance_sampling_level", "clip_eps", "clip_eps_high", "delta", "kl_coeff", "max_completion_length",
+    "use_bias_correction_kl", "top_entropy_quantile", "entropy_coef", "off_policy_mask_threshold", "sampler_correction_min",
+    "sampler_correction_max", "sapo_temperature_pos", "sapo_temperature_neg",
+)  # fmt: skip
+RESUMED_STATE = ("update", "cursor", "nan_updates", "best", "best_update", "tokens", "quantize_rollouts")
+MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes, how long it goes on
+    "learning_rate", "num_epochs", "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps",
+    "save_total_limit", "eval_steps", "eval_every_updates", "max_nan_updates", "reward_timeout",
+}  # fmt: skip
+MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
+
+
+def crossed(previous: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (previous, now]; never for 0."""
+    return bool(every) and previous // every < now // every
+
+
+def nan_mean(values: np.ndarray) -> float | None:
+    """Mean of what is not NaN; None where all is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else None
+
+
+def compile_works() -> bool:
+    """Whether mx.compile can be used: on Linux CPUs it needs a C++ compiler at run time."""
+    if mx.default_device() == mx.gpu or sys.platform != "linux" or shutil.which("g++"):
+        return True
+    print("use_compile is off: on Linux CPUs it needs g++, which is not installed")
+    return False
+
+
+def describe_evaluation(record: dict) -> str:
+    low, high = (100 * x for x in record["em_strict_ci"])
+    split = "held-out" if record["split"] == "test" else "training subset"
+    return f"{split} exact match {100 * record['em_strict']:.1f}% ({low:.1f} to {high:.1f}), lenient {100 * record['em_lenient']:.1f}%, n = {record['n']}"
+
+
+class Display:
+    """Progress of a run: a rich bar in a terminal, one plain line an update elsewhere."""
+
+    def __init__(self, updates: int, done: int):
+        self.updates, self.done, self.bar = updates, done, None
+
+    def __enter__(self):
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self.task = self.bar.add_task("", total=self.updates, completed=self.done)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.bar:
+            self.bar.stop()
+
+    def show(self, record: dict) -> None:
+        text = (
+            f"reward {record['reward_mean']:.2f} length {record['completion_length_mean']:.0f} "
+            f"cut {record['truncated_fraction']:.0%} flat {record['zero_signal_fraction']:.0%} lr {record['lr']:.1e}"
+        )
+        if self.bar:
+            self.bar.update(self.task, completed=record["update"], description=text)
+        else:
+            seconds = sum(v for k, v in record.items() if k.startswith("seconds/"))
+            print(f"{record['update']}/{self.updates} {text} kl {record.get('kl') or 0:.4f} {seconds:.1f} s", flush=True)
+
+    def note(self, record: dict) -> None:
+        text = f"update {record['update']}: {describe_evaluation(record)}"
+        self.bar.console.print(text) if self.bar else print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def choose_run_dir(config: MLXGRPOConfig, name: str, resume: str | None) -> Path:
+    """The run's directory: the one to resume, a given run_name that is still free, or the next free number of `name`."""
+    if resume:
+        return Path(resume).resolve().parent
+    base = Path(config.output_dir) / (config.run_name or name)
+    taken = lambda path: any(path.glob("*.jsonl")) or any(path.glob("checkpoint-*")) or (path / "final").exists()  # noqa: E731
+    numbered = [base] + [base.with_name(f"{base.name}-{n}") for n in range(2, 10000)]
+    free = next(i for i, path in enumerate(numbered) if not taken(path))
+    if resume is not None:
+        if config.run_name or not free:
+            return base
+        return numbered[free - 1]
+    if config.run_name and free:
+        raise UserError(f"Run directory holds a run already: {base}. Continue it with --resume, or choose another run_name")
+    return numbered[free]
+
+
+def lock_directory(path: Path):
+    """Hold `path` for this process; the lock goes when the process does, however it ends. Raises UserError when taken."""
+    file = open(path / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"Run directory is in use by another process: {path}. Wait for it, or choose another run_name") from None
+    return file
+
+
+def print_outcome(trainer: MLXGRPOTrainer, outcome: dict) -> None:
+    """The table of held-out scores before and after, and where the model is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Held-out problems, greedy answers")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, key in (("exact match, tags required", "em_strict"), ("exact match, last number", "em_lenient")):
+        cells = []
+        for when in ("before", "after"):
+            record = outcome[when].get("test")
+            low, high = (100 * x for x in record[f"{key}_ci"]) if record else (0, 0)
+            cells.append(f"{100 * record[key]:.1f}% ({low:.1f}-{high:.1f})" if record else "not evaluated")
+        table.add_row(label, *cells)
+    Console().print(table)
+    final = trainer.run_dir / "final"
+    print(f"Model      {final}\nTry it     uv run python utils/inference.py --model {final} --chat")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mlx-grpo.py",
+        description="Train a small language model by Group Relative Policy Optimization. Without --config: the quickstart.",
+        epilog="Every setting is explained in CONFIG_GUIDE.md.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings; else $MLX_GRPO_CONFIG, else the quickstart")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, over the file's; repeatable")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    parser.add_argument("--resume", metavar="CHECKPOINT", nargs="?", const="", help="continue the run, from its newest checkpoint or this one")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks; the exit status."""
+    path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml")
+    values, sources = read_settings(path, arguments.set)
+    config = MLXGRPOConfig(**values)
+    print("\n".join(line for line in config_as_toml(config, sources).splitlines() if not line.endswith("# default")))
+    if sys.platform == "linux" and mx.default_device() == mx.cpu and not BLAS:
+        print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
+    run_dir = choose_run_dir(config, path.stem, arguments.resume)
+    checkpoint = find_checkpoint(run_dir, arguments.resume) if arguments.resume is not None else None
+    trainer = MLXGRPOTrainer(config, run_dir)
+    trainer.print_plan()
+    if arguments.dry_run:
+        trainer.dry_run()
+        return 0
+
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_directory(run_dir)
+        (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
+    except OSError as error:
+        raise RunError(f"Cannot write to the run directory {run_dir}: {error.strerror}") from None
+    if checkpoint:
+        trainer.resume(checkpoint)
+        print(f"Resumed    {checkpoint}, update {trainer.update} of {trainer.updates}")
+
+    def on_signal(number, frame):
+        if trainer.stop_signal:
+            os._exit(128 + number)  # the second one: at once
+        trainer.stop_signal = number
+        print("Stopping after this update; once more to stop at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    with lock:
+        outcome = trainer.train()
+    if trainer.stop_signal:
+        print(f"Stopped at update {trainer.update} of {trainer.updates}. To continue, run the same command with --resume", file=sys.stderr)
+        return 128 + trainer.stop_signal
+    print_outcome(trainer, outcome)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(parse_arguments(argv))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except RunError as error:
+        if error.__cause__ is not None and not isinstance(error.__cause__, (OSError, TimeoutError)):
+            import traceback
+
+            traceback.print_exception(error.__cause__, file=sys.stderr)  # of the user's reward function
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
