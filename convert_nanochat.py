@@ -95,8 +95,8 @@ def read_meta(path: Path) -> dict:
     if unknown := sorted(set(found) - {*META_KEYS, "window_pattern"}):
         raise Refused(f"Unsupported architecture: model_config in {path} has {', '.join(unknown)}, which nanochat did not have "
                       "in October 2025 or since March 2026; convert a checkpoint of nanochat itself")
-    if bad := [key for key in META_KEYS if type(found[key]) is not int or found[key] < 1]:
-        raise Refused(f"Metadata wrong: {bad[0]} = {found[bad[0]]!r} in {path} is no positive integer")
+    if bad := [key for key in META_KEYS if type(found[key]) is not int or not 1 <= found[key] <= (1024 if key == "n_layer" else 2**24)]:
+        raise Refused(f"Metadata wrong: {bad[0]} = {found[bad[0]]!r} in {path} is no sensible positive integer")
     if found["n_embd"] % (2 * found["n_head"]) or found["n_head"] % found["n_kv_head"]:
         raise Refused(f"Metadata wrong: {found['n_embd']} channels do not divide into {found['n_head']} heads of even width in "
                       f"{found['n_kv_head']} groups ({path})")

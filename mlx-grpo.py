@@ -30,6 +30,7 @@ import ctypes.util
 import dataclasses
 import difflib
 import fcntl
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -199,11 +200,14 @@ class MLXGRPOConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"Invalid {name}: {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise UserError(f"Invalid {name}: {value}; it must be {bound}")
+        for name, value in vars(self).items():
+            if type(value) not in (int, float):
+                continue
+            low = {"num_generations": 2, "num_layers": -1}.get(name, 1 if name in AT_LEAST_ONE else 0)
+            if value < low or (value == 0 and name in ABOVE_ZERO) or value == math.inf:
+                raise UserError(f"Invalid {name}: {value}; it must be {'above 0' if name in ABOVE_ZERO else f'at least {low}'}")
+            if value > 1 and name in AT_MOST_ONE:
+                raise UserError(f"Invalid {name}: {value}; it must be at most 1")
         for wrong, message in self._contradictions():
             if wrong:
                 raise UserError(message)
@@ -260,58 +264,42 @@ CHOICES = {
     "bits": (2, 3, 4, 5, 6, 8),
     "group_size": (32, 64, 128),
 }
-RANGES = {
-    **dict.fromkeys(
-        "batch_size max_prompt_length max_completion_length sync_every num_iterations gradient_accumulation_steps "
-        "micro_batch_tokens max_nan_updates logging_steps eval_subset_size".split(),
-        (1, math.inf),
-    ),
-    **dict.fromkeys(
-        "max_train_samples max_new_tokens top_k clip_eps clip_eps_high delta kl_coeff entropy_coef learning_rate "
-        "max_grad_norm weight_decay eval_steps eval_samples eval_every_updates eval_max_new_tokens kv_budget_gb "
-        "log_completions_steps dynamic_sampling_max_batches save_steps save_total_limit seed off_policy_mask_threshold sampler_correction_min "
-        "sampler_correction_max".split(),
-        (0, math.inf),
-    ),
-    **dict.fromkeys("top_p min_p warmup_ratio top_entropy_quantile adam_beta1 adam_beta2".split(), (0, 1)),
-    **dict.fromkeys("temperature num_epochs reward_timeout repetition_penalty".split(), (1e-6, math.inf)),
-    "num_generations": (2, math.inf),  # one completion is its own mean: no advantage
-    "num_layers": (-1, math.inf),
-    "eval_fraction": (1e-6, 0.9),
-}
+AT_LEAST_ONE = (
+    "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations", "logging_steps",
+    "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size",
+)  # fmt: skip
+ABOVE_ZERO = ("temperature", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile")
+AT_MOST_ONE = ("top_p", "min_p", "warmup_ratio", "top_entropy_quantile", "adam_beta1", "adam_beta2", "eval_fraction")
+
+
+BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}
 
 
 def coerce(name: str, value, kind, from_text: bool):
-    """`value` as the field type `kind`; text from `--set` is parsed, a TOML value must already be of the type.
+    """`value` as the field type `kind`. Text from `--set` is parsed; a TOML value must be of the type already.
 
     Raises UserError with the contract's wording.
     """
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    base = typing.get_origin(options[0]) or options[0]
-    text = value.strip() if from_text else None
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    base = typing.get_origin(kinds[0]) or kinds[0]
+    items = typing.get_args(kinds[0]) if base is list else ()
+    result = value
     try:
-        if from_text and type(None) in options and text.lower() in ("", "none", "null"):
+        if from_text and type(None) in kinds and value.strip().lower() in ("", "none", "null"):
             return None
         if from_text and base is bool:
-            return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[
-                text.lower()
-            ]
-        if from_text and base in (list, dict):
-            value = tomllib.loads(f"value = {text}")["value"]
+            result = BOOLEANS[value.strip().lower()]
         elif from_text:
-            return base(text)
-        if base is float and type(value) is int:
-            value = float(value)
-        item = (typing.get_args(options[0]) or (None,))[0] if base is list else None
-        if item is float:
-            value = [float(v) if type(v) is int else v for v in value]
-        if type(value) is not base or (item and any(type(v) is not item for v in value)):
+            result = tomllib.loads(f"value = {value}")["value"] if base in (list, dict) else base(value)
+        if base is float and type(result) is int:
+            result = float(result)
+        if float in items:
+            result = [float(item) if type(item) is int else item for item in result]
+        if type(result) is not base or result != result or any(type(item) not in items for item in items and result):
             raise ValueError
-        if base is float and math.isnan(value):
-            raise ValueError
-        return value
-    except (ValueError, KeyError, tomllib.TOMLDecodeError):
+    except (ValueError, KeyError, TypeError):  # tomllib's error is a ValueError
         raise UserError(f"Failed to coerce value: {value!r} to {base} (for {name})") from None
+    return result
 
 
 def read_settings(path: str | Path | None, overrides: list[str]) -> tuple[dict, dict]:
@@ -670,24 +658,21 @@ def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
     The held-out split is eval_dataset, else the dataset's test split, else eval_fraction of the training rows, the
     same rows for every seed.
     """
-    if split == "test":
-        name = config.eval_dataset or config.dataset
-        held_out = open_dataset(name, config.dataset_config, "test")
-        if held_out is None and config.eval_dataset:
-            held_out = open_dataset(name, config.dataset_config, "train")
-        if held_out is not None:
-            return check_rows(config, *held_out)
+    test = open_dataset(config.eval_dataset or config.dataset, config.dataset_config, "test")
+    if test is None and config.eval_dataset:
+        test = open_dataset(config.eval_dataset, config.dataset_config, "train")
+    if split == "test" and test is not None:
+        return check_rows(config, *test)
     training = open_dataset(config.dataset, config.dataset_config, "train")
     if training is None:
         raise UserError(f"Dataset has no training split: {config.dataset} needs a train.jsonl, .json, .csv or .parquet")
     rows = check_rows(config, *training)
-    if not config.eval_dataset and open_dataset(config.dataset, config.dataset_config, "test") is None:
+    if test is None:
         order = np.random.default_rng(0).permutation(len(rows))
         aside = max(1, round(len(rows) * config.eval_fraction))
         if aside == len(rows):
-            raise UserError(f"{training[1]} has {len(rows)} row: too few to set some aside; give an eval_dataset")
-        chosen = sorted(order[:aside]) if split == "test" else sorted(order[aside:])
-        rows = [rows[i] for i in chosen]
+            raise UserError(f"{training[1]} has too few rows ({len(rows)}) to set some aside; give an eval_dataset")
+        rows = [rows[i] for i in sorted(order[:aside] if split == "test" else order[aside:])]
     return rows[: config.max_train_samples or None] if split == "train" else rows
 
 
@@ -756,37 +741,31 @@ def repetition_reward_func(completions, **kwargs) -> list[float]:
     return scores
 
 
-def import_reward_file(path: str):
-    """The user's Python file as a module. It is their own code and runs with their rights."""
-    file = local_path(path)
-    if file is None:
-        raise UserError(f"Reward file not found: {path}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises, named and passed on with its traceback
-        raise RunError(f"Reward file failed to import: {path}: {type(error).__name__}: {error}") from error
-    return module
-
-
 def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
-    """The reward functions with their weights; a reward file may define `reward_weights = {"name": weight}`."""
+    """The reward functions with their weights. A user's file may define `reward_weights = {"name": weight}`.
+
+    The file is the user's own code and runs with their rights. Raises UserError or RunError with its name.
+    """
     functions, weights = [], []
     for name in config.reward_funcs:
         path, _, attribute = name.rpartition(":")
-        module = import_reward_file(path) if path else sys.modules[__name__]
+        module = sys.modules[__name__]
+        if path:
+            if (file := local_path(path)) is None:
+                raise UserError(f"Reward file not found: {path}")
+            spec = importlib.util.spec_from_file_location(file.stem, file)
+            module = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+            except Exception as error:  # whatever the user's file raises, named and passed on with its traceback
+                raise RunError(f"Reward file failed to import: {path}: {type(error).__name__}: {error}") from error
         function = getattr(module, attribute, None)
         if not callable(function) or (not path and not attribute.endswith("_reward_func")):
-            built_in = [n for n in dir(sys.modules[__name__]) if n.endswith("_reward_func")]
+            built_in = [n for n in globals() if n.endswith("_reward_func")]
             raise UserError(f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function")
         functions.append(function)
         weights.append(float(getattr(module, "reward_weights", {}).get(attribute, 1.0)) if path else 1.0)
     return functions, list(config.reward_weights) or weights
-
-
-def reward_names(functions) -> list[str]:
-    return [getattr(function, "__name__", type(function).__name__) for function in functions]
 
 
 async def call_reward(function, timeout: float, arguments: dict):
@@ -818,7 +797,8 @@ def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndar
         return await asyncio.gather(*(call_reward(f, timeout, arguments) for f in functions), return_exceptions=True)
 
     rewards = np.full((len(functions), len(texts)), np.nan)
-    for f, (name, result) in enumerate(zip(reward_names(functions), asyncio.run(call_all()))):
+    for f, (function, result) in enumerate(zip(functions, asyncio.run(call_all()))):
+        name = function.__name__
         if isinstance(result, TimeoutError):
             raise RunError(f"Reward function {name} took longer than reward_timeout = {timeout:g} s")
         if isinstance(result, BaseException):
@@ -871,11 +851,29 @@ def random_key(*parts) -> mx.array:
     return mx.random.key(int.from_bytes(digest) >> 1)
 
 
-def plain_caches(model) -> bool:
-    """Whether every layer keeps a plain KV cache, which may be padded; sliding-window and recurrent ones may not."""
+PADDING_WORKS = {}  # by model class
+
+
+def can_pad(model) -> bool:
+    """Whether rows of different length may share a batch: every layer keeps a plain KV cache and masks its padding.
+
+    Sliding-window and recurrent caches may not be padded, and some models' attention takes no mask of its own for each
+    row; that is found out by trying, once a class.
+    """
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-    return all(type(c) is KVCache for c in make_prompt_cache(model))
+    if any(type(c) is not KVCache for c in make_prompt_cache(model)):
+        return False
+    if type(model) not in PADDING_WORKS:
+        tokens, pads, last = mx.array([[0, 0, 1, 2, 3], [1, 2, 3, 4, 3]]), mx.array([2, 0]), mx.array([[3], [3]])
+        try:
+            padded = model(last, cache=prefill(model, tokens, pads, 1))[0]
+            alone = model(last[:1], cache=prefill(model, tokens[:1, 2:], None, 1))[0]
+            gap, spread = mx.abs(padded - alone).max(), alone.max() - alone.min()
+            PADDING_WORKS[type(model)] = (gap < 0.03 * spread).item()  # half precision differs by a little
+        except ValueError:  # the shapes of mask and scores do not match
+            PADDING_WORKS[type(model)] = False
+    return PADDING_WORKS[type(model)]
 
 
 def map_rows(cache: list, change) -> None:
@@ -1030,7 +1028,7 @@ def generate(
     """
     row = lambda: Row(tokenizer, stop_strings, max_new_tokens)  # noqa: E731
     rows = [[row() for _ in range(num_generations)] for _ in prompts]
-    padded = plain_caches(model)
+    padded = can_pad(model)
     budget = kv_budget or memory_bytes() // 4
     most = max(num_generations, int(budget / kv_bytes_per_token(model)) // (max(map(len, prompts)) + max_new_tokens))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours need little padding
@@ -1339,7 +1337,7 @@ class CompletionLogProbs:
 
     def __init__(self, model, temperature: float, share_prompts: bool):
         self.model, self.temperature = model, temperature
-        self.share_prompts = share_prompts and plain_caches(model)
+        self.share_prompts = share_prompts and can_pad(model)
         self.split = split_head(model)
         if self.split:
             vocabulary = model(mx.array([[0]])).shape[-1]
@@ -1853,43 +1851,57 @@ class MLXGRPOTrainer:
     # The loop
 
     def train(self) -> dict:
-        """Train to the end: evaluate, update, log, save. Returns the evaluations before and after."""
-        config = self.config
+        """Train to the end: evaluate, update, log, save. Returns the evaluations before and after, {} when stopped."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        config, live = self.config, sys.stdout.isatty()
         self.build_step()
-        before = self.evaluations("before") if not self.update else self.read_first_evaluation()
-        with Display(self.updates, self.update) as display:
+        before = self.read_first_evaluation() if self.update else self.evaluations("before")
+        columns = BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+        with Progress(*columns, disable=not live) as bar:
+            task = bar.add_task("", total=self.updates, completed=self.update)
+            say = bar.console.print if live else functools.partial(print, flush=True)
             while self.update < self.updates and not self.stop_signal:
-                seconds = dict.fromkeys(("rollout", "reward", "train"), 0.0)
-                first = self.cursor
-                groups = self.collect(seconds)
-                start = time.perf_counter()
-                metrics = self.train_on(groups)
-                seconds["train"] = time.perf_counter() - start
-                previous, self.update = self.update, self.update + len(metrics)
-                if crossed(previous, self.update, config.sync_every):
-                    self.synced = self.trainable()
-                    self.refresh_sampler()
-                shared = self.describe(groups, seconds, self.cursor - first)
-                for number, one in enumerate(metrics, previous + 1):
-                    record = {"update": number, "lr": learning_rate(config, number - 1, self.updates), **one, **shared}
+                previous, records = self.update, self.one_rollout()
+                for record in records:
                     self.log("training_log", record)
-                    if number % config.logging_steps == 0 or number == self.updates:
-                        display.show(record)
-                self.warn_of_mismatch(metrics[-1])
-                if crossed(previous, self.update, config.log_completions_steps):
-                    self.log_completions(groups)
-                done = self.update >= self.updates
-                for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
-                    if crossed(previous, self.update, every) and not done:
-                        display.note(self.evaluation(split))
-                if crossed(previous, self.update, config.save_steps) and not done:
-                    self.save_checkpoint()
+                    text = progress_text(record)
+                    bar.update(task, completed=record["update"], description=text)
+                    if not live and (crossed(record["update"] - 1, record["update"], config.logging_steps)):
+                        say(f"{record['update']}/{self.updates} {text}")
+                if self.update < self.updates:  # the last update's are made below
+                    for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
+                        if crossed(previous, self.update, every):
+                            say(f"update {self.update}: {describe_evaluation(self.evaluation(split))}")
+                    if crossed(previous, self.update, config.save_steps):
+                        self.save_checkpoint()
         if self.stop_signal:
             self.save_checkpoint()
             return {}
         after = self.evaluations("after")
-        write_directory(self.run_dir / "final", lambda folder: self.write_model(folder))
+        write_directory(self.run_dir / "final", self.write_model)
         return {"before": before, "after": after}
+
+    def one_rollout(self) -> list[dict]:
+        """Sample, score, and update num_iterations times; the log records of those updates."""
+        config, first = self.config, self.cursor
+        seconds = dict.fromkeys(("rollout", "reward", "train"), 0.0)
+        groups = self.collect(seconds)
+        start = time.perf_counter()
+        metrics = self.train_on(groups)
+        seconds["train"] = time.perf_counter() - start
+        previous, self.update = self.update, self.update + len(metrics)
+        if crossed(previous, self.update, config.sync_every):
+            self.synced = self.trainable()
+            self.refresh_sampler()
+        if crossed(previous, self.update, config.log_completions_steps):
+            self.log_completions(groups)
+        self.warn_of_mismatch(metrics[-1])
+        shared = self.describe(groups, seconds, self.cursor - first)
+        return [
+            {"update": number, "lr": learning_rate(config, number - 1, self.updates), **one, **shared}
+            for number, one in enumerate(metrics, previous + 1)
+        ]
 
     def describe(self, groups: list[Group], seconds: dict, prompts_drawn: int) -> dict:
         """What the log says of an update's completions and of its time."""
@@ -1902,7 +1914,7 @@ class MLXGRPOTrainer:
             "epoch": round(self.cursor / len(self.rows), 4),
             "reward_mean": float(np.nanmean(self.totals)),
             "reward_std": float(np.nanstd(self.totals)),
-            **{f"rewards/{n}": nan_mean(r) for n, r in zip(reward_names(self.reward_functions), per_function)},
+            **{f"rewards/{f.__name__}": nan_mean(r) for f, r in zip(self.reward_functions, per_function)},
             "completion_length_mean": float(lengths.mean()),
             "completion_length_max": int(lengths.max()),
             "truncated_fraction": float(np.mean([r == "length" for group in groups for r in group.finish_reasons])),
@@ -1935,7 +1947,7 @@ class MLXGRPOTrainer:
                 file.write(json.dumps(record) + "\n")
 
     def log_completions(self, groups: list[Group]) -> None:
-        names = reward_names(self.reward_functions)
+        names = [function.__name__ for function in self.reward_functions]
         for group in groups:
             for text, reason, rewards, length in zip(group.texts, group.finish_reasons, group.rewards.T, map(len, group.completions)):
                 per_function = {n: None if np.isnan(r) else float(r) for n, r in zip(names, rewards)}
@@ -2119,39 +2131,12 @@ def describe_evaluation(record: dict) -> str:
     return f"{split} exact match {100 * record['em_strict']:.1f}% ({low:.1f} to {high:.1f}), lenient {100 * record['em_lenient']:.1f}%, n = {record['n']}"
 
 
-class Display:
-    """Progress of a run: a rich bar in a terminal, one plain line an update elsewhere."""
-
-    def __init__(self, updates: int, done: int):
-        self.updates, self.done, self.bar = updates, done, None
-
-    def __enter__(self):
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self.task = self.bar.add_task("", total=self.updates, completed=self.done)
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_):
-        if self.bar:
-            self.bar.stop()
-
-    def show(self, record: dict) -> None:
-        text = (
-            f"reward {record['reward_mean']:.2f} length {record['completion_length_mean']:.0f} "
-            f"cut {record['truncated_fraction']:.0%} flat {record['zero_signal_fraction']:.0%} lr {record['lr']:.1e}"
-        )
-        if self.bar:
-            self.bar.update(self.task, completed=record["update"], description=text)
-        else:
-            seconds = sum(v for k, v in record.items() if k.startswith("seconds/"))
-            print(f"{record['update']}/{self.updates} {text} kl {record.get('kl') or 0:.4f} {seconds:.1f} s", flush=True)
-
-    def note(self, record: dict) -> None:
-        text = f"update {record['update']}: {describe_evaluation(record)}"
-        self.bar.console.print(text) if self.bar else print(text, flush=True)
+def progress_text(record: dict) -> str:
+    """The few numbers of an update that matter, in one line."""
+    return (
+        f"reward {record['reward_mean']:.2f} length {record['completion_length_mean']:.0f} cut {record['truncated_fraction']:.0%} "
+        f"flat {record['zero_signal_fraction']:.0%} kl {record.get('kl') or 0:.4f} lr {record['lr']:.1e}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------

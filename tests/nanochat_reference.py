@@ -6,21 +6,9 @@ Independent of convert_nanochat.py and nanochat_2026.py on purpose: shapes, wind
 import json
 import pickle
 
-import tiktoken
 import torch
 import torch.nn.functional as F
-
-SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
-           "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]  # fmt: skip
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
-
-
-def make_encoding(merged=("th", "the", " the", "in", "ing", "aa", "aaa", "aaaa", "é", "< ", "<|", "|>", "\n\n")) -> tiktoken.Encoding:
-    """A small tokenizer in nanochat's manner; the order of `merged` is that of training, so each is made by one merge."""
-    ranks = {bytes([i]): i for i in range(256)}
-    ranks |= {token.encode(): 256 + i for i, token in enumerate(merged)}
-    special = {token: len(ranks) + i for i, token in enumerate(SPECIAL)}
-    return tiktoken.Encoding("rustbpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+from nanochat_tokenizer import make_encoding
 
 
 def rms(x):
@@ -46,7 +34,6 @@ def attention(q, k, v, window):
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).reshape(T, H * D)
 
 
-@torch.no_grad()
 def logits(weights, config, ids):
     """One row of ids (T,) -> logits (T, V) of the checkpoint's model, of either architecture."""
     w = {key.removeprefix("_orig_mod."): value.float() for key, value in weights.items()}
@@ -55,8 +42,8 @@ def logits(weights, config, ids):
     ids = torch.tensor(ids)
     x = rms(w["transformer.wte.weight"][ids])
     if new:
-        for t in range(T - 1, 0, -1):  # from the last, so that each takes the embedding before it as it was
-            x[t] = x[t] + w["smear_lambda"][0] * torch.sigmoid(w["smear_gate.weight"][0] @ x[t, :24]) * x[t - 1]
+        gates = [w["smear_lambda"][0] * torch.sigmoid(w["smear_gate.weight"][0] @ x[t, :24]) for t in range(T)]
+        x = torch.stack([x[0], *(x[t] + gates[t] * x[t - 1] for t in range(1, T))])
     x0 = x
     for i in range(layers):
         block = f"transformer.h.{i}."

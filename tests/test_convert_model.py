@@ -337,6 +337,12 @@ def test_layers_that_the_group_size_does_not_divide_are_listed(source, run, tmp_
     assert_refused(run(source("narrow"), "-q", "--group-size", "128", out="none"), 2, "--group-size 128", "[64]", tmp_path=tmp_path)
 
 
+def test_a_long_list_of_layers_is_counted():
+    layers = [(f"model.layers.{i}.mlp.up_proj", 96) for i in range(50)]
+    assert convert_model.listed(layers, False) == "model.layers.*.mlp.up_proj (width 96, 50 layers) (--verbose lists all)"
+    assert convert_model.listed(layers, True).count("width 96") == 50
+
+
 def test_dequantize_undoes_quantize_to_the_rounding(source, run):
     _, packed, _, _ = run(source(), "-q", "--bits", 8, out="packed")
     status, output, _, error = run(packed, "--dequantize")
@@ -485,6 +491,16 @@ def test_fused_adapter_equals_the_adapted_model(kind, flags, source, run, tmp_pa
     assert "into 14 layers" in said and "re-quantised" not in said
 
 
+def test_float32_fuses_a_half_precision_model_in_float32(source, run, tmp_path):
+    _, base, _, _ = run(source(), "--dtype", "bfloat16", out="base")
+    save_adapter(base, tmp_path / "adapter", "lora")
+    _, output, _, _ = run(base, "--adapter-path", tmp_path / "adapter", "--dtype", "float32")
+    name, adapter = "model.layers.3.mlp.up_proj", mx.load(str(tmp_path / "adapter" / "adapters.safetensors"))
+    change = 8.0 * (adapter[f"{name}.lora_a"] @ adapter[f"{name}.lora_b"]).T
+    expected = weights_of(base)[f"{name}.weight"].astype(mx.float32) + change
+    assert mx.abs(weights_of(output)[f"{name}.weight"] - expected).max().item() < 1e-6
+
+
 def test_fusing_into_a_quantised_model_says_its_error(source, run, tmp_path):
     _, base, _, _ = run(source(), "-q", out="base")
     expected = save_adapter(base, tmp_path / "adapter", "lora")
@@ -617,11 +633,13 @@ def test_directories_that_are_no_model(altered, run, tmp_path):
     assert_refused(run(path, "--revision", "main"), 2, "--revision", "local directory", tmp_path=tmp_path)
 
 
-@pytest.mark.parametrize("keep", [0.999, 0.5, 0.001, 0.0])
-def test_truncated_weights(keep, altered, run, tmp_path):
+@pytest.mark.parametrize("lost", ["a byte", "half", "the data", "the data and a byte", "all", "all but a pointer"])
+def test_truncated_weights(lost, altered, run, tmp_path):
     file = altered("llama") / "model.safetensors"
     data = file.read_bytes()
-    file.write_bytes(data[: int(len(data) * keep)])
+    header = 8 + int.from_bytes(data[:8], "little")
+    keep = {"a byte": len(data) - 1, "half": len(data) // 2, "the data": header, "the data and a byte": header - 1}.get(lost, 0)
+    file.write_bytes(b"version https://git-lfs" if lost == "all but a pointer" else data[:keep])
     assert_refused(run(file.parent), 1, "Damaged weights", "model.safetensors", tmp_path=tmp_path)
 
 

@@ -6,6 +6,7 @@ output directory is complete or absent.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import difflib
@@ -98,7 +99,7 @@ def read_safetensors_header(path):
         except (UnicodeDecodeError, json.JSONDecodeError):
             header = {}
     header.pop("__metadata__", None)
-    end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=-1)
+    end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=math.inf)
     if end != size:
         raise ConversionError(f"Damaged weights: {path} holds {size} bytes, not what its header says; download or save it again")
     return {name: (tensor["shape"], tensor["data_offsets"][1] - tensor["data_offsets"][0]) for name, tensor in header.items()}
@@ -266,6 +267,7 @@ def ignored_window(config, reads, args):
 
 def model_classes(config):
     """mlx-lm's (Model, ModelArgs). Its gpt2 expects names without the `transformer.` that transformers writes."""
+    from mlx_lm.models.base import BaseModelArgs
     from mlx_lm.utils import _get_classes
 
     model_class, args_class = _get_classes(config)
@@ -273,7 +275,7 @@ def model_classes(config):
         name for name, parameter in inspect.signature(args_class).parameters.items()
         if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in config
     ]  # fmt: skip
-    if needed and "from_dict" not in vars(args_class):
+    if needed and args_class.from_dict.__func__ is BaseModelArgs.from_dict.__func__:
         raise ValueError(f"config.json lacks {', '.join(needed)}, which mlx-lm's {config['model_type']} needs")
     if config["model_type"] != "gpt2":
         return model_class, args_class
@@ -313,7 +315,7 @@ def load_model(source, checkpoint, args):
     ignored = {} if config.get("model_file") else ignored_settings(model, config)
     window = ignored.get("sliding_window")
     if window and (config["model_type"] == "mistral" and window == 4096 or "sliding_window" in args.ignore_setting):
-        # Every mistral 0.1 has this window; within it the model is exact, and that is far for training.
+        # 4096 is transformers' default for mistral and was never more than a limit on the length of exact texts.
         print(f"  exact for texts up to {window} tokens: mlx-lm does not apply this model's sliding_window")
         ignored.pop("sliding_window")
     if refused := {name: value for name, value in ignored.items() if name not in args.ignore_setting}:
@@ -529,9 +531,33 @@ def shorten(text, everything=False):
     return text if everything or len(text) <= 600 else text[:600] + " ... (--verbose shows all)"
 
 
+def change_weights(model, config, args):
+    """(model, config) dequantised, fused, cast and quantised as the flags say, in this order."""
+    from mlx_lm.utils import dequantize_model
+
+    if args.dtype == "float32":
+        cast(model, args.dtype)  # before the other steps too, so that they are done in float32
+    if args.dequantize:
+        print("Dequantising")
+        model = dequantize_model(model)
+        for key in ("quantization", "quantization_config"):
+            config.pop(key, None)
+    if args.adapter_path:
+        fuse_adapters(model, args.adapter_path)
+    dtype = args.dtype or config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    if dtype in DTYPES:
+        if others := cast(model, dtype):
+            print(f"Cast {', '.join(sorted(others))} to {dtype}" + ("" if args.dtype else ", as config.json says (--dtype overrides it)"))
+        config["dtype"] = config["torch_dtype"] = dtype
+    if args.quantize:
+        print("Quantising")
+        model, config = quantize(model, config, args)
+    return model, config
+
+
 def convert(args):
     """One conversion, from the flags to the summary."""
-    from mlx_lm.utils import dequantize_model, get_total_parameters
+    from mlx_lm.utils import get_total_parameters
 
     output = check_output(args)
     print(f"Loading {args.hf_path}")
@@ -541,32 +567,23 @@ def convert(args):
     tokenizer = load_tokenizer(source, config, args.trust_remote_code)
     if args.eos_token:
         set_eos_token(args.eos_token, tokenizer, source, config)
-    parameters, bits_before, was_quantized = get_total_parameters(model), bits_per_weight(model), is_quantized(model)
-    if args.quantize and was_quantized:
+    if args.quantize and is_quantized(model):
         raise ConversionError(f"--quantize: {args.hf_path} is already quantised; --dequantize it into a directory of its own first", 2)
-    if args.dequantize and not was_quantized:
+    if args.dequantize and not is_quantized(model):
         raise ConversionError(f"--dequantize: {args.hf_path} is not quantised; leave the flag out", 2)
 
-    dtype = args.dtype or config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
-    if args.dtype == "float32":
-        cast(model, args.dtype)  # before the steps below, so that they are done in float32
-    if args.dequantize:
-        print("Dequantising")
-        model = dequantize_model(model)
-        for key in ("quantization", "quantization_config"):
-            config.pop(key, None)
-    if args.adapter_path:
-        fuse_adapters(model, args.adapter_path)
-    if dtype in DTYPES:
-        if others := cast(model, dtype):
-            print(f"Cast {', '.join(sorted(others))} to {dtype}" + ("" if args.dtype else ", as config.json says (--dtype overrides it)"))
-        config["dtype"] = config["torch_dtype"] = dtype
-    if args.quantize:
-        print("Quantising")
-        model, config = quantize(model, config, args)
-    left = unquantized_layers(model) if is_quantized(model) else []
-    bits_after, quantized = bits_per_weight(model), is_quantized(model)
-    details = list(verbose_lines(model, config)) if args.verbose else []
+    parameters, bits_before = get_total_parameters(model), bits_per_weight(model)
+    elements = 0 if is_quantized(model) else sum(math.prod(shape) for shape, _ in checkpoint.values())
+    model, config = change_weights(model, config, args)
+    lines = [f"  bits per weight  {bits_before:.3f} -> {bits_per_weight(model):.3f}"]
+    if is_quantized(model) and (left := unquantized_layers(model)):
+        lines.append(f"  not quantised    {listed(left, args.verbose)}")
+    if elements > parameters:
+        lines.append(f"  left out         {(elements - parameters) / 1e6:.1f} M numbers that mlx-lm's text model does not use")
+    if tokenizer is None and not (source / "tokenizer.pkl").exists():
+        lines.append(f"  no tokenizer     {args.hf_path} has none: copy its tokenizer.json into {args.output_dir} before generating")
+    lines += verbose_lines(model, config) if args.verbose else []
+    trained_through = " --set fine_tune_type=lora" if is_quantized(model) else ""
 
     print(f"Saving to {args.output_dir}")
     try:
@@ -574,24 +591,23 @@ def convert(args):
             write_directory(directory, source, model, config, tokenizer, args)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConversionError(f"Cannot write {args.output_dir}: {shorten(str(error))}; nothing was left behind") from error
-    size_before = sum(size for _, size in checkpoint.values())
-    size_after = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    print(*details, sep="\n", end="\n" if details else "")
+    before = sum(size for _, size in checkpoint.values())
+    after = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     print(f"Converted {config['model_type']}, {parameters / 1e6:.1f} M parameters")
-    print(f"  size             {size_before / 1e6:.1f} MB -> {size_after / 1e6:.1f} MB")
-    print(f"  bits per weight  {bits_before:.3f} -> {bits_after:.3f}")
-    if left:
-        print(f"  not quantised    {', '.join(f'{name} (width {width})' for name, width in left)}")
-    elements = sum(math.prod(shape) for shape, _ in checkpoint.values())
-    if not was_quantized and elements > parameters:
-        print(f"  left out         {(elements - parameters) / 1e6:.1f} M numbers that mlx-lm's text model does not use")
-    if tokenizer is None and not (source / "tokenizer.pkl").exists():
-        print(f"  no tokenizer     {args.hf_path} has none: copy its tokenizer.json into {args.output_dir} before generating")
+    print(f"  size             {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB", *lines, sep="\n")
     if args.upload_repo:
         upload(output, args.upload_repo)
     name = shlex.quote(args.output_dir)
     print(f"Next:\n  uv run python utils/inference.py --model {name} --chat")
-    print(f"  uv run mlx-grpo.py --set model_name={name}" + (" --set fine_tune_type=lora" if quantized else ""))
+    print(f"  uv run mlx-grpo.py --set model_name={name}{trained_through}")
+
+
+def listed(layers, everything):
+    """[(path, width)] as text; more than a screenful is counted by kind of layer unless `everything` is wanted."""
+    if everything or len(layers) <= 40:
+        return ", ".join(f"{name} (width {width})" for name, width in layers)
+    kinds = collections.Counter((re.sub(r"\.\d+\.", ".*.", name), width) for name, width in layers)
+    return ", ".join(f"{name} (width {width}, {count} layers)" for (name, width), count in kinds.items()) + " (--verbose lists all)"
 
 
 def verbose_lines(model, config):
@@ -651,6 +667,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if not args.verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on settings comes before our one line
     try:
         convert(args)
     except ConversionError as error:

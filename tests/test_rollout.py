@@ -1,0 +1,136 @@
+"""The rollout's log-probs are those of one full forward; padding, company and batching change nothing."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import ARCHITECTURES, LetterTokenizer, tiny_model
+
+import mlx_grpo
+from mlx_grpo import Sampling, generate, random_key
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33, 34], [40, 41, 42]]
+
+
+def roll(model, prompts=PROMPTS, g=3, tokens=12, seed=0, **options):
+    keys = [random_key(seed, tuple(p)) for p in prompts]
+    return generate(model, LetterTokenizer(), prompts, max_new_tokens=tokens, num_generations=g, keys=keys, **options)
+
+
+def full_logps(model, prompt, completion, temperature=1.0):
+    """Log-probs of a completion from one forward of the whole sequence alone, no cache and no padding."""
+    logits = model(mx.array([prompt + completion]))[0, len(prompt) - 1 : -1].astype(mx.float32) / temperature
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return np.array(mx.take_along_axis(logps, mx.array(completion)[:, None], axis=-1)[:, 0])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_log_probs_equal_a_full_forward(name, temperature):
+    model = tiny_model(name)
+    rollout = roll(model, sampling=Sampling(temperature=temperature))
+    assert len(rollout.completions) == len(PROMPTS) * 3
+    assert len({tuple(c) for c in rollout.completions}) > len(PROMPTS)  # a group's completions differ
+    for n, (ids, logps) in enumerate(zip(rollout.completions, rollout.sampler_logps)):
+        assert len(ids) == len(logps) > 0
+        np.testing.assert_allclose(logps, full_logps(model, PROMPTS[n // 3], ids, temperature), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_prompts_completions_do_not_depend_on_its_company(name):
+    model = tiny_model(name)
+    together = roll(model)
+    for i, prompt in enumerate(PROMPTS):
+        alone = roll(model, [prompt])
+        assert alone.completions == together.completions[3 * i : 3 * i + 3]
+        for a, b in zip(alone.sampler_logps, together.sampler_logps[3 * i :]):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
+def test_a_small_kv_budget_decodes_in_several_batches_with_the_same_result(name):
+    model = tiny_model(name)
+    assert roll(model, kv_budget=1).completions == roll(model).completions
+
+
+def test_the_sampled_distribution_is_the_models():
+    logits = mx.array([[0.0, 1.0, 2.0, -1e30, 1.5]])
+    n = 40_000
+    uniforms = (mx.arange(n) + 0.5) / n
+    ids, logps = mlx_grpo.sample(mx.repeat(logits, n, axis=0), uniforms, Sampling(), None)
+    expected = np.array(mx.softmax(logits, axis=-1))[0]
+    np.testing.assert_allclose(np.bincount(np.array(ids), minlength=5) / n, expected, atol=1e-3)
+    np.testing.assert_allclose(np.exp(np.array(logps)), expected[np.array(ids)], rtol=1e-5)
+
+
+def test_filters_sample_within_their_set_and_report_the_filtered_log_probs():
+    logits = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]]))
+    uniforms = mx.array([0.0, 0.3, 0.6, 0.9999999])
+    for sampling, kept in [(Sampling(top_k=2), 2), (Sampling(top_p=0.7), 2), (Sampling(min_p=0.2), 3)]:
+        ids, logps = mlx_grpo.sample(mx.repeat(logits, 4, axis=0), uniforms, sampling, None)
+        assert max(ids.tolist()) == kept - 1
+        total = sum([0.5, 0.3, 0.15][:kept])
+        np.testing.assert_allclose(np.exp(np.array(logps)), np.array([0.5, 0.3, 0.15])[np.array(ids)] / total, rtol=1e-4)
+
+
+def test_uniforms_at_the_edges_never_draw_an_impossible_id():
+    logits = mx.array([[-mx.inf, 0.0, -mx.inf]] * 2)
+    ids, _ = mlx_grpo.sample(logits, mx.array([0.0, 1.0 - 2**-24]), Sampling(), None)
+    assert ids.tolist() == [1, 1]
+
+
+def test_the_ending_id_is_kept_and_rows_end_where_they_should():
+    model = tiny_model("qwen2")
+    rollout = roll(model, g=8, tokens=40)
+    reasons = set(rollout.finish_reasons)
+    assert reasons == {"eos", "length"}
+    for ids, reason in zip(rollout.completions, rollout.finish_reasons):
+        assert (ids[-1] == 96) == (reason == "eos")
+        assert 96 not in ids[:-1]
+        assert len(ids) == 40 if reason == "length" else len(ids) <= 40
+
+
+def test_a_stop_string_ends_a_row_at_the_id_that_completes_it():
+    model = tiny_model("qwen2")
+    free = roll(model, g=4, tokens=40)
+    target = free.texts[0][7:10]  # spans the boundary between two decoding blocks
+    stopped = roll(model, g=4, tokens=40, stop_strings=[target])
+    assert stopped.finish_reasons[0] == "stop"
+    for ids, text, reason in zip(stopped.completions, stopped.texts, stopped.finish_reasons):
+        assert text.endswith(target) and text.count(target) == 1 if reason == "stop" else target not in text
+    assert stopped.completions[0] == free.completions[0][:10]
+    assert len(stopped.sampler_logps[0]) == 10
+
+
+def test_greedy_is_the_argmax_of_a_full_forward():
+    model = tiny_model("llama")
+    rollout = generate(model, LetterTokenizer(), PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=0.0))
+    for prompt, completion in zip(PROMPTS, rollout.completions):
+        ids = list(prompt)
+        for token in completion:
+            assert token == mx.argmax(model(mx.array([ids]))[0, -1]).item()
+            ids.append(token)
+
+
+def test_a_repetition_penalty_changes_what_is_sampled_and_is_in_the_log_probs():
+    model = tiny_model("qwen2")
+    plain, penalised = roll(model), roll(model, sampling=Sampling(repetition_penalty=1.5))
+    assert plain.completions != penalised.completions
+    prompt, ids = PROMPTS[0], penalised.completions[0]
+    logits = np.array(model(mx.array([prompt]))[0, -1])
+    seen = sorted(set(prompt))
+    logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.5, logits[seen] * 1.5)
+    expected = logits[ids[0]] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+    assert penalised.sampler_logps[0][0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_long_prompts_prefill_in_chunks(monkeypatch):
+    model = tiny_model("qwen2")
+    whole = roll(model)
+    monkeypatch.setattr(mlx_grpo, "PREFILL_CHUNK", 2)
+    assert roll(model).completions == whole.completions
+
+
+def test_a_prompt_of_one_id_works():
+    rollout = roll(tiny_model("qwen2"), [[7], [8, 9, 10]])
+    for n, ids in enumerate(rollout.completions):
+        np.testing.assert_allclose(rollout.sampler_logps[n], full_logps(tiny_model("qwen2"), [[7], [8, 9, 10]][n // 3], ids), atol=2e-4)

@@ -1,0 +1,368 @@
+"""The training forward, the micro-batched step, the trainer's loop: exact, deterministic, and it stops where it must."""
+
+import dataclasses
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from tiny import ARCHITECTURES, tiny_model
+
+import mlx_grpo
+from mlx_grpo import CompletionLogProbs, Group, MLXGRPOTrainer, left_pad, load_config
+
+PROMPTS = [[5, 6, 7, 8, 9], [20, 21], [30, 31, 32]]
+COMPLETIONS = [[1, 2, 3, 4], [5, 6], [7], [8, 9, 10, 11, 12], [13, 14, 15], [16, 17, 18, 96]]  # two a prompt
+
+
+def batch_of(prompts=PROMPTS, completions=COMPLETIONS, length=8, width=8):
+    tokens, pads = left_pad(prompts, length)
+    ids = np.zeros((len(completions), width), np.int32)
+    mask = np.zeros((len(completions), width), np.float32)
+    for n, c in enumerate(completions):
+        ids[n, : len(c)], mask[n, : len(c)] = c, 1
+    return {"prompts": tokens, "pads": pads, "ids": mx.array(ids), "mask": mx.array(mask)}
+
+
+def reference_stats(model, prompt, completion, temperature):
+    logits = model(mx.array([prompt + completion]))[0, len(prompt) - 1 : -1].astype(mx.float32) / temperature
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    taken = mx.take_along_axis(logps, mx.array(completion)[:, None], axis=-1)[:, 0]
+    return taken, -(mx.exp(logps) * logps).sum(axis=-1)
+
+
+def largest_gap(a, b):
+    """Largest difference of two gradients, relative to the largest entry."""
+    pairs = list(zip(tree_flatten(a), tree_flatten(b)))
+    assert [n for (n, _), _ in pairs] == [n for _, (n, _) in pairs]
+    top = max(mx.abs(y).max().item() for _, (_, y) in pairs)
+    return max(mx.abs(x - y).max().item() for (_, x), (_, y) in pairs) / top
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_log_probs_entropies_and_gradients_equal_plain_sequences(name, share, monkeypatch):
+    monkeypatch.setattr(mlx_grpo, "HEAD_CHUNK_LOGITS", 97 * 7)  # seven positions a chunk: several chunks, one ragged
+    model = tiny_model(name)
+    model.train()
+    forward, batch = CompletionLogProbs(model, 0.8, share), batch_of()
+    assert forward.split is not None
+    weights = np.random.default_rng(0).normal(size=batch["ids"].shape)
+
+    def through_the_trainer(model):
+        logps, entropies = forward(batch)
+        inside = batch["mask"] * mx.array(weights, dtype=mx.float32)
+        return (logps * inside).sum() + 0.3 * (entropies * inside).sum()
+
+    def plainly(model):
+        total = 0.0
+        for n, completion in enumerate(COMPLETIONS):
+            logps, entropies = reference_stats(model, PROMPTS[n // 2], completion, 0.8)
+            w = mx.array(weights[n, : len(completion)], dtype=mx.float32)
+            total = total + (logps * w).sum() + 0.3 * (entropies * w).sum()
+        return total
+
+    value, grads = nn.value_and_grad(model, through_the_trainer)(model)
+    expected, expected_grads = nn.value_and_grad(model, plainly)(model)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-3)
+    assert largest_gap(grads, expected_grads) < 1e-4
+
+
+def test_a_quantised_head_is_read_through_too():
+    model = tiny_model("llama", hidden_size=64)
+    nn.quantize(model, 32, 4)
+    logps, _ = CompletionLogProbs(model, 1.0, True)(batch_of())
+    for n, completion in enumerate(COMPLETIONS):
+        expected, _ = reference_stats(model, PROMPTS[n // 2], completion, 1.0)
+        np.testing.assert_allclose(np.array(logps[n, : len(completion)]), np.array(expected), atol=2e-3)
+
+
+def test_a_model_whose_head_cannot_be_split_gives_the_same(monkeypatch):
+    model = tiny_model("qwen2")
+    split = CompletionLogProbs(model, 1.0, True)(batch_of())
+    monkeypatch.setattr(mlx_grpo, "split_head", lambda model: None)
+    whole = CompletionLogProbs(model, 1.0, True)(batch_of())
+    mask = np.array(batch_of()["mask"])
+    for a, b in zip(split, whole):
+        np.testing.assert_allclose(np.array(a) * mask, np.array(b) * mask, atol=1e-4)
+
+
+# The trainer on the bundled starter
+
+
+def settings(tmp_path, *overrides):
+    base = [
+        "model_name=starter/model", "dataset=starter/data", f"output_dir={tmp_path}", "run_name=run", "max_train_samples=24",
+        "batch_size=3", "num_generations=4", "max_completion_length=24", "eval_samples=4", "learning_rate=1e-3",
+        "save_steps=0", "use_compile=false",
+    ]  # fmt: skip
+    return load_config(None, [*base, *overrides])
+
+
+def trainer_of(tmp_path, *overrides):
+    trainer = MLXGRPOTrainer(settings(tmp_path, *overrides), tmp_path / "run")
+    trainer.run_dir.mkdir(parents=True, exist_ok=True)
+    return trainer
+
+
+def groups_of(trainer, b=3, ragged=True):
+    """Groups with made-up completions of the starter's vocabulary, of uneven lengths."""
+    rng, g = np.random.default_rng(1), trainer.config.num_generations
+    groups = []
+    for i in range(b):
+        lengths = rng.integers(3, 20, g) if ragged else [10] * g
+        completions = [rng.integers(5, 200, n).tolist() for n in lengths]
+        logps = [rng.uniform(-4, -0.1, n).tolist() for n in lengths]
+        reasons = ["length" if n > 16 else "eos" for n in lengths]
+        rewards = rng.normal(size=(5, g)) if i != 1 else np.ones((5, g))  # the second group has no signal
+        groups.append(Group(trainer.rows[i], trainer.rows[i]["ids"], completions, logps, reasons, [""] * g, rewards))
+    return groups
+
+
+def whole_gradient(trainer, groups, micro_batch_tokens, stored=()):
+    trainer.config = dataclasses.replace(trainer.config, micro_batch_tokens=micro_batch_tokens)
+    trainer.build_step()
+    rewards = np.stack([group.rewards for group in groups], axis=1)
+    _, advantages = mlx_grpo.combine_rewards(rewards, trainer.reward_weights, trainer.config)
+    batches = trainer.micro_batches(groups, np.array(advantages))
+    rng_shift = 0.3
+    total, grads = 0.0, None
+    for batch in batches:
+        if "old" in stored:
+            logps = trainer.log_probs(batch)[0]
+            batch["old_logps"] = logps + rng_shift * mx.sin(batch["ids"].astype(mx.float32))
+        loss, _, part = trainer.gradient(batch)
+        grads = part if grads is None else tree_map(mx.add, grads, part)
+        total += loss.item()
+    return len(batches), total, grads
+
+
+@pytest.mark.parametrize("loss_type", mlx_grpo.CHOICES["loss_type"])
+def test_micro_batches_add_up_to_the_whole_batchs_gradient(tmp_path, loss_type):
+    trainer = trainer_of(tmp_path, f"loss_type={loss_type}", "mask_truncated_completions=true", "kl_coeff=0")
+    groups = groups_of(trainer)
+    one, loss, grads = whole_gradient(trainer, groups, 10**6, ["old"])
+    assert one == 1
+    for budget in (200, 130, 1):
+        many, split_loss, split_grads = whole_gradient(trainer, groups, budget, ["old"])
+        assert many > 1
+        assert split_loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
+        assert largest_gap(split_grads, grads) < 1e-4
+    assert many == 8  # two groups with signal of four rows: at the smallest budget one row a batch
+
+
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.build_step()
+    groups = trainer.sample_groups(3, {"rollout": 0.0, "reward": 0.0})
+    record = trainer.train_on(groups)[0]
+    assert record["grad_norm"] > 1e-3
+    assert record["clip_ratio/region_mean"] == 0.0
+    assert record["mismatch/max"] < 1e-3  # the rollout's log-probs are the training forward's
+
+
+def test_compiled_and_eager_updates_agree(tmp_path):
+    results = []
+    for flag in ("true", "false"):
+        trainer = trainer_of(tmp_path, f"use_compile={flag}", "loss_type=dapo")
+        trainer.build_step()
+        results.append((trainer.train_on(groups_of(trainer))[0], trainer.trainable()))
+    assert results[0][0]["grad_norm"] == pytest.approx(results[1][0]["grad_norm"], rel=1e-4)
+    for name, weight in results[0][1].items():
+        np.testing.assert_allclose(np.array(weight), np.array(results[1][1][name]), atol=2e-4)
+
+
+def test_a_batch_without_signal_changes_nothing(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.build_step()
+    before = {k: np.array(v) for k, v in trainer.trainable().items()}
+    groups = groups_of(trainer)
+    for group in groups:
+        group.rewards = np.full_like(group.rewards, 0.1)
+    record = trainer.train_on(groups)[0]
+    assert record["skipped"] == "no signal"
+    for name, weight in trainer.trainable().items():
+        assert (np.array(weight) == before[name]).all()
+
+
+def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path):
+    trainer = trainer_of(tmp_path, "max_nan_updates=2")
+    trainer.build_step()
+    before = {k: np.array(v) for k, v in trainer.trainable().items()}
+    groups = groups_of(trainer)
+    good = trainer.gradient
+    trainer.gradient = lambda batch: (*good(batch)[:2], tree_map(lambda g: g * mx.nan, good(batch)[2]))
+    assert trainer.train_on(groups)[0]["skipped"] == "non-finite gradient"
+    for name, weight in trainer.trainable().items():
+        assert (np.array(weight) == before[name]).all()
+    with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered:"):
+        trainer.train_on(groups)
+
+
+def test_the_reference_is_the_policy_at_first_and_stays_behind(tmp_path):
+    trainer = trainer_of(tmp_path, "kl_coeff=0.1")
+    trainer.build_step()
+    groups = groups_of(trainer)
+    assert trainer.train_on(groups)[0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert trainer.train_on(groups)[0]["kl"] > 1e-6
+
+
+def test_the_adapters_reference_is_the_base(tmp_path):
+    for kind in ("lora", "dora"):
+        trainer = trainer_of(tmp_path, "kl_coeff=0.1", f"fine_tune_type={kind}")
+        assert all(k.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m") for k in trainer.trainable())
+        trainer.build_step()
+        groups = groups_of(trainer)
+        assert trainer.train_on(groups)[0]["kl"] == pytest.approx(0, abs=1e-6)
+        assert trainer.train_on(groups)[0]["kl"] > 1e-6
+
+
+def test_quantised_rollouts_are_measured_and_corrected(tmp_path):
+    trainer = trainer_of(tmp_path, "quantize_for_rollouts=true", "group_size=32")
+    assert mlx_grpo.is_quantized(trainer.sampler) and not mlx_grpo.is_quantized(trainer.model)
+    assert trainer.config.correction == "token_truncate"
+    trainer.build_step()
+    record = trainer.train_on(trainer.sample_groups(3, {"rollout": 0.0, "reward": 0.0}))[0]
+    assert record["mismatch/max"] > 1e-3
+
+
+def test_a_half_precision_policy_keeps_float32_masters():
+    """Steps far below bfloat16's resolution must add up."""
+    layer = nn.Linear(4, 4, bias=False)
+    layer.set_dtype(mx.bfloat16)
+    start = np.array(layer.weight.astype(mx.float32))
+    optimizer = mlx_grpo.MasterAdamW(load_config())
+    optimizer.init(layer.trainable_parameters())
+    optimizer.learning_rate = 1e-5
+    for _ in range(2000):
+        optimizer.update(layer, {"weight": mx.ones_like(layer.weight)})
+    mx.eval(layer.parameters())
+    np.testing.assert_allclose(np.array(layer.weight.astype(mx.float32)), start - 0.02, atol=2e-3)
+
+
+def test_adam_is_bias_corrected():
+    layer = nn.Linear(1, 1, bias=False)
+    start = layer.weight.item()
+    optimizer = mlx_grpo.MasterAdamW(load_config())
+    optimizer.learning_rate = 0.1
+    optimizer.update(layer, {"weight": mx.array([[0.5]])})
+    assert layer.weight.item() == pytest.approx(start - 0.1, rel=1e-4)  # the first step is the learning rate
+
+
+def test_the_schedule_warms_up_and_ends_near_zero():
+    config = load_config(None, ["learning_rate=1.0", "warmup_ratio=0.1", "lr_scheduler_type=linear"])
+    rates = [mlx_grpo.learning_rate(config, u, 100) for u in range(100)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3]) and max(rates) == 1.0 and rates[-1] == pytest.approx(1 / 90)
+
+
+def run_and_read(tmp_path, name, *overrides):
+    trainer = MLXGRPOTrainer(settings(tmp_path, f"run_name={name}", *overrides), tmp_path / name)
+    trainer.run_dir.mkdir()
+    trainer.train()
+    return trainer, records_of(tmp_path / name)
+
+
+def records_of(folder):
+    timed = ("seconds", "tokens_per_s", "memory")
+    lines = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not any(t in k for t in timed)} for line in lines]
+
+
+def test_two_equal_runs_are_equal_to_the_bit(tmp_path):
+    (a, log_a), (b, log_b) = (run_and_read(tmp_path, name, "max_train_samples=9") for name in "ab")
+    assert log_a == log_b and len([r for r in log_a if "event" not in r]) == 3
+    for name, weight in a.trainable().items():
+        assert (np.array(weight) == np.array(b.trainable()[name])).all()
+    c, log_c = run_and_read(tmp_path, "c", "max_train_samples=9", "seed=1")
+    assert log_c != log_a
+
+
+@pytest.mark.parametrize("extra", [[], ["fine_tune_type=lora", "kl_coeff=0.05"], ["sync_every=2", "num_iterations=1"]])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, extra):
+    options = ["max_train_samples=12", "log_completions_steps=1", *extra]
+    whole, log = run_and_read(tmp_path, "whole", *options)
+    stopped = MLXGRPOTrainer(settings(tmp_path, "run_name=cut", *options), tmp_path / "cut")
+    stopped.run_dir.mkdir()
+    one_rollout = stopped.one_rollout
+
+    def stop_after_the_first():
+        records = one_rollout()
+        stopped.stop_signal = 2
+        return records
+
+    stopped.one_rollout = stop_after_the_first
+    assert stopped.train() == {}
+    resumed = MLXGRPOTrainer(settings(tmp_path, "run_name=cut", *options), tmp_path / "cut")
+    resumed.resume(mlx_grpo.find_checkpoint(tmp_path / "cut", ""))
+    assert resumed.update == 1
+    resumed.train()
+    assert records_of(tmp_path / "cut") == log
+    assert (tmp_path / "cut" / "completions.jsonl").read_text() == (tmp_path / "whole" / "completions.jsonl").read_text()
+    for name, weight in whole.trainable().items():
+        assert (np.array(weight) == np.array(resumed.trainable()[name])).all()
+
+
+@pytest.mark.parametrize("extra", [[], ["fine_tune_type=lora"], ["fine_tune_type=dora"]])
+def test_the_final_model_opens_in_mlx_lm_with_the_policys_logits(tmp_path, extra):
+    from mlx_lm import load
+
+    trainer, _ = run_and_read(tmp_path, "run", "max_train_samples=6", *extra)
+    opened, tokenizer = load(str(tmp_path / "run" / "final"))
+    ids = mx.array([trainer.rows[0]["ids"]])
+    trainer.model.eval()
+    np.testing.assert_allclose(np.array(opened(ids)), np.array(trainer.model(ids)), atol=1e-3)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True)
+    if extra:
+        adapted, _ = load("starter/model", adapter_path=str(tmp_path / "run" / "final"))
+        np.testing.assert_allclose(np.array(adapted(ids)), np.array(trainer.model(ids)), atol=1e-4)
+
+
+def test_a_quantised_model_trains_through_adapters_only(tmp_path):
+    from mlx_lm.utils import save_config
+
+    model, tokenizer, config = mlx_grpo.open_model("starter/model")
+    nn.quantize(model, 32, 4, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0)
+    folder = tmp_path / "q4"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    save_config({**config, "quantization": {"group_size": 32, "bits": 4}}, folder / "config.json")
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(mlx_grpo.UserError, match="is quantised and cannot be trained in full"):
+        trainer_of(tmp_path, f"model_name={folder}", "fine_tune_type=full")
+    trainer, records = run_and_read(tmp_path, "qlora", f"model_name={folder}", "max_train_samples=6")
+    assert trainer.trainable() and all("lora" in name for name in trainer.trainable())
+    assert any(record.get("grad_norm", 0) > 0 for record in records)
+    from mlx_lm import load
+
+    opened, _ = load(str(tmp_path / "qlora" / "final"))
+    ids = mx.array([trainer.rows[0]["ids"]])
+    trainer.model.eval()
+    np.testing.assert_allclose(np.array(opened(ids)), np.array(trainer.model(ids)), atol=2e-2)
+
+
+def test_dynamic_sampling_replaces_groups_without_signal(tmp_path):
+    trainer = trainer_of(tmp_path, "dynamic_sampling_max_batches=3")
+    real, calls = trainer.sample_groups, []
+
+    def sample_groups(count, seconds):
+        groups = real(count, seconds)
+        calls.append(count)
+        for i, group in enumerate(groups):
+            group.rewards = np.arange(20.0).reshape(5, 4) if len(calls) > 1 or i == 0 else np.ones((5, 4))
+        return groups
+
+    trainer.sample_groups = sample_groups
+    groups = trainer.collect({"rollout": 0.0, "reward": 0.0})
+    assert calls == [3, 2] and trainer.cursor == 5
+    assert len(groups) == 3 and all(group.has_signal(trainer.reward_weights) for group in groups)
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns(tmp_path):
+    """The bundled configuration takes held-out exact match from under 40% to over 90%, from the command line."""
+    assert mlx_grpo.main(["--set", f"output_dir={tmp_path}", "--set", "seed=1"]) == 0
+    evaluations = [r for r in records_of(tmp_path / "quickstart") if r.get("event") == "eval" and r["split"] == "test"]
+    assert evaluations[0]["update"] == 0 and evaluations[0]["em_strict"] < 0.4
+    assert evaluations[-1]["update"] <= 100 and evaluations[-1]["em_strict"] > 0.9
