@@ -1,4 +1,4 @@
-"""The nanochat model of 2026 for mlx-lm: convert_nanochat.py puts this file beside the weights, as config.json's `model_file`.
+"""The nanochat model of 2026 for mlx-lm: convert_nanochat.py puts this beside the weights, as config.json's model_file.
 
     mlx_lm.load(directory, trust_remote_code=True)
 
@@ -79,7 +79,11 @@ class Attention(nn.Module):
         v = v.transpose(0, 2, 1, 3)
         offset = 0 if cache is None else cache.offset
         q, k = (
-            norm(mx.fast.rope(a, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._freqs))
+            norm(
+                mx.fast.rope(
+                    a, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._freqs
+                )
+            )
             for a in (q, k)
         )
         if cache is not None:
@@ -126,8 +130,8 @@ class Backbone(nn.Module):
     def smear(self, x, cache):
         """Add to each position what its gate lets through of the position before it.
 
-        The cache keeps the embeddings, one half as keys and one as values: a plain KVCache, so that whatever mlx-lm does to
-        caches (batching, padding, trimming) is right for it too.
+        The cache keeps the embeddings, one half as keys and one as values: a plain KVCache, so that whatever mlx-lm does
+        to caches (batching, padding, trimming) is right for it too.
         """
         B, T, D = x.shape
         offset = 0 if cache is None else cache.offset

@@ -59,7 +59,11 @@ def logits(weights, config, ids):
         q, k = sharp * rms(rotate(q, base)), sharp * rms(rotate(k, base))
         short = -(-config["sequence_len"] // 4 // 128) * 128
         long = not new or i == layers - 1 or config["window_pattern"][i % len(config["window_pattern"])] == "L"
-        x = x + attention(q, k, v, (config["sequence_len"] if new else T) if long else short) @ w[block + "attn.c_proj.weight"].T
+        x = (
+            x
+            + attention(q, k, v, (config["sequence_len"] if new else T) if long else short)
+            @ w[block + "attn.c_proj.weight"].T
+        )
         h = rms(x) @ w[block + "mlp.c_fc.weight"].T
         x = x + F.relu(h) ** 2 @ w[block + "mlp.c_proj.weight"].T
         if new and i == layers // 2:
@@ -91,10 +95,25 @@ def random_checkpoint(folder, *, new=False, n_layer=3, n_head=4, n_kv_head=2, n_
     w["lm_head.weight"] = normal(rows, D)
     if new:
         w |= {"resid_lambdas": 1 + normal(n_layer, scale=0.2), "x0_lambdas": normal(n_layer, scale=0.3)}
-        w |= {"smear_gate.weight": normal(1, 24), "smear_lambda": torch.tensor([0.7]), "backout_lambda": torch.tensor([0.3])}
-        w |= {f"value_embeds.{i}.weight": normal(rows, KV, scale=0.5).bfloat16() for i in range(n_layer) if i % 2 == (n_layer - 1) % 2}
+        w |= {
+            "smear_gate.weight": normal(1, 24),
+            "smear_lambda": torch.tensor([0.7]),
+            "backout_lambda": torch.tensor([0.3]),
+        }
+        w |= {
+            f"value_embeds.{i}.weight": normal(rows, KV, scale=0.5).bfloat16()
+            for i in range(n_layer)
+            if i % 2 == (n_layer - 1) % 2
+        }
     w = {prefix + key: value for key, value in w.items()}
-    config = {"sequence_len": sequence_len, "vocab_size": V, "n_layer": n_layer, "n_head": n_head, "n_kv_head": n_kv_head, "n_embd": D}
+    config = {
+        "sequence_len": sequence_len,
+        "vocab_size": V,
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_kv_head": n_kv_head,
+        "n_embd": D,
+    }
     config |= {"window_pattern": window_pattern} if new else {}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(w, folder / f"model_{step:06d}.pt")

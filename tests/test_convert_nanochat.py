@@ -26,7 +26,14 @@ import convert_nanochat  # noqa: E402
 
 Wrapper = convert_nanochat.TiktokenTokenizerWrapper
 needs_references = pytest.mark.skipif(not REFERENCES.is_dir(), reason=f"no nanochat references at {REFERENCES}")
-FILES = {"config.json", "model.safetensors", "tokenizer.pkl", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+FILES = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.pkl",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+}
 
 
 class Converted:
@@ -68,12 +75,31 @@ def ids(converted):
 
 
 def random_chat(rng):
-    pieces = ["a", "the", " ", "\n", "'s", "12", "!", "<", "|", ">", "<|", "|>", "é", "🌍", "\ufdd0", *SPECIAL, "bos|>", "user_start"]
+    pieces = [
+        "a",
+        "the",
+        " ",
+        "\n",
+        "'s",
+        "12",
+        "!",
+        "<",
+        "|",
+        ">",
+        "<|",
+        "|>",
+        "é",
+        "🌍",
+        "\ufdd0",
+        *SPECIAL,
+        "bos|>",
+        "user_start",
+    ]
     texts = ["".join(rng.choices(pieces, k=rng.randint(0, 8))) for _ in range(rng.randint(1, 4))]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-# ---- the same model ---------------------------------------------------------------------------------------------------
+# ---- the same model -------------------------------------------------------------------------------------------------
 
 
 def test_files_and_config(converted):
@@ -82,7 +108,9 @@ def test_files_and_config(converted):
     special = converted.encoding._special_tokens
     assert config["vocab_size"] == converted.encoding.n_vocab == 278  # no multiple of anything
     assert config["eos_token_id"] == [special["<|assistant_end|>"], special["<|bos|>"]]
-    assert json.loads((converted.output / "generation_config.json").read_text())["eos_token_id"] == config["eos_token_id"]
+    assert (
+        json.loads((converted.output / "generation_config.json").read_text())["eos_token_id"] == config["eos_token_id"]
+    )
     assert (converted.output / "tokenizer.pkl").read_bytes() == (converted.source / "tokenizer.pkl").read_bytes()
     assert {str(v.dtype) for _, v in tree_flatten(converted.model.parameters())} == {"mlx.core.float32"}
 
@@ -143,7 +171,9 @@ def test_gradients(converted, ids):
 
 def nanochat_loss_gradient(converted, ids):
     """torch's gradient of the same loss, by the checkpoint's keys."""
-    weights = {key.removeprefix("_orig_mod."): value.float().requires_grad_() for key, value in converted.weights.items()}
+    weights = {
+        key.removeprefix("_orig_mod."): value.float().requires_grad_() for key, value in converted.weights.items()
+    }
     out = nanochat_reference.logits(weights, converted.meta, ids)
     torch.nn.functional.cross_entropy(out[:-1], torch.tensor(ids[1:])).backward()
     return {key: value.grad.numpy() for key, value in weights.items()}
@@ -179,7 +209,9 @@ def test_dtype_and_quantize(converted, ids, tmp_path, capsys):
     whole = converted.model(mx.array([ids]))
     for arguments, dtype, limit in ((["--dtype", "bfloat16"], mx.bfloat16, 0.2), (["-q"], mx.uint32, 2.5)):
         output = tmp_path / "-".join(arguments)
-        assert convert_nanochat.main(["--cache-dir", str(converted.source), "--output-dir", str(output), *arguments]) == 0
+        assert (
+            convert_nanochat.main(["--cache-dir", str(converted.source), "--output-dir", str(output), *arguments]) == 0
+        )
         model, _ = converted.load(output)
         assert model.lm_head.weight.dtype == model.layers[0].mlp.c_fc.weight.dtype == dtype
         assert mx.abs(model(mx.array([ids])).astype(mx.float32) - whole).max().item() < limit
@@ -191,7 +223,7 @@ def test_generation_with_a_stop(converted):
     assert [r.token for r in responses] == converted.greedy(prompt, 8)[: len(responses)]
 
 
-# ---- the same tokenizer -----------------------------------------------------------------------------------------------
+# ---- the same tokenizer ---------------------------------------------------------------------------------------------
 
 
 def test_tokenizer_equals_tiktoken(converted, tmp_path):
@@ -230,16 +262,18 @@ def test_content_cannot_make_special_tokens_by_any_marks(converted):
         assert sum(token in special for token in rendered) == 1 + 2 * len(chat), chat
 
 
-def test_a_wrong_merge_order_would_show():
-    """aaaa is aa + aa, never aaa + a: the merges must be the ones of training."""
+def test_merges_are_those_of_training():
     ranks = make_encoding()._mergeable_ranks
-    assert convert_nanochat.last_merge(b"aaaa", ranks) == [b"aa", b"aa"]
-    assert convert_nanochat.last_merge(b"aaa", ranks) == [b"aa", b"a"]
-    assert convert_nanochat.last_merge(b" the", ranks) == [b" ", b"the"]
-    assert convert_nanochat.last_merge(b"ing", ranks) == [b"in", b"g"]
+    assert convert_nanochat.merges_into(b"aaaa", ranks) == [(b"aa", b"aa")]  # never aaa + a
+    assert convert_nanochat.merges_into(b"aaa", ranks) == [(b"aa", b"a")]
+    assert convert_nanochat.merges_into(b" the", ranks) == [(b" ", b"the")]
+    assert convert_nanochat.merges_into(b"ing", ranks) == [(b"in", b"g")]
+    odd = ranks | {b"xy": 900, b"xyzw": 901, b"zw": 902}  # xyzw comes before one of its halves
+    assert convert_nanochat.merges_into(b"xyzw", odd) == [(b"xy", b"zw")]
+    assert convert_nanochat.merges_into(b"qqq", odd | {b"qqq": 903}) == []  # only ever a whole piece
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------------
+# ---- refusals -------------------------------------------------------------------------------------------------------
 
 
 def run(capsys, source, output, *more):
@@ -292,7 +326,13 @@ def test_steps(checkpoint, tmp_path, capsys):
         # what nanochat became after October 2025, in part: never loaded with the rest dropped
         (lambda w, m: m.update(window_pattern="SSSL"), "unlike nanochat's layout of 2026"),
         (lambda w, m: w.update(resid_lambdas=torch.ones(1)), "no window_pattern"),
-        (lambda w, m: (m.update(window_pattern="L"), w.update(resid_lambdas=torch.ones(1), x0_lambdas=torch.ones(1))), "layout of 2026"),
+        (
+            lambda w, m: (
+                m.update(window_pattern="L"),
+                w.update(resid_lambdas=torch.ones(1), x0_lambdas=torch.ones(1)),
+            ),
+            "layout of 2026",
+        ),
         (lambda w, m: m.update(window_pattern="SXL"), "window_pattern"),
         (lambda w, m: m.update(mtp_n=2), "Unsupported architecture: model_config"),
         (lambda w, m: m.pop("n_kv_head"), "lacks n_kv_head"),
@@ -346,7 +386,9 @@ def test_tokenizers_that_cannot_be_exact_are_refused(checkpoint, tmp_path, capsy
         (good._pat_str, {"<|bos|>": 269}, "lacks <|user_start|>"),
         (good._pat_str, {token: i + (i == 277) for token, i in good._special_tokens.items()}, "has 279 tokens"),
     ):
-        encoding = tiktoken.Encoding("t", pat_str=pattern, mergeable_ranks=good._mergeable_ranks, special_tokens=special)
+        encoding = tiktoken.Encoding(
+            "t", pat_str=pattern, mergeable_ranks=good._mergeable_ranks, special_tokens=special
+        )
         (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
         meta = json.loads((folder / "meta_000123.json").read_text())["model_config"]
         rewrite(folder, meta=meta | {"vocab_size": 270 if len(special) == 1 else 278})
@@ -413,8 +455,19 @@ def test_without_torch(checkpoint, tmp_path, capsys, monkeypatch):
 
 
 def test_the_command_line(tmp_path):
-    result = subprocess.run([sys.executable, str(ROOT / "convert_nanochat.py"), "--cache-dir", str(tmp_path / "absent"), "--output-dir", "x"],
-                            capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "convert_nanochat.py"),
+            "--cache-dir",
+            str(tmp_path / "absent"),
+            "--output-dir",
+            "x",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("Checkpoint not found: ") and result.stderr.count("\n") == 1
 
@@ -425,7 +478,7 @@ def test_2026_models_say_that_they_bring_code(tmp_path):
         mlx_lm.load(str(converted.output))
 
 
-# ---- nanochat's own numbers -------------------------------------------------------------------------------------------
+# ---- nanochat's own numbers -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -465,7 +518,9 @@ def test_published_tokenizer(published):
     for case in renderings["conversations"]:
         messages = case["messages"]
         assert tokenizer.apply_chat_template(messages) == case["render_conversation"]["ids"], case["name"]
-        assert tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True) == case["render_for_completion"], case["name"]
+        assert (
+            tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True) == case["render_for_completion"]
+        ), case["name"]
         assert tokenizer.decode(case["render_conversation"]["ids"]) == case["decoded_conversation"]
         if case["name"] != "literal_special_tokens":  # there the text has marks, or it could not mean these ids
             assert tokenizer.apply_chat_template(messages, tokenize=False) == case["decoded_conversation"]

@@ -17,8 +17,38 @@ block = sys.modules[convert_nanochat.TiktokenTokenizerWrapper.__module__]
 Wrapper = block.TiktokenTokenizerWrapper
 needs_references = pytest.mark.skipif(not REFERENCES.is_dir(), reason=f"no nanochat references at {REFERENCES}")
 
-ALPHABET = ["a", "the", " ", "  ", "\n", "\r", "'s", "12", "3", "!", "<", "|", ">", "<|", "|>", "é", "\u0301", "日", "🌍", "\u200b", "\x00", "\t", "_",
-            "<|bos|>", "<|user_start|>", "<|assistant_end|>", "bos", "\u00a0", "İ", "ſ"]  # fmt: skip
+ALPHABET = [
+    "a",
+    "the",
+    " ",
+    "  ",
+    "\n",
+    "\r",
+    "'s",
+    "12",
+    "3",
+    "!",
+    "<",
+    "|",
+    ">",
+    "<|",
+    "|>",
+    "é",
+    "\u0301",
+    "日",
+    "🌍",
+    "\u200b",
+    "\x00",
+    "\t",
+    "_",
+    "<|bos|>",
+    "<|user_start|>",
+    "<|assistant_end|>",
+    "bos",
+    "\u00a0",
+    "İ",
+    "ſ",
+]
 
 
 def random_texts(n, seed=0):
@@ -58,7 +88,7 @@ def refused(tmp_path, monkeypatch):
     return check
 
 
-# ---- hostile pickles --------------------------------------------------------------------------------------------------
+# ---- hostile pickles ------------------------------------------------------------------------------------------------
 
 
 class Call:
@@ -91,7 +121,12 @@ def encoding_pickle(state):
 
 def good_state(**changes):
     encoding = make_encoding()
-    state = {"name": "rustbpe", "pat_str": PATTERN, "mergeable_ranks": encoding._mergeable_ranks, "special_tokens": encoding._special_tokens}
+    state = {
+        "name": "rustbpe",
+        "pat_str": PATTERN,
+        "mergeable_ranks": encoding._mergeable_ranks,
+        "special_tokens": encoding._special_tokens,
+    }
     return {key: value for key, value in (state | changes).items() if value is not ...}
 
 
@@ -126,12 +161,26 @@ def test_calls_nested_in_the_state_are_refused(refused, field):
 @pytest.mark.parametrize(
     "module, name",
     [
-        ("os", "system"), ("posix", "system"), ("builtins", "eval"), ("builtins", "getattr"), ("tiktoken", "Encoding"), ("tiktoken", "core.Encoding"),
-        ("tiktoken.core", "Encoding.__init__"), ("tiktoken.core", "Encoding.__reduce__"), ("tiktoken.core", "Encoding.decode.__globals__"),
-        ("tiktoken.core", "functools"), ("tiktoken.core", "Encoding "), ("tiktoken.core ", "Encoding"), ("Tiktoken.core", "Encoding"),
-        ("tiktoken.registry", "get_encoding"), ("tiktoken.load", "read_file"), ("copyreg", "_reconstructor"), ("importlib", "import_module"), ("", ""),
+        ("os", "system"),
+        ("posix", "system"),
+        ("builtins", "eval"),
+        ("builtins", "getattr"),
+        ("tiktoken", "Encoding"),
+        ("tiktoken", "core.Encoding"),
+        ("tiktoken.core", "Encoding.__init__"),
+        ("tiktoken.core", "Encoding.__reduce__"),
+        ("tiktoken.core", "Encoding.decode.__globals__"),
+        ("tiktoken.core", "functools"),
+        ("tiktoken.core", "Encoding "),
+        ("tiktoken.core ", "Encoding"),
+        ("Tiktoken.core", "Encoding"),
+        ("tiktoken.registry", "get_encoding"),
+        ("tiktoken.load", "read_file"),
+        ("copyreg", "_reconstructor"),
+        ("importlib", "import_module"),
+        ("", ""),
     ],
-)  # fmt: skip
+)
 def test_every_other_name_is_refused(refused, module, name):
     for get in (global_(module, name), f"c{module}\n{name}\n".encode()):
         refused(b"\x80\x04" + get + b".")
@@ -188,7 +237,16 @@ def test_oversized_and_broken_files_are_refused(refused, tmp_path):
     refused(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".")
     refused(b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b".")
     good = encoding_pickle(good_state())
-    for data in (b"", b".", b"\x80", b"not a pickle", b"\x80\x63.", good[: len(good) // 2], good[:-1], b"\x80\x04" + b"(" * 1000 + b"."):
+    for data in (
+        b"",
+        b".",
+        b"\x80",
+        b"not a pickle",
+        b"\x80\x63.",
+        good[: len(good) // 2],
+        good[:-1],
+        b"\x80\x04" + b"(" * 1000 + b".",
+    ):
         refused(data)
     with pytest.raises(ValueError, match="Failed to load tiktoken tokenizer: .*absent"):
         Wrapper(tmp_path / "absent.pkl")
@@ -202,28 +260,50 @@ def test_oversized_and_broken_files_are_refused(refused, tmp_path):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"pat_str": b"x"}, "pat_str"), ({"pat_str": ""}, "pat_str"), ({"pat_str": "x" * 10_000}, "pat_str"), ({"pat_str": "("}, ""),
-        ({"pat_str": 7}, "pat_str"), ({"pat_str": {}}, "pat_str"), ({"name": 3}, "name"), ({"name": "x" * 300}, "name"),
-        ({"mergeable_ranks": {}}, "256"), ({"mergeable_ranks": "x"}, "mergeable_ranks"), ({"special_tokens": {"<|bos|>": 0}}, "share"),
-        ({"special_tokens": {b"<|bos|>": 999}}, "special_tokens"), ({"special_tokens": {"": 999}}, "special_tokens"),
-        ({"special_tokens": {"<|bos|>": "999"}}, "special_tokens"), ({"special_tokens": {"<|bos|>": 2**30}}, "special_tokens"),
-        ({"special_tokens": {"<|bos|>": -1}}, "special_tokens"), ({"special_tokens": {"x" * 2000: 999}}, "special_tokens"),
-        ({"special_tokens": {"<|bos|>": 2.0}}, ""), ({"special_tokens": {"<|bos|>": True}}, ""), ({"special_tokens": ...}, "fields"),
+        ({"pat_str": b"x"}, "pat_str"),
+        ({"pat_str": ""}, "pat_str"),
+        ({"pat_str": "x" * 10_000}, "pat_str"),
+        ({"pat_str": "("}, ""),
+        ({"pat_str": 7}, "pat_str"),
+        ({"pat_str": {}}, "pat_str"),
+        ({"name": 3}, "name"),
+        ({"name": "x" * 300}, "name"),
+        ({"mergeable_ranks": {}}, "256"),
+        ({"mergeable_ranks": "x"}, "mergeable_ranks"),
+        ({"special_tokens": {"<|bos|>": 0}}, "share"),
+        ({"special_tokens": {b"<|bos|>": 999}}, "special_tokens"),
+        ({"special_tokens": {"": 999}}, "special_tokens"),
+        ({"special_tokens": {"<|bos|>": "999"}}, "special_tokens"),
+        ({"special_tokens": {"<|bos|>": 2**30}}, "special_tokens"),
+        ({"special_tokens": {"<|bos|>": -1}}, "special_tokens"),
+        ({"special_tokens": {"x" * 2000: 999}}, "special_tokens"),
+        ({"special_tokens": {"<|bos|>": 2.0}}, ""),
+        ({"special_tokens": {"<|bos|>": True}}, ""),
+        ({"special_tokens": ...}, "fields"),
         ({"explicit_n_vocab": 5}, "fields"),
     ],
-)  # fmt: skip
+)
 def test_wrong_data_is_refused(refused, changes, reason):
     refused(encoding_pickle(good_state(**changes)), reason)
 
 
 def test_wrong_ranks_are_refused(refused):
     ranks = good_state()["mergeable_ranks"]
-    for changed in (ranks | {"the": 900}, ranks | {b"": 900}, ranks | {b"zz": 0}, ranks | {b"zz": 2**21}, ranks | {b"z" * 2000: 900}):
+    for changed in (
+        ranks | {"the": 900},
+        ranks | {b"": 900},
+        ranks | {b"zz": 0},
+        ranks | {b"zz": 2**21},
+        ranks | {b"z" * 2000: 900},
+    ):
         refused(encoding_pickle(good_state(mergeable_ranks=changed)))
-    refused(encoding_pickle(good_state(mergeable_ranks={t: i for t, i in ranks.items() if t != b"\xff"})), "256 single bytes")
+    refused(
+        encoding_pickle(good_state(mergeable_ranks={t: i for t, i in ranks.items() if t != b"\xff"})),
+        "256 single bytes",
+    )
 
 
-# ---- what it does -----------------------------------------------------------------------------------------------------
+# ---- what it does ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -262,11 +342,24 @@ def test_save_pretrained(wrapper, tmp_path):
 
 def test_chat_format(wrapper):
     t = wrapper.special_tokens
-    ids = wrapper.apply_chat_template([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], add_generation_prompt=True)
-    assert ids == [t["<|bos|>"], t["<|user_start|>"], *wrapper.encode("S\n\nU"), t["<|user_end|>"], t["<|assistant_start|>"]]
+    ids = wrapper.apply_chat_template(
+        [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], add_generation_prompt=True
+    )
+    assert ids == [
+        t["<|bos|>"],
+        t["<|user_start|>"],
+        *wrapper.encode("S\n\nU"),
+        t["<|user_end|>"],
+        t["<|assistant_start|>"],
+    ]
     talk = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
-    assert wrapper.apply_chat_template(talk, tokenize=False) == "<|bos|><|user_start|>U<|user_end|><|assistant_start|>A<|assistant_end|>"
-    assert wrapper.apply_chat_template(talk, tokenize=False, continue_final_message=True).endswith("<|assistant_start|>A")
+    assert (
+        wrapper.apply_chat_template(talk, tokenize=False)
+        == "<|bos|><|user_start|>U<|user_end|><|assistant_start|>A<|assistant_end|>"
+    )
+    assert wrapper.apply_chat_template(talk, tokenize=False, continue_final_message=True).endswith(
+        "<|assistant_start|>A"
+    )
     assert wrapper.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=False).endswith("U<|user_end|>")
     assert talk == [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]  # untouched
     for wrong in (talk[1:], [talk[0], talk[0]], [{"role": "system", "content": "S"}, talk[1]]):
@@ -289,8 +382,14 @@ def test_plain_format_without_the_chat_tokens(tmp_path):
     special = {"<|endoftext|>": encoding.n_vocab - len(SPECIAL)}
     (tmp_path / "tokenizer.pkl").write_bytes(encoding_pickle(good_state(special_tokens=special)))
     wrapper = Wrapper(tmp_path)
-    assert (wrapper.eos_token, wrapper.eos_token_ids, wrapper.bos_token) == ("<|endoftext|>", set(special.values()), None)
-    text = wrapper.apply_chat_template([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], tokenize=False)
+    assert (wrapper.eos_token, wrapper.eos_token_ids, wrapper.bos_token) == (
+        "<|endoftext|>",
+        set(special.values()),
+        None,
+    )
+    text = wrapper.apply_chat_template(
+        [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], tokenize=False
+    )
     assert text == "User: S\n\nU\nAssistant: "
     assert wrapper.apply_chat_template([{"role": "user", "content": "U"}]) == wrapper.encode("User: U\nAssistant: ")
 
@@ -322,7 +421,16 @@ def test_mlx_lm_generates_with_it(wrapper):
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     mx.random.seed(0)
-    model = Model(ModelArgs(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=320, intermediate_size=64))
+    model = Model(
+        ModelArgs(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=320,
+            intermediate_size=64,
+        )
+    )
     prompt = wrapper.apply_chat_template([{"role": "user", "content": "hi"}])
     wrapped = TokenizerWrapper(wrapper, block.TiktokenDetokenizer, eos_token_ids=wrapper.eos_token_ids)
     assert wrapped.eos_token_ids == wrapper.eos_token_ids and wrapped.has_chat_template
@@ -348,8 +456,12 @@ def test_references():
     assert wrapper.eos_token_ids == set(renderings["stop_token_ids"])
     for case in renderings["conversations"]:
         messages = case["messages"]
-        assert wrapper.apply_chat_template(messages, add_generation_prompt=False) == case["render_conversation"]["ids"], case["name"]
-        assert wrapper.apply_chat_template(messages[:-1], add_generation_prompt=True) == case["render_for_completion"], case["name"]
+        assert (
+            wrapper.apply_chat_template(messages, add_generation_prompt=False) == case["render_conversation"]["ids"]
+        ), case["name"]
+        assert (
+            wrapper.apply_chat_template(messages[:-1], add_generation_prompt=True) == case["render_for_completion"]
+        ), case["name"]
         assert wrapper.apply_chat_template(messages, tokenize=False) == case["decoded_conversation"], case["name"]
     for case in renderings["rejected_by_nanochat"]:
         with pytest.raises(ValueError):

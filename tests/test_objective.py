@@ -1,0 +1,773 @@
+"""The objective: equal to TRL's numbers, to a second implementation, to hand-worked ones, and deaf to what must not matter."""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_grpo
+from mlx_grpo import MLXGRPOConfig, combine_rewards, correction_weights, group_advantages, grpo_loss, masked_quantile
+
+DATA = Path(__file__).parent / "data"
+REFERENCE = json.loads((DATA / "objective_cases.json").read_text())
+ADVANTAGES = json.loads((DATA / "advantage_cases.json").read_text())
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+LEVELS = ("token", "sequence")
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+NAMES = ("logps", "old_logps", "ref_logps", "sampler_logps", "entropies", "advantages", "mask")
+
+
+def value_and_grads(inputs: dict, **options):
+    """(loss, gradient by logps, gradient by entropies, metrics) of grpo_loss on numpy inputs."""
+    arrays = {name: None if inputs.get(name) is None else mx.array(inputs[name], dtype=mx.float32) for name in NAMES}
+    entropies = arrays["entropies"] if arrays["entropies"] is not None else mx.zeros(arrays["logps"].shape)
+    metrics = {}
+
+    def loss(logps, entropies):
+        given = {"ref_logps": arrays["ref_logps"], "sampler_logps": arrays["sampler_logps"], "entropies": entropies}
+        value, found = grpo_loss(logps, arrays["old_logps"], arrays["advantages"], arrays["mask"], **given, **options)
+        metrics.update(found)
+        return value
+
+    value, (by_logps, by_entropies) = mx.value_and_grad(loss, argnums=(0, 1))(arrays["logps"], entropies)
+    return value.item(), np.array(by_logps), np.array(by_entropies), {name: x.item() for name, x in metrics.items()}
+
+
+def assert_loss(found, wanted):
+    np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=5e-6)
+
+
+def assert_grad(found, wanted):
+    np.testing.assert_allclose(found, wanted, atol=1e-7, rtol=2e-5)
+
+
+# TRL's numbers
+
+
+@pytest.mark.parametrize("case", REFERENCE["cases"], ids=lambda case: case["name"])
+def test_loss_gradient_and_metrics_equal_trl(case):
+    given, params = REFERENCE["inputs"], case["params"]
+    inputs = {
+        "logps": given["per_token_logps"],
+        "old_logps": given["old_per_token_logps"] if case["old_given"] else None,
+        "ref_logps": given["ref_per_token_logps"] if case["ref_given"] else None,
+        "entropies": given["entropies"],
+        "advantages": given["advantages"],
+        "mask": given["completion_mask"],
+    }
+    loss, grad, _, metrics = value_and_grads(
+        inputs, loss_type=params["loss_type"], importance_sampling_level=params["importance_sampling_level"],
+        clip_eps=params["epsilon"], clip_eps_high=params["epsilon_high"], delta=params["delta"], kl_coeff=params["beta"],
+        use_bias_correction_kl=params["use_bias_correction_kl"], max_completion_length=params["max_completion_length"],
+        num_items=params["num_items_in_batch"],
+    )  # fmt: skip
+    assert_loss(loss, case["loss"])
+    assert_grad(grad, case["grad"])
+    assert set(case["metrics"]) <= set(metrics)
+    for name, wanted in case["metrics"].items():
+        assert metrics[name] == pytest.approx(wanted, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("case", ADVANTAGES, ids=lambda case: case["name"])
+def test_advantages_equal_trl(case):
+    per_function = [[np.nan if r is None else r for r in rewards] for rewards in case["rewards_per_func"].values()]
+    rewards = np.array(per_function, dtype=float).reshape(len(per_function), -1, case["num_generations"])
+    weights = case["reward_weights"] or [1.0] * len(per_function)
+    _, advantages = combine_rewards(rewards, weights, MLXGRPOConfig(scale_rewards=case["scale_rewards"]))
+    np.testing.assert_allclose(np.array(advantages).reshape(-1), case["advantages"], atol=2e-6, rtol=1e-5)
+
+
+# A second implementation, in float64, straight from the formulas. Gradients are exact: a complex step of 1e-30 has no
+# truncation error, `held` takes the place of stop_grad, and comparisons look at real parts.
+
+
+def smaller(a, b):
+    return np.where(np.real(a) <= np.real(b), a, b)
+
+
+def clamp(x, low, high):
+    return np.where(np.real(x) < low, low, np.where(np.real(x) > high, high, x))
+
+
+def second_loss(
+    L, O, A, M, R=None, S=None, H=None, *, loss_type="grpo", importance_sampling_level="token", clip_eps=0.2, clip_eps_high=None,
+    delta=None, kl_coeff=0.0, max_completion_length=None, num_items=None, use_bias_correction_kl=False, top_entropy_quantile=1.0,
+    entropy_coef=0.0, off_policy_mask_threshold=None, sampler_correction=None, sampler_correction_min=None,
+    sampler_correction_max=3.0, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+):  # fmt: skip
+    M = np.asarray(M, float)
+    zeroed = lambda x: None if x is None else np.where(M > 0, x, 0.0)  # noqa: E731
+    L, O, R, S, H = (zeroed(x) for x in (L, O, R, S, H))
+    held = L.real
+    O = held if O is None else O
+    A = np.asarray(A, float)[:, None]
+    n = M.sum(1, keepdims=True)
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+
+    r = np.exp(L - O) if importance_sampling_level == "token" else np.exp(((L - O) * M).sum(1, keepdims=True) / np.maximum(n, 1))
+    if loss_type == "cispo":
+        loss = -np.minimum(r.real, high) * A * L
+    elif loss_type == "sapo":
+        t = np.where(A > 0, sapo_temperature_pos, sapo_temperature_neg)
+        loss = -(4 / t) / (1 + np.exp(-t * (r - 1))) * A
+    elif loss_type == "vespo":
+        log_w = np.clip((np.clip(held - O, -20, 20) * M).sum(1, keepdims=True), np.log(1e-8), 20)
+        k, lam = np.where(A >= 0, 2, 3), np.where(A >= 0, 3, 2)
+        loss = -np.exp(lam + k * log_w - lam * np.exp(log_w)) * A * L
+    else:
+        bounded = r if delta is None else smaller(r, delta)
+        loss = -smaller(bounded * A, clamp(r, 1 - clip_eps, 1 + high) * A)
+    loss = loss * np.ones_like(M)
+    if off_policy_mask_threshold is not None:
+        gap = (((O if S is None else S) - held) * M).sum(1, keepdims=True) / np.maximum(n, 1)
+        loss = loss * ((A >= 0) | (gap <= off_policy_mask_threshold))
+    if top_entropy_quantile < 1:
+        loss = loss * (H.real >= np.quantile(H.real[M > 0], 1 - top_entropy_quantile))
+    if sampler_correction and S is not None and loss_type != "vespo":
+        level, action = sampler_correction.split("_")
+        log_ratio = (O - S) * M
+        w = np.exp(log_ratio if level == "token" else log_ratio.sum(1, keepdims=True))
+        low, top = sampler_correction_min or 0.0, np.inf if sampler_correction_max is None else sampler_correction_max
+        loss = loss * (np.clip(w, low, top) if action == "truncate" else w * ((w >= low) & (w <= top)))
+    if kl_coeff > 0:
+        kl = np.exp(R - L) - (R - L) - 1
+        loss = loss + kl_coeff * kl * (r if use_bias_correction_kl else 1)
+    if entropy_coef > 0:
+        loss = loss - entropy_coef * H
+
+    s = loss * M
+    if loss_type in ("grpo", "sapo"):
+        return (s.sum(1, keepdims=True) / np.maximum(n, 1)).mean()
+    if loss_type == "bnpo":
+        return s.sum() / max(M.sum(), 1)
+    if loss_type == "dr_grpo":
+        return s.sum() / (len(M) * (max_completion_length or M.shape[1]))
+    if loss_type == "luspo":
+        return s.sum(1).mean()
+    return s.sum() / max(M.sum() if num_items is None else num_items, 1)
+
+
+def second_value_and_grads(inputs: dict, **options):
+    """(loss, gradient by logps, gradient by entropies) of second_loss."""
+    L, O, R, S, H, A, M = (None if inputs.get(name) is None else np.asarray(inputs[name], float) for name in NAMES)
+    H = np.zeros_like(L) if H is None else H
+    by_logps, by_entropies = np.zeros_like(L), np.zeros_like(L)
+    for place in np.ndindex(L.shape):
+        step = np.zeros(L.shape, complex)
+        step[place] = 1e-30j
+        by_logps[place] = np.imag(second_loss(L + step, O, A, M, R, S, H, **options)) / 1e-30
+        if options.get("entropy_coef"):
+            by_entropies[place] = np.imag(second_loss(L + 0j, O, A, M, R, S, H + step, **options)) / 1e-30
+    return np.real(second_loss(L + 0j, O, A, M, R, S, H, **options)), by_logps, by_entropies
+
+
+def make_inputs(seed=0, rows=6, width=7, spread=0.5, advantages=None) -> dict:
+    """Random float32 inputs; one row is wholly masked, one has one token, one has no advantage, padding is garbage."""
+    rng = np.random.default_rng(seed)
+    draw = lambda scale, low=0.0: (low + scale * rng.standard_normal((rows, width))).astype(np.float32)  # noqa: E731
+    logps = np.minimum(draw(1.0, -1.5), -0.01)
+    lengths = rng.integers(2, width + 1, rows)
+    lengths[:3] = width, 1, 0
+    if advantages is None:
+        advantages = rng.standard_normal(rows).astype(np.float32)
+        advantages[-1] = 0.0
+    inputs = {
+        "logps": logps,
+        "old_logps": logps + draw(spread),
+        "ref_logps": logps + draw(spread),
+        "sampler_logps": logps + draw(spread),
+        "entropies": np.abs(draw(1.0, 1.5)),
+        "advantages": np.array(advantages, np.float32),
+        "mask": (np.arange(width) < lengths[:, None]).astype(np.float32),
+    }
+    for name in NAMES[:5]:
+        inputs[name] = np.where(inputs["mask"] > 0, inputs[name], draw(30.0)).astype(np.float32)
+    return inputs
+
+
+BASE = {"max_completion_length": 9, "num_items": 40, "clip_eps_high": 0.3}
+ASIDE = {  # options that no reference figure covers, each alone and in company
+    "delta": {"delta": 1.25},
+    "delta below the clip": {"delta": 0.9},
+    "clip higher": {"clip_eps": 0.1, "clip_eps_high": 0.6},
+    "cispo bound": {"clip_eps_high": 5.0},
+    "tight cispo bound": {"clip_eps_high": 1.1},
+    "sapo temperatures": {"sapo_temperature_pos": 2.5, "sapo_temperature_neg": 0.4},
+    "kl": {"kl_coeff": 0.1},
+    "bias corrected kl": {"kl_coeff": 0.1, "use_bias_correction_kl": True},
+    "top entropy": {"top_entropy_quantile": 0.35},
+    "off policy mask": {"off_policy_mask_threshold": 0.05},
+    "strict off policy mask": {"off_policy_mask_threshold": 0.0},
+    "entropy bonus": {"entropy_coef": 0.03},
+    **{name: {"sampler_correction": name, "sampler_correction_max": 1.3} for name in CORRECTIONS},
+    **{f"{name}, both ends": {"sampler_correction": name, "sampler_correction_min": 0.8, "sampler_correction_max": 1.4} for name in CORRECTIONS},
+    **{f"{name}, no upper end": {"sampler_correction": name, "sampler_correction_min": 0.9, "sampler_correction_max": None} for name in CORRECTIONS},
+    "masks and kl": {"kl_coeff": 0.2, "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.02},
+    "all at once": {
+        "delta": 1.4, "kl_coeff": 0.07, "use_bias_correction_kl": True, "top_entropy_quantile": 0.6, "entropy_coef": 0.02,
+        "off_policy_mask_threshold": 0.1, "sampler_correction": "token_truncate", "sampler_correction_max": 1.2,
+    },
+    "all at once, by sequence": {
+        "kl_coeff": 0.07, "top_entropy_quantile": 0.8, "entropy_coef": 0.02, "off_policy_mask_threshold": 0.3,
+        "sampler_correction": "sequence_mask", "sampler_correction_min": 0.2, "sampler_correction_max": 4.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_loss_and_gradients_equal_a_second_implementation(loss_type, level):
+    for seed, (name, aside) in enumerate(ASIDE.items()):
+        options = {**BASE, "loss_type": loss_type, "importance_sampling_level": level, **aside}
+        for old in (True, False):
+            inputs = make_inputs(seed)
+            if not old:
+                inputs["old_logps"] = None
+            loss, by_logps, by_entropies, _ = value_and_grads(inputs, **options)
+            wanted = second_value_and_grads(inputs, **options)
+            try:
+                assert_loss(loss, wanted[0])
+                assert_grad(by_logps, wanted[1])
+                assert_grad(by_entropies, wanted[2])
+            except AssertionError as error:
+                raise AssertionError(f"{name}, old log-probs {'given' if old else 'absent'}: {error}") from None
+
+
+@pytest.mark.parametrize("case", REFERENCE["cases"][::3], ids=lambda case: case["name"])
+def test_the_second_implementation_equals_trl_too(case):
+    given, params = REFERENCE["inputs"], case["params"]
+    inputs = dict(zip(NAMES, (given["per_token_logps"], given["old_per_token_logps"] if case["old_given"] else None,
+                              given["ref_per_token_logps"], None, given["entropies"], given["advantages"], given["completion_mask"])))  # fmt: skip
+    loss, grad, _ = second_value_and_grads(
+        inputs, loss_type=params["loss_type"], importance_sampling_level=params["importance_sampling_level"], kl_coeff=params["beta"],
+        use_bias_correction_kl=params["use_bias_correction_kl"], max_completion_length=16, num_items=params["num_items_in_batch"],
+    )  # fmt: skip
+    assert_loss(loss, case["loss"])
+    assert_grad(grad, case["grad"])
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
+    seed=st.integers(0, 10**6), loss_type=st.sampled_from(LOSSES), level=st.sampled_from(LEVELS), spread=st.sampled_from([0.01, 0.5, 2.0]),
+    kl_coeff=st.sampled_from([0.0, 0.05]), correction=st.sampled_from([None, *CORRECTIONS]), delta=st.sampled_from([None, 1.5]),
+    share=st.sampled_from([1.0, 0.2, 0.9]), biased=st.booleans(),
+)  # fmt: skip
+def test_any_combination_equals_the_second_implementation(seed, loss_type, level, spread, kl_coeff, correction, delta, share, biased):
+    inputs = make_inputs(seed, rows=4, width=5, spread=spread)
+    options = {**BASE, "loss_type": loss_type, "importance_sampling_level": level, "kl_coeff": kl_coeff, "delta": delta,
+               "sampler_correction": correction, "use_bias_correction_kl": biased, "top_entropy_quantile": share}  # fmt: skip
+    loss, grad, _, _ = value_and_grads(inputs, **options)
+    wanted_loss, wanted_grad, _ = second_value_and_grads(inputs, **options)
+    assert loss == pytest.approx(wanted_loss, abs=2e-6, rel=2e-5)
+    np.testing.assert_allclose(grad, wanted_grad, atol=1e-6, rtol=1e-4)
+
+
+# By hand. Two tokens with ratios 3/2 and 1/2, clip_eps 0.2.
+
+HALVES = {"logps": np.log([[0.6, 0.2]]), "old_logps": np.log([[0.4, 0.4]]), "mask": [[1, 1]]}
+
+
+def by_hand(advantage, **options):
+    loss, grad, _, metrics = value_and_grads({**HALVES, "advantages": [advantage], "entropies": options.pop("entropies", None), **options.pop("more", {})}, **options)
+    return loss, grad[0], metrics
+
+
+def test_a_good_answer_is_clipped_above_and_a_bad_one_below():
+    loss, grad, metrics = by_hand(1.0)
+    assert loss == pytest.approx(-(1.2 + 0.5) / 2)
+    assert grad == pytest.approx([0.0, -0.25], abs=1e-6)  # r A / 2 where it is not clipped
+    assert metrics["clip_ratio/high_mean"] == 0.5 and metrics["clip_ratio/low_mean"] == 0
+    loss, grad, metrics = by_hand(-1.0)
+    assert loss == pytest.approx((1.5 + 0.8) / 2)
+    assert grad == pytest.approx([0.75, 0.0], abs=1e-6)
+    assert metrics["clip_ratio/low_mean"] == 0.5 and metrics["clip_ratio/high_mean"] == 0
+    assert metrics["clip_ratio/region_mean"] == 0.5
+
+
+def test_delta_bounds_the_ratio_of_a_bad_answer():
+    loss, grad, _ = by_hand(-1.0, delta=1.3)
+    assert loss == pytest.approx((1.3 + 0.8) / 2)
+    assert grad == pytest.approx([0.0, 0.0], abs=1e-7)
+    assert by_hand(1.0, delta=1.3)[0] == by_hand(1.0)[0]
+
+
+def test_clip_higher_lets_a_good_answer_rise_further():
+    assert by_hand(1.0, clip_eps_high=0.4)[0] == pytest.approx(-(1.4 + 0.5) / 2)
+    assert by_hand(1.0, clip_eps_high=0.6)[0] == pytest.approx(-(1.5 + 0.5) / 2)
+
+
+def test_the_sequence_ratio_is_the_geometric_mean():
+    ratio = math.sqrt(1.5 * 0.5)  # 0.866
+    loss, grad, metrics = by_hand(1.0, importance_sampling_level="sequence")
+    assert loss == pytest.approx(-ratio)
+    assert grad == pytest.approx([-ratio / 2, -ratio / 2])  # each token moves the one ratio by half
+    assert metrics["clip_ratio/region_mean"] == 0
+    assert by_hand(-1.0, importance_sampling_level="sequence", clip_eps=0.1)[0] == pytest.approx(0.9)
+
+
+def test_the_normalisers_by_hand():
+    sums = -(1.2 + 0.5)
+    assert by_hand(1.0, loss_type="bnpo")[0] == pytest.approx(sums / 2)
+    assert by_hand(1.0, loss_type="dr_grpo", max_completion_length=10)[0] == pytest.approx(sums / 10)
+    assert by_hand(1.0, loss_type="dapo", num_items=8)[0] == pytest.approx(sums / 8)
+    assert by_hand(1.0, loss_type="luspo")[0] == pytest.approx(sums)
+
+
+def test_cispo_weighs_the_log_probs_by_the_bounded_ratio():
+    loss, grad, metrics = by_hand(2.0, loss_type="cispo", clip_eps_high=1.1, num_items=2)
+    assert loss == pytest.approx(-(1.1 * math.log(0.6) + 0.5 * math.log(0.2)))
+    assert grad == pytest.approx([-1.1, -0.5])  # no token loses its gradient
+    assert metrics["cispo_clip_ratio"] == 0.5
+    assert by_hand(2.0, loss_type="cispo", clip_eps_high=5.0, num_items=2)[1] == pytest.approx([-1.5, -0.5])
+
+
+def test_sapo_by_hand():
+    gate = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    assert by_hand(1.0, loss_type="sapo")[0] == pytest.approx(-4 * (gate(0.5) + gate(-0.5)) / 2)
+    wanted = 4 / 2.0 * (gate(2.0 * 0.5) + gate(2.0 * -0.5)) / 2
+    assert by_hand(-1.0, loss_type="sapo", sapo_temperature_neg=2.0)[0] == pytest.approx(wanted)
+
+
+def test_vespo_by_hand():
+    w = 0.75
+    good, bad = math.exp(3 + 2 * math.log(w) - 3 * w), math.exp(2 + 3 * math.log(w) - 2 * w)
+    logps = math.log(0.6) + math.log(0.2)
+    assert by_hand(1.0, loss_type="vespo", num_items=4)[0] == pytest.approx(-good * logps / 4)
+    loss, grad, metrics = by_hand(-1.0, loss_type="vespo", num_items=4)
+    assert loss == pytest.approx(bad * logps / 4)
+    assert grad == pytest.approx([bad / 4, bad / 4])
+    assert metrics["vespo/phi_seq_mean"] == pytest.approx(bad)
+
+
+def test_the_kl_estimate_by_hand():
+    more = {"ref_logps": np.log([[0.3, 0.4]])}  # half and twice the policy
+    k = [0.5 - math.log(0.5) - 1, 2 - math.log(2) - 1]
+    loss, grad, metrics = by_hand(0.0, kl_coeff=0.1, more=more)
+    assert metrics["kl"] == pytest.approx(sum(k) / 2, rel=1e-5)
+    assert loss == pytest.approx(0.1 * sum(k) / 2, rel=1e-5)
+    assert grad == pytest.approx([0.1 * (1 - 0.5) / 2, 0.1 * (1 - 2) / 2], rel=1e-5)
+    loss, _, metrics = by_hand(0.0, kl_coeff=0.1, use_bias_correction_kl=True, more=more)
+    assert metrics["kl"] == pytest.approx((1.5 * k[0] + 0.5 * k[1]) / 2, rel=1e-5)
+    assert loss == pytest.approx(0.1 * (1.5 * k[0] + 0.5 * k[1]) / 2, rel=1e-5)
+
+
+def test_the_sampler_corrections_by_hand():
+    log_ratio, mask = mx.log(mx.array([[4.0, 0.5]])), mx.ones((1, 2))
+    for mode, low, high, wanted in (
+        ("token_truncate", None, 3.0, [[3.0, 0.5]]),
+        ("token_truncate", 0.75, 3.0, [[3.0, 0.75]]),
+        ("token_mask", None, 3.0, [[0.0, 0.5]]),
+        ("token_mask", 0.75, 5.0, [[4.0, 0.0]]),
+        ("sequence_truncate", None, 1.5, [[1.5]]),
+        ("sequence_truncate", 2.5, 3.0, [[2.5]]),
+        ("sequence_mask", None, 1.5, [[0.0]]),
+        ("sequence_mask", 1.5, 3.0, [[2.0]]),
+        ("sequence_mask", 2.5, 3.0, [[0.0]]),
+    ):
+        np.testing.assert_allclose(np.array(correction_weights(log_ratio, mask, mode, low, high)), wanted, rtol=1e-6)
+
+
+def test_the_off_policy_mask_drops_bad_rows_that_the_policy_left():
+    rows = {"logps": [[-2.0], [-2.0], [-1.0]], "old_logps": None, "sampler_logps": [[-1.0], [-1.0], [-1.5]], "mask": [[1], [1], [1]]}
+    _, grad, _, _ = value_and_grads({**rows, "advantages": [1.0, -1.0, -1.0]}, off_policy_mask_threshold=0.5)
+    assert grad[:, 0] == pytest.approx([-1 / 3, 0.0, 1 / 3])  # gaps 1, 1 and -0.5; the first is a good answer
+
+
+def test_the_top_entropy_mask_keeps_the_uncertain_share():
+    rows = {"logps": [[-1.0] * 5], "old_logps": None, "entropies": [[0.1, 0.9, 0.5, 0.3, 0.7]], "mask": [[1] * 5], "advantages": [1.0]}
+    _, grad, _, _ = value_and_grads(rows, top_entropy_quantile=0.5)
+    assert grad[0] == pytest.approx([0, -0.2, -0.2, 0, -0.2])  # the median stays in; the divisor counts all five
+
+
+def test_the_entropy_bonus_pays_for_entropy():
+    loss, _, metrics = by_hand(0.0, entropy_coef=0.1, entropies=[[1.0, 3.0]])
+    assert loss == pytest.approx(-0.2) and metrics["entropy"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9])
+def test_the_masked_quantile_keeps_as_many_as_numpy_does(share):
+    rng = np.random.default_rng(1)
+    for n in range(1, 120):
+        values = rng.standard_normal((1, n)).astype(np.float32)
+        found = masked_quantile(mx.array(np.hstack([values, [[9.0, np.nan]]])), mx.array([[True] * n + [False, False]]), 1 - share)
+        wanted = np.quantile(values.astype(float), 1 - share)
+        assert found.item() == pytest.approx(wanted, abs=1e-5)
+        place = (1 - share) * (n - 1)
+        if abs(place - round(place)) > 1e-4:  # on a value itself, float32 may fall to either side, as torch's does
+            assert (values >= np.float32(found.item())).sum() == (values >= wanted).sum(), f"{n} values"
+
+
+# On the policy itself
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_on_policy_the_ratio_is_1_and_the_gradient_is_not_0(loss_type, level):
+    inputs = {**make_inputs(3), "old_logps": None}
+    options = {**BASE, "loss_type": loss_type, "importance_sampling_level": level, "clip_eps_high": 5.0 if loss_type == "cispo" else None}
+    loss, grad, _, metrics = value_and_grads(inputs, **options)
+    mask, advantages = inputs["mask"], inputs["advantages"][:, None]
+    per_token = {"grpo": 6 * np.maximum(mask.sum(1, keepdims=True), 1), "bnpo": mask.sum(), "dr_grpo": 6 * 9, "luspo": 6}
+    divisor = per_token.get("grpo" if loss_type == "sapo" else loss_type, 40)
+    wanted = -advantages * mask / divisor  # the policy gradient, in every variant
+    if loss_type == "luspo" and level == "sequence":
+        wanted = -advantages * mask / 6
+    assert_grad(grad, wanted)
+    assert np.abs(grad).max() > 1e-3
+    assert all(value == 0 for name, value in metrics.items() if "clip_ratio" in name)
+    again = value_and_grads({**inputs, "old_logps": inputs["logps"]}, **options)
+    assert again[0] == loss
+    assert_grad(again[1], grad)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_off_policy_every_loss_has_a_gradient_of_its_own(level):
+    inputs = make_inputs(4, rows=8, spread=0.8)
+    grads = {}
+    for loss_type in LOSSES:
+        options = {**BASE, "loss_type": loss_type, "importance_sampling_level": level, "clip_eps_high": 5.0 if loss_type == "cispo" else 0.3}
+        grads[loss_type] = value_and_grads(inputs, **options)[1]
+    for (one, a), (other, b) in itertools.combinations(grads.items(), 2):
+        assert np.abs(a - b).max() > 1e-4, f"{one} and {other}"
+
+
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name != "vespo"])  # vespo's ratio is always the sequence's
+def test_token_and_sequence_level_differ(loss_type):
+    inputs = make_inputs(5, rows=8, spread=0.8)
+    options = {**BASE, "loss_type": loss_type, "clip_eps_high": 5.0 if loss_type == "cispo" else 0.3}
+    token, sequence = (value_and_grads(inputs, **options, importance_sampling_level=level)[1] for level in LEVELS)
+    assert np.abs(token - sequence).max() > 1e-4
+
+
+OPTION_CHANGES = [
+    *((loss, "clip_eps", 0.05, {}) for loss in CLIPPED),
+    *((loss, "clip_eps_high", 0.6, {}) for loss in (*CLIPPED, "cispo")),
+    *((loss, "delta", 1.05, {}) for loss in CLIPPED),
+    *((loss, "kl_coeff", 0.1, {}) for loss in LOSSES),
+    *((loss, "use_bias_correction_kl", True, {"kl_coeff": 0.1}) for loss in LOSSES),
+    *((loss, "top_entropy_quantile", 0.5, {}) for loss in LOSSES),
+    *((loss, "entropy_coef", 0.1, {}) for loss in LOSSES),
+    *((loss, "off_policy_mask_threshold", 0.0, {}) for loss in LOSSES),
+    *((loss, "sampler_correction", mode, {}) for loss in LOSSES if loss != "vespo" for mode in CORRECTIONS),
+    *(("grpo", "sampler_correction_min", 0.95, {"sampler_correction": mode}) for mode in CORRECTIONS),
+    *(("grpo", "sampler_correction_max", 0.2, {"sampler_correction": mode}) for mode in CORRECTIONS),
+    ("dr_grpo", "max_completion_length", 20, {}),
+    *((loss, "num_items", 99, {}) for loss in ("dapo", "cispo", "vespo")),
+    ("sapo", "sapo_temperature_pos", 2.0, {}),
+    ("sapo", "sapo_temperature_neg", 2.0, {}),
+    ("grpo", "importance_sampling_level", "sequence", {}),
+]
+
+
+@pytest.mark.parametrize("loss_type, option, value, company", OPTION_CHANGES)
+def test_every_option_changes_the_gradient(loss_type, option, value, company):
+    inputs = make_inputs(6, rows=8, spread=0.8)
+    options = {**BASE, "loss_type": loss_type, **company}
+    before, after = value_and_grads(inputs, **options), value_and_grads(inputs, **{**options, option: value})
+    assert max(np.abs(before[1] - after[1]).max(), np.abs(before[2] - after[2]).max()) > 1e-5
+
+
+def test_every_option_of_the_objective_is_covered_above():
+    import inspect
+
+    known = {n for n, p in inspect.signature(grpo_loss).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    covered = {option for _, option, _, _ in OPTION_CHANGES} | {"ref_logps", "sampler_logps", "entropies", "loss_type", "entropy_threshold"}
+    assert known == covered
+
+
+# What must not matter
+
+EVERYTHING = {**BASE, "kl_coeff": 0.1, "use_bias_correction_kl": True, "top_entropy_quantile": 0.7, "entropy_coef": 0.05,
+              "off_policy_mask_threshold": 0.3, "sampler_correction": "sequence_truncate"}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
+def test_what_stands_in_the_padding_does_not_matter(loss_type, level, garbage):
+    inputs = make_inputs(7)
+    options = {**EVERYTHING, "loss_type": loss_type, "importance_sampling_level": level}
+    wanted = value_and_grads(inputs, **options)
+    for names in [NAMES[:5], *((name,) for name in NAMES[:5])]:
+        dirty = {**inputs, **{name: np.where(inputs["mask"] > 0, inputs[name], garbage) for name in names}}
+        loss, grad, by_entropies, metrics = value_and_grads(dirty, **options)
+        assert loss == wanted[0]
+        np.testing.assert_array_equal(grad, wanted[1])
+        np.testing.assert_array_equal(by_entropies, wanted[2])
+        assert metrics == wanted[3]
+    assert (wanted[1][inputs["mask"] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_more_padding_does_not_matter(loss_type, level):
+    inputs = make_inputs(8)
+    wider = {n: x if n == "advantages" else np.pad(x, ((0, 0), (0, 5)), constant_values=0 if n == "mask" else -3) for n, x in inputs.items()}
+    options = {**EVERYTHING, "loss_type": loss_type, "importance_sampling_level": level}
+    loss, grad, _, metrics = value_and_grads(wider, **options)
+    wanted_loss, wanted_grad, _, wanted_metrics = value_and_grads(inputs, **options)
+    assert_loss(loss, wanted_loss)
+    assert_grad(grad[:, : wanted_grad.shape[1]], wanted_grad)
+    assert metrics == pytest.approx(wanted_metrics, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_order_of_rows_does_not_matter(loss_type, level):
+    inputs, order = make_inputs(9), np.random.default_rng(0).permutation(6)
+    options = {**EVERYTHING, "loss_type": loss_type, "importance_sampling_level": level}
+    loss, grad, _, metrics = value_and_grads({name: x[order] for name, x in inputs.items()}, **options)
+    wanted_loss, wanted_grad, _, wanted_metrics = value_and_grads(inputs, **options)
+    assert_loss(loss, wanted_loss)
+    assert_grad(grad, wanted_grad[order])
+    assert metrics == pytest.approx(wanted_metrics, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", [mx.bool_, mx.int32, mx.float32, mx.bfloat16])
+def test_the_type_of_the_mask_does_not_matter(kind):
+    inputs = make_inputs(10)
+    logps, old, advantages, mask = (mx.array(inputs[name]) for name in ("logps", "old_logps", "advantages", "mask"))
+    assert grpo_loss(logps, old, advantages, mask.astype(kind))[0].item() == grpo_loss(logps, old, advantages, mask)[0].item()
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_batch_without_trained_tokens_has_loss_and_gradient_0(loss_type):
+    inputs = make_inputs(11)
+    inputs["mask"] = np.zeros_like(inputs["mask"])
+    loss, grad, by_entropies, metrics = value_and_grads(inputs, **{**EVERYTHING, "loss_type": loss_type})
+    assert loss == 0 and not grad.any() and not by_entropies.any()
+    assert all(map(math.isfinite, metrics.values()))
+
+
+def test_the_gradient_does_not_flow_into_anything_but_the_policy():
+    inputs = {name: mx.array(x) for name, x in make_inputs(12).items()}
+    for loss_type in LOSSES:
+        loss = lambda s: grpo_loss(inputs["logps"], inputs["old_logps"], inputs["advantages"], inputs["mask"], sampler_logps=s,
+                                   sampler_correction="token_truncate", loss_type=loss_type)[0]  # noqa: B023, E731  # fmt: skip
+        assert not mx.any(mx.grad(loss)(inputs["sampler_logps"])).item()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("extreme", [12.0, -12.0, 100.0, -100.0])
+def test_extreme_ratios_stay_finite(loss_type, level, extreme):
+    inputs = make_inputs(13, advantages=[1.0, -1.0, 0.5, -2.0, 1.5, 0.0])
+    for name in ("old_logps", "ref_logps", "sampler_logps"):
+        shifted = np.round(4 * inputs["logps"]) / 4 - extreme
+        dirty = {**inputs, "logps": np.round(4 * inputs["logps"]) / 4, name: shifted}
+        options = {**BASE, "loss_type": loss_type, "importance_sampling_level": level, "kl_coeff": 0.1, "sampler_correction": "token_truncate"}
+        for biased in (False, True):
+            loss, grad, _, metrics = value_and_grads(dirty, **options, use_bias_correction_kl=biased)
+            assert math.isfinite(loss) and np.isfinite(grad).all() and all(map(math.isfinite, metrics.values()))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_ratios_of_e_to_12_are_still_exact(loss_type, level):
+    inputs = make_inputs(14, advantages=[1.0, -1.0, 0.5, -2.0, 1.5, 0.0])
+    inputs["logps"] = np.round(4 * inputs["logps"]) / 4
+    signs = np.random.default_rng(0).choice([-12.0, 12.0], (1 if level == "token" else 6, 7 if level == "token" else 1))
+    inputs["old_logps"] = inputs["logps"] + signs
+    options = {**BASE, "loss_type": loss_type, "importance_sampling_level": level}
+    loss, grad, _, _ = value_and_grads(inputs, **options)
+    wanted_loss, wanted_grad, _ = second_value_and_grads(inputs, **options)
+    assert_loss(loss, wanted_loss)
+    assert_grad(grad, wanted_grad)
+
+
+# Parts of an update add up to the whole
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_parts_with_their_weights_add_up_to_the_whole(loss_type, level):
+    inputs = make_inputs(15, rows=9)
+    mask = inputs["mask"]
+    options = {**EVERYTHING, "loss_type": loss_type, "importance_sampling_level": level, "num_items": float(mask.sum())}
+    options["entropy_threshold"] = mx.array(np.quantile(inputs["entropies"][mask > 0], 0.3))
+    whole_loss, whole_grad, _, _ = value_and_grads(inputs, **options)
+    for cuts in ([4], [1, 2, 3], [2, 8], list(range(1, 9))):
+        loss, grads = 0.0, []
+        for rows in np.split(np.arange(9), cuts):
+            part_loss, part_grad, _, _ = value_and_grads({name: x[rows] for name, x in inputs.items()}, **options)
+            weight = len(rows) / 9
+            if loss_type == "bnpo":
+                weight = max(mask[rows].sum(), 1) / mask.sum()
+            elif loss_type in ("dapo", "cispo", "vespo"):
+                weight = 1.0
+            loss, grads = loss + weight * part_loss, [*grads, weight * part_grad]
+        assert_loss(loss, whole_loss)
+        assert_grad(np.concatenate(grads), whole_grad)
+
+
+def make_groups(config, seed=0):
+    """Four groups of ragged completions; the third has equal rewards, and a few rows were cut at the length limit."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for b in range(4):
+        lengths = rng.integers(1, 20, config.num_generations)
+        completions = [rng.integers(1, 50, n).tolist() for n in lengths]
+        reasons = ["length" if n > 15 else "eos" for n in lengths]
+        rewards = np.ones((1, config.num_generations)) if b == 2 else rng.random((1, config.num_generations))
+        groups.append(mlx_grpo.Group({}, rng.integers(1, 50, 3 + b).tolist(), completions, [[-1.0] * n for n in lengths], reasons, [], rewards))
+    return groups
+
+
+@pytest.mark.parametrize("extra", [{}, {"kl_coeff": 0.1}, {"mask_truncated_completions": True}], ids=["plain", "kl", "truncated rows out"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_trainers_micro_batches_add_up_to_the_whole(loss_type, extra):
+    whole_config = MLXGRPOConfig(num_generations=4, batch_size=4, loss_type=loss_type, max_completion_length=24, micro_batch_tokens=10**6, **extra)
+    groups = make_groups(whole_config)
+    rewards = np.stack([group.rewards for group in groups], axis=1)
+    advantages = np.array(combine_rewards(rewards, [1.0], whole_config)[1])
+    policy = mx.array(np.random.default_rng(1).standard_normal(50) - 2)  # log-prob of each id: as good as a model
+    shift = mx.array(np.random.default_rng(2).standard_normal(50) * 0.3)
+
+    def total(tokens_a_batch):
+        trainer = object.__new__(mlx_grpo.MLXGRPOTrainer)
+        trainer.config = config = dataclasses.replace(whole_config, micro_batch_tokens=tokens_a_batch)
+        batches = trainer.micro_batches(groups, advantages)
+
+        def loss(policy):
+            parts = []
+            for batch in batches:
+                logps = policy[batch["ids"]]
+                old, ref = (mx.stop_gradient(logps + sign * shift[batch["ids"]]) for sign in (1, -1))
+                part, _ = grpo_loss(logps, old, batch["advantages"], batch["mask"], ref_logps=ref, loss_type=loss_type, kl_coeff=config.kl_coeff,
+                                    max_completion_length=config.max_completion_length, num_items=batch["num_items"])  # fmt: skip
+                parts.append(part * batch["weight"])
+            return sum(parts)
+
+        return len(batches), *mx.value_and_grad(loss)(policy)
+
+    # The whole, by the second implementation on all rows at once.
+    lengths = [len(c) for group in groups for c in group.completions]
+    reasons = [r for group in groups for r in group.finish_reasons]
+    ids = np.zeros((16, 24), int)
+    for row, completion in enumerate(c for group in groups for c in group.completions):
+        ids[row, : len(completion)] = completion
+    mask = (np.arange(24) < np.array(lengths)[:, None]) & ~np.array([extra.get("mask_truncated_completions", False) and r == "length" for r in reasons])[:, None]
+    logps = np.array(policy, float)[ids]
+    moved = np.array(shift, float)[ids]
+    wanted = np.real(second_loss(logps + 0j, logps + moved, advantages.reshape(-1), mask, logps - moved, loss_type=loss_type,
+                                 kl_coeff=whole_config.kl_coeff, max_completion_length=24, num_items=mask.sum()))  # fmt: skip
+    counts, losses, grads = zip(*(total(tokens) for tokens in (10**6, 200, 60, 1)))
+    assert counts[0] == 1 and counts[-1] > counts[1] > 1
+    assert_loss(losses[0].item(), wanted)
+    for loss, grad in zip(losses[1:], grads[1:]):
+        assert_loss(loss.item(), losses[0].item())
+        assert_grad(np.array(grad), np.array(grads[0]))
+
+
+# Advantages
+
+
+def advantages_of(rewards, scale="group"):
+    return np.array(group_advantages(mx.array(rewards, dtype=mx.float32), scale))
+
+
+def test_advantages_by_hand():
+    assert advantages_of([[1.0, 0.0]]) == pytest.approx(np.array([[0.5, -0.5]]) / (math.sqrt(0.5) + 1e-4), rel=1e-5)
+    assert advantages_of([[3.0, 1.0, 2.0]]) == pytest.approx(np.array([[1.0, -1.0, 0.0]]) / (1 + 1e-4), rel=1e-5)
+    assert advantages_of([[3.0, 1.0, 2.0]], "none") == pytest.approx(np.array([[1.0, -1.0, 0.0]]))
+
+
+def test_the_batch_scale_is_the_deviation_of_the_whole_batch_about_its_mean():
+    rewards = [[1.0, 0.0], [5.0, 3.0]]
+    deviation = np.std(rewards, ddof=1)
+    assert advantages_of(rewards, "batch") == pytest.approx(np.array([[0.5, -0.5], [1.0, -1.0]]) / (deviation + 1e-4), rel=1e-5)
+
+
+def test_abstentions_stay_out_of_mean_and_deviation():
+    nan = np.nan
+    assert advantages_of([[3.0, nan, 1.0, nan]]) == pytest.approx(np.array([[1.0, 0, -1.0, 0]]) / (math.sqrt(2) + 1e-4), rel=1e-5)
+    found = advantages_of([[3.0, nan, 1.0], [nan, nan, 2.0], [nan, nan, nan]], "batch")
+    assert found == pytest.approx(np.array([[1.0, 0, -1.0], [0] * 3, [0] * 3]) / (1 + 1e-4), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_one_scorable_row_or_none_gives_0(scale):
+    nan = np.nan
+    assert not advantages_of([[nan, 7.3, nan], [nan, nan, nan]], scale).any()
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 0.7, 1e-8, 12345.678, -0.1, 3e7 + 0.1])
+def test_equal_rewards_give_exactly_0_though_their_mean_rounds(value, aggregation, scale):
+    for size in (2, 3, 5, 6, 7, 8, 11, 16):
+        assert not advantages_of([[value] * size], scale).any()
+        config = MLXGRPOConfig(scale_rewards=scale, multi_objective_aggregation=aggregation)
+        assert not np.array(combine_rewards(np.full((2, 3, size), value), [1.0, 0.7], config)[1]).any()
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_a_group_without_signal_stays_at_0_beside_others(aggregation):
+    # The mean over the batch is 0 but for rounding: subtracted, it gives flat groups and abstentions an advantage.
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        rewards = rng.random((2, 3, 7))
+        rewards[:, 1] = 0.1
+        advantages = np.array(combine_rewards(rewards, [1.0, 0.7], MLXGRPOConfig(multi_objective_aggregation=aggregation))[1])
+        assert not advantages[1].any()
+        assert advantages[0].all() and advantages[2].all()
+
+
+@hypothesis.settings(max_examples=80, deadline=None)
+@hypothesis.given(
+    rewards=st.integers(2, 6).flatmap(lambda g: st.lists(st.lists(st.one_of(st.just(math.nan), st.integers(-4, 4).map(lambda n: n / 4)), min_size=g, max_size=g), min_size=1, max_size=4)),
+    scale=st.sampled_from(["group", "batch", "none"]),
+)
+def test_advantages_keep_the_order_of_rewards_and_sum_to_0(rewards, scale):
+    found, rewards = advantages_of(rewards, scale), np.array(rewards)
+    assert np.isfinite(found).all() and not found[np.isnan(rewards)].any()
+    np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-4)
+    for row, advantages in zip(rewards, found):
+        known = ~np.isnan(row)
+        if known.sum() > 1:
+            assert (np.sign(advantages[known]) == np.sign(np.round(row[known] - row[known].mean(), 9))).all() or scale != "none"
+            order = np.argsort(row[known], kind="stable")
+            assert (np.diff(advantages[known][order]) >= -1e-6).all()
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(shift=st.integers(-50, 50), order=st.permutations(range(5)))
+def test_a_constant_added_to_a_group_and_its_order_do_not_matter(shift, order):
+    rewards = np.array([[1.0, 0.5, 0.0, 0.25, 2.0]])
+    assert advantages_of(rewards + shift) == pytest.approx(advantages_of(rewards), abs=1e-5)
+    assert advantages_of(rewards[:, order]) == pytest.approx(advantages_of(rewards)[:, order], abs=1e-6)
+
+
+def test_rewards_are_summed_by_weight_and_abstentions_left_out():
+    nan = np.nan
+    rewards = np.array([[[1.0, nan, nan]], [[10.0, 20.0, nan]]])
+    totals, _ = combine_rewards(rewards, [2.0, 0.5], MLXGRPOConfig())
+    np.testing.assert_array_equal(totals, [[7.0, 10.0, nan]])
+
+
+def test_normalize_then_sum_by_hand():
+    config = MLXGRPOConfig(multi_objective_aggregation="normalize_then_sum")
+    rewards = np.array([[[0.0, 1.0], [1.0, 0.0]], [[0.0, 100.0], [300.0, 0.0]]])
+    each = np.array([[-1.0, 1.0], [1.0, -1.0]]) * math.sqrt(0.5)  # either function, its deviation divided out
+    summed = 1.0 * each / (1 + 1e-4 / math.sqrt(0.5)) + 0.5 * each
+    wanted = summed / (np.std(summed, ddof=1) + 1e-4)
+    totals, advantages = combine_rewards(rewards, [1.0, 0.5], config)
+    np.testing.assert_allclose(np.array(advantages), wanted, rtol=1e-4)
+    np.testing.assert_allclose(totals, [[0.0, 51.0], [151.0, 0.0]])
+
+
+def test_normalize_then_sum_keeps_a_loud_function_from_drowning_a_quiet_one():
+    rewards = np.array([[[0.0, 0.0, 1.0, 1.0]], [[0.0, 100.0, 0.0, 100.0]]])
+    summed, each = (
+        np.array(combine_rewards(rewards, [1.0, 1.0], MLXGRPOConfig(multi_objective_aggregation=how))[1])[0]
+        for how in ("sum_then_normalize", "normalize_then_sum")
+    )
+    assert each[2] == pytest.approx(each[1], abs=1e-3) and summed[2] < summed[1] - 1

@@ -1,0 +1,278 @@
+"""Convert a Hugging Face vision-language model (hub name or local directory) to an MLX directory that mlx-vlm reads.
+
+What is added to `mlx_vlm.convert`: settings that transformers 5 nests are put where mlx-vlm looks for them, code that comes with a
+model runs only when allowed, and the output directory is complete or absent. The vision tower is never quantised.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from convert_model import (
+    DTYPES, MODES, ConversionError, Parser, bits_per_weight, cast, check_output, complete_or_absent, find_source,
+    flatten_rope_parameters, is_quantized, read_checkpoint, shorten, unquantized_layers, upload,
+)  # fmt: skip
+
+EXAMPLES = """examples:
+  uv run python utils/convert_vision_model.py --hf-path Qwen/Qwen2-VL-2B-Instruct --quantize --output-dir qwen-vl-4bit
+  uv run python utils/convert_vision_model.py --hf-path ./my-smolvlm --dtype bfloat16 --output-dir smolvlm"""
+KNOWN_TO_WORK = "qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm (for example Qwen/Qwen2-VL-2B-Instruct)"
+LOAD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RuntimeError, ImportError, OSError)
+
+
+def require_mlx_vlm(verbose=False):
+    """Raise the line that says what to install where the `vision` extra is absent; otherwise make the libraries quiet."""
+    if importlib.util.find_spec("mlx_vlm") is None:
+        raise ConversionError("mlx-vlm is not installed, and the vision scripts need it: uv sync --extra vision")
+    if not verbose:
+        logging.disable(logging.ERROR)  # mlx-vlm and transformers log what is raised as well
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+
+
+# --- Loading, shared with inference_vision.py -----------------------------------------------------------------------------------
+
+
+def adapt_config(config):
+    """config.json as transformers writes it -> a copy with the settings where mlx-vlm's classes look for them."""
+    config = flatten_rope_parameters(config)
+    kind, text, vision = config["model_type"], config.get("text_config") or config, config.get("vision_config") or {}
+    rope = text.get("rope_parameters") or {}
+    if "mrope_section" in rope and not text.get("rope_scaling"):
+        text["rope_scaling"] = {**rope, "type": "mrope"}
+    if "tie_word_embeddings" in config:
+        text.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
+    if kind.startswith("qwen") and vision.get("model_type") == f"{kind}_vision":
+        vision["model_type"] = kind  # mlx-vlm knows the towers by the name that transformers 4 gave them
+    if kind in ("qwen2_vl", "qwen2_5_vl"):
+        config = {**text, **config}  # these two read the text model's settings at the top, and nowhere else
+    return config
+
+
+@contextlib.contextmanager
+def adapted(source):
+    """`source`, or where its config needs adapting a temporary directory that has another config and links to the rest."""
+    try:
+        config = json.loads((source / "config.json").read_text())
+        changed = adapt_config(copy.deepcopy(config))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"Not a model directory: {source}/config.json is no model's configuration ({error!r})", 2) from error
+    if changed == config:
+        yield source, config
+        return
+    with tempfile.TemporaryDirectory(prefix="mlx-grpo-") as folder:
+        for entry in source.iterdir():
+            if entry.name != "config.json":
+                (Path(folder) / entry.name).symlink_to(entry.resolve())
+        (Path(folder) / "config.json").write_text(json.dumps(changed))
+        yield Path(folder), changed
+
+
+def load_vision_model(directory, config, name, trust_remote_code=False, lazy=False):
+    """mlx-vlm's model with every weight in place; `name` is what the user called it."""
+    from mlx_vlm.utils import load_model
+
+    if (code := config.get("model_file")) and not trust_remote_code:
+        raise ConversionError(f"The model is Python code of its own ({name}/{code}): read it, then add --trust-remote-code", 2)
+    if not config.get("vision_config"):
+        raise ConversionError(f"Not a vision model: {name} ({config['model_type']}); use utils/convert_model.py and utils/inference.py", 2)
+    try:
+        model = load_model(directory, lazy=lazy, trust_remote_code=trust_remote_code)
+    except LOAD_ERRORS as error:
+        raise ConversionError(
+            f"Cannot load {name} ({config['model_type']}) with mlx-vlm: {type(error).__name__}: {shorten(str(error))}. "
+            f"Models known to work: {KNOWN_TO_WORK}"
+        ) from error
+    # mlx-vlm drops a whole module that has no weights, and only logs it.
+    if blind := [part for part, value in vars(model).items() if value is None and "vision" in part]:
+        raise ConversionError(f"Incomplete weights: {name} has none for {', '.join(blind)}; download the model again")
+    text = getattr(model.config, "text_config", model.config)
+    wanted = (config.get("text_config") or config).get("rope_theta")
+    if wanted is not None and getattr(text, "rope_theta", wanted) != wanted:
+        raise ConversionError(
+            f"A setting would be ignored by mlx-vlm's {config['model_type']}: rope_theta={wanted} (it would compute with "
+            f"{text.rope_theta}). Models known to work: {KNOWN_TO_WORK}"
+        )
+    return model
+
+
+def load_processor(directory, name, eos_token_ids=None, trust_remote_code=False):
+    """What turns text and images into arrays, from the same directory as the model."""
+    from mlx_vlm.utils import load_image_processor, load_processor
+
+    try:
+        # Said outright: left out, mlx-vlm's processors run the model's code unasked.
+        processor = load_processor(directory, True, eos_token_ids=eos_token_ids, trust_remote_code=trust_remote_code)
+        if image_processor := load_image_processor(directory, trust_remote_code=trust_remote_code):
+            processor.image_processor = image_processor
+    except LOAD_ERRORS as error:
+        hint = "; it runs code of its own: read it, then add --trust-remote-code" if "trust_remote_code" in str(error) else ""
+        raise ConversionError(f"Cannot load the processor of {name}: {shorten(str(error))}{hint}") from error
+    return processor
+
+
+# --- Converting -----------------------------------------------------------------------------------------------------------------
+
+
+def quantize(model, config, args):
+    """(model, config), the language model quantised as the flags say."""
+    from mlx_vlm.quant_utils import quantize_model
+    from mlx_vlm.utils import skip_multimodal_module
+
+    bits, group_size = MODES[args.q_mode or "affine"]
+    bits, group_size = args.bits or bits or 4, args.group_size or group_size or 64
+    wanted = getattr(model, "quant_predicate", None) or (lambda path, layer: True)
+
+    def predicate(path, layer):
+        return not skip_multimodal_module(path) and wanted(path, layer)
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight; the summary does so with the rest
+        model, config = quantize_model(model, config, group_size, bits, args.q_mode or "affine", predicate)
+    if not is_quantized(model):
+        widths = sorted({width for _, width in unquantized_layers(model)})
+        raise ConversionError(f"--group-size {group_size} divides the width of no layer (widths {widths}): choose a smaller one", 2)
+    return model, config
+
+
+def write_directory(directory, source, model, config, args):
+    """Weights, config and card, and the source's processor and tokenizer files as they are; then load the result once, lazily."""
+    from mlx_vlm.utils import save_config, save_weights
+
+    save_weights(directory, model, donate_weights=True)
+    save_config(dict(config), directory / "config.json")
+    for file in source.iterdir():
+        kept = file.suffix in (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+        if kept and file.name != "config.json" and not file.name.endswith(".index.json"):
+            shutil.copy(file, directory)
+    base = "" if Path(args.hf_path).expanduser().exists() else f"base_model: {args.hf_path}\n"
+    (directory / "README.md").write_text(f"---\nlibrary_name: mlx\npipeline_tag: image-text-to-text\ntags: [mlx]\n{base}---\n")
+    load_vision_model(directory, config, args.output_dir, args.trust_remote_code, lazy=True)
+    load_processor(directory, args.hf_path, trust_remote_code=args.trust_remote_code)
+
+
+def change_weights(model, config, args):
+    """(model, config) as --dequantize, --dtype and --quantize ask."""
+    from mlx_vlm.quant_utils import dequantize_model
+
+    foreign = "quantization" not in config and (config.get("quantization_config") or {}).get("quant_method")
+    quantized = is_quantized(model) or foreign
+    if args.dequantize and not quantized:
+        raise ConversionError(f"--dequantize: {args.hf_path} is not quantised; leave the flag out", 2)
+    if args.quantize and quantized:
+        raise ConversionError(f"--quantize: {args.hf_path} is already quantised; --dequantize it into a directory of its own first", 2)
+    if foreign and not args.dequantize:
+        # Its weights are rewritten as they are read, so that its configuration no longer describes them.
+        raise ConversionError(f"{args.hf_path} is quantised with {foreign}; add --dequantize", 2)
+    if args.dequantize:
+        print("Dequantising")
+        model = dequantize_model(model)
+        for part in (config, config.get("text_config") or {}):
+            part.pop("quantization", None), part.pop("quantization_config", None)
+    if args.dtype:
+        cast(model, args.dtype)
+        for part in (config, config.get("text_config") or {}):
+            part.update({"dtype": args.dtype} if part is config or "dtype" in part else {})
+    if args.quantize:
+        print("Quantising")
+        model, config = quantize(model, config, args)
+    return model, config
+
+
+def convert(args):
+    """One conversion, from the flags to the summary."""
+    from mlx_vlm.utils import skip_multimodal_module
+
+    output = check_output(args)
+    print(f"Loading {args.hf_path}")
+    source = find_source(args.hf_path, args.revision)
+    size_before = sum(size for _, size in read_checkpoint(source).values())
+    with adapted(source) as (directory, config):
+        model = load_vision_model(directory, config, args.hf_path, args.trust_remote_code, lazy=True)
+    bits_before = bits_per_weight(model)
+    model, config = change_weights(model, config, args)
+    bits_after, left = bits_per_weight(model), unquantized_layers(model) if is_quantized(model) else []
+    left = [f"{name} (width {width})" for name, width in left if not skip_multimodal_module(name)]
+    layers = [(name, layer) for name, layer in model.named_modules() if args.verbose and "weight" in layer]
+    packed = [f"  {name}: {f'{layer.bits} bits' if hasattr(layer, 'bits') else layer.weight.dtype}" for name, layer in layers]
+    print(f"Saving to {args.output_dir}")
+    try:
+        with complete_or_absent(output) as aside:
+            write_directory(aside, source, model, config, args)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConversionError(f"Cannot write {args.output_dir}: {shorten(str(error))}; nothing was left behind") from error
+    size_after = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    print(*packed, f"Converted {config['model_type']}", sep="\n")
+    print(f"  size             {size_before / 1e6:.1f} MB -> {size_after / 1e6:.1f} MB")
+    print(f"  bits per weight  {bits_before:.3f} -> {bits_after:.3f}")
+    if left:
+        print(f"  not quantised    {', '.join(left)}")
+    if args.upload_repo:
+        upload(output, args.upload_repo)
+    print(f"Next:\n  uv run python utils/inference_vision.py --model {shlex.quote(args.output_dir)} --chat")
+
+
+# --- Command line ---------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--hf-path", "--model", required=True, help="hub name (owner/name) or local directory")
+    add("--output-dir", "--mlx-path", default="mlx_model", help="directory to write (default: mlx_model)")
+    add("--overwrite", action="store_true", help="replace an existing model directory")
+    add("-q", "--quantize", action="store_true", help="quantise the language model (default: 4 bits, group size 64)")
+    add("--bits", "--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits per weight")
+    add("--group-size", "--q-group-size", type=int, choices=(16, 32, 64, 128), help="weights that share a scale (16: nvfp4 only)")
+    add("--q-mode", choices=MODES, help="number format (default: affine)")
+    add("-d", "--dequantize", action="store_true", help="turn a quantised model into a plain one")
+    add("--dtype", choices=DTYPES, help="type of the weights that are not quantised (default: the model's)")
+    add("--revision", help="branch, tag or commit of a hub model")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model or its processor")
+    add("--upload-repo", metavar="OWNER/NAME", help="hub repository to create and upload to")
+    add("--verbose", action="store_true", help="also list every layer, the libraries' warnings and the traceback of a failure")
+    parser.set_defaults(adapter_path=None)  # for check_output, which the text script shares
+    args = parser.parse_args(argv)
+    bits, group_size = MODES[args.q_mode or "affine"]
+    for name in ("bits", "group_size", "q_mode"):
+        if getattr(args, name) and not args.quantize:
+            parser.error(f"--{name.replace('_', '-')} has no effect without --quantize: add -q")
+    if args.quantize and args.dequantize:
+        parser.error("--quantize and --dequantize exclude each other: run twice, dequantising first")
+    if bits and (args.bits or bits, args.group_size or group_size) != (bits, group_size):
+        parser.error(f"--q-mode {args.q_mode} is always {bits} bits with group size {group_size}: leave --bits and --group-size out")
+    if not bits and args.group_size == 16:
+        parser.error("--group-size 16 is for --q-mode nvfp4: choose 32, 64 or 128")
+    if args.upload_repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.upload_repo):
+        parser.error(f"--upload-repo {args.upload_repo} is not of the form owner/name")
+    return args
+
+
+def main(argv=None, parse=parse_args, run=convert):
+    args = parse(argv)
+    try:
+        require_mlx_vlm(args.verbose)
+        run(args)
+    except ConversionError as error:
+        if args.verbose:
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

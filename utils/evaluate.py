@@ -1,0 +1,319 @@
+#!/usr/bin/env python3
+"""Score models on questions with checkable answers: exact match, pass@k, maj@k, and paired comparisons of several models.
+
+Prompts, generation and grading are those of mlx-grpo.py, so that a score here and one in a training log mean the same.
+The data is GSM8K, another hub dataset, a local file or folder, or a .txt file with one question a line; a line may end
+in "#### answer", and lines without are answered and not graded.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+mlx_grpo = importlib.import_module("mlx-grpo")  # ahead of MLX: it loads a fast BLAS first
+
+import mlx.core as mx  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+EXAMPLES = """examples:
+  uv run python utils/evaluate.py --model starter/model outputs/quickstart/final --dataset starter/data
+  uv run python utils/evaluate.py --model outputs/run/final --config configs/prod.toml --samples 8 --output answers.jsonl"""
+BATCH = 256  # questions between two writes of --output
+KINDS = ("strict", "lenient")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the models, in the tables
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that k of n answers, drawn without replacement, hold one of the `right` ones (Chen et al., 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def maj_at_k(answers: list[str], gold: str, k: int) -> float:
+    """Share of the disjoint groups of k answers whose most common answer is right (self-consistency, 2203.11171).
+
+    Equal numbers are one answer; an empty answer does not vote; of equally common ones the first counts.
+    """
+    wins = []
+    for start in range(0, len(answers) - k + 1, k):
+        votes = [(mlx_grpo.parse_number(a), a) for a in answers[start : start + k] if a]
+        common = Counter(a.lower() if number is None else str(number.normalize()) for number, a in votes).most_common(1)
+        wins.append(bool(common) and mlx_grpo.answers_equal(common[0][0], gold))
+    return fmean(wins)
+
+
+def mcnemar(first: list[bool], second: list[bool]) -> tuple[int, int, float]:
+    """(only the first right, only the second right, two-sided exact p) of two models' hits on the same questions.
+
+    Under the null hypothesis each question that tells the two apart is a coin toss.
+    """
+    b, c = (sum(x and not y for x, y in zip(*pair)) for pair in ((first, second), (second, first)))
+    return b, c, min(1.0, 2 * sum(math.comb(b + c, i) for i in range(min(b, c) + 1)) / 2 ** (b + c))
+
+
+def rate(values: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high): the mean of values in [0, 1] with the 95% Wilson interval.
+
+    Exact match is a proportion. pass@k and maj@k are means of fractions, whose spread is smaller: there it is cautious.
+    """
+    mean = fmean(values)
+    return mean, *mlx_grpo.wilson_interval(mean * len(values), len(values))
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------
+
+
+def read_questions(path: Path) -> list[dict]:
+    """Rows of a .txt file: each line is a question, with "#### answer" after it or, where answer is None, without."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise mlx_grpo.UserError(f"Failed to read questions: {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not lines:
+        raise mlx_grpo.UserError(f"No questions in {path}")
+    return [{"prompt": line.split("####")[0].strip(), "answer": mlx_grpo.extract_hash_answer(line)} for line in lines]
+
+
+def read_rows(config, split: str) -> list[dict]:
+    """The questions as {"prompt", "answer"}; of one local file all rows, else the split that training would take."""
+    path = Path(config.dataset).expanduser()
+    if path.suffix == ".txt":
+        return read_questions(path)
+    if path.is_file():  # the trainer would set some of its rows aside; here all are wanted
+        config, split = dataclasses.replace(config, eval_dataset=config.dataset), "test"
+    return mlx_grpo.load_dataset_split(config, split)
+
+
+def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progress):
+    """Yield a record for each greedy answer (samples = 0) or for `samples` sampled answers a question, in order."""
+    sampling = mlx_grpo.Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.repetition_penalty)
+    prompts = [mlx_grpo.build_prompt(tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
+    each = samples or 1
+    for start in range(0, len(rows), BATCH):
+        part = range(start, min(start + BATCH, len(rows)))
+        rollout = mlx_grpo.generate(
+            model, tokenizer, [prompts[i] for i in part], num_generations=each, stop_strings=config.stop_strings,
+            sampling=sampling if samples else mlx_grpo.Sampling(temperature=0.0),
+            max_new_tokens=config.eval_max_new_tokens or config.max_completion_length,
+            keys=[mlx_grpo.random_key("evaluate", config.seed, i) for i in part],
+            kv_budget=int(config.kv_budget_gb * 2**30), progress=progress,
+        )  # fmt: skip
+        for n, (text, ids, reason) in enumerate(zip(rollout.texts, rollout.completions, rollout.finish_reasons)):
+            row, text = rows[part[n // each]], config.completion_prefix + text
+            tagged, gold = mlx_grpo.extract_xml_answer(text), row["answer"]
+            strict, lenient = (None, None) if gold is None else mlx_grpo.grade(text, gold)
+            yield {
+                "index": part[n // each], "sample": n % each if samples else None, "question": row["prompt"], "gold": gold,
+                "text": text, "answer_strict": tagged, "answer_lenient": tagged or mlx_grpo.last_number(text),
+                "strict": strict, "lenient": lenient, "tokens": len(ids), "finish_reason": reason,
+            }  # fmt: skip
+
+
+def summarise(records: list[dict], ks: list[int]) -> dict:
+    """Scores {"em_strict", "pass@4_lenient", ..: (mean, low, high)} of one model's records, over the graded questions."""
+    graded = [r for r in records if r["gold"] is not None]
+    greedy = [r for r in graded if r["sample"] is None]
+    sampled = [list(g) for _, g in itertools.groupby((r for r in graded if r["sample"] is not None), key=lambda r: r["index"])]
+    scores = {f"em_{kind}": rate([r[kind] for r in greedy]) for kind in KINDS if greedy}
+    for kind, k in itertools.product(KINDS, ks if sampled else ()):
+        scores[f"pass@{k}_{kind}"] = rate([pass_at_k(len(g), sum(r[kind] for r in g), k) for g in sampled])
+    for kind, k in itertools.product(KINDS, ks if sampled else ()):
+        if k > 1:  # one answer is its own majority
+            scores[f"maj@{k}_{kind}"] = rate([maj_at_k([r[f"answer_{kind}"] for r in g], g[0]["gold"], k) for g in sampled])
+    return scores
+
+
+def evaluate_model(label: str, name: str, adapter: str | None, rows: list[dict], config, args, output) -> tuple[dict, list[dict]]:
+    """One model's result and its records, which go to `output` as they come."""
+    model, tokenizer, _ = mlx_grpo.open_model(name, adapter, args.trust_remote_code)
+    records, start = [], time.perf_counter()
+    for samples in (0, args.samples) if args.samples else (0,):
+        with progress_bar(f"{label}, {'samples' if samples else 'greedy'}", len(rows)) as progress:
+            for record in answer_rows(model, tokenizer, rows, config, samples, progress):
+                records.append(record)
+                if output:
+                    print(json.dumps({"model": label, **record}, ensure_ascii=False), file=output, flush=True)
+    seconds, tokens = time.perf_counter() - start, sum(r["tokens"] for r in records)
+    return {
+        "model": label, "n": sum(row["answer"] is not None for row in rows), **summarise(records, args.k),
+        "tokens_per_answer": tokens / len(records), "cut": fmean(r["finish_reason"] == "length" for r in records),
+        "tokens_per_second": tokens / seconds, "seconds": seconds,
+    }, records  # fmt: skip
+
+
+def compare(results: list[dict], answers: list[list[dict]]) -> list[dict]:
+    """Every pair of models on the same questions: greedy hits of one and not the other, and McNemar's exact p."""
+    pairs = []
+    for (i, j), kind in itertools.product(itertools.combinations(range(len(results)), 2), KINDS):
+        hits = [[r[kind] for r in answers[m] if r["sample"] is None and r["gold"] is not None] for m in (i, j)]
+        only_first, only_second, p = mcnemar(*hits)
+        names = {"first": results[i]["model"], "second": results[j]["model"], "places": (i, j), "kind": kind}
+        gain = (only_second - only_first) / len(hits[0])
+        pairs.append({**names, "only_first": only_first, "only_second": only_second, "gain": gain, "p": p})
+    return pairs
+
+
+# --- Output -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int):
+    """A function to call with the number of questions done; it draws only where stderr is a terminal."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, advance=done)
+
+
+def percent(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:.1f}% ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def print_scores(results: list[dict], console: Console) -> None:
+    """Metrics down, models across, 95% intervals in brackets."""
+    table = Table(title=f"{results[0]['n']} graded questions, 95% intervals")
+    table.add_column("")
+    for letter, result in zip(LETTERS, results):
+        table.add_column(f"{letter}: {result['model']}", justify="right", overflow="fold")
+    for metric in (m for m in results[0] if m.startswith(("em_", "pass@", "maj@"))):
+        table.add_row(metric.replace("em_", "exact match_").replace("_", ", "), *(percent(*r[metric]) for r in results))
+    table.add_row("tokens an answer", *(f"{r['tokens_per_answer']:.1f}" for r in results))
+    table.add_row("cut at the limit", *(f"{100 * r['cut']:.1f}%" for r in results))
+    table.add_row("tokens/s", *(f"{r['tokens_per_second']:.1f}" for r in results))
+    console.print(table)
+
+
+def print_pairs(pairs: list[dict], console: Console) -> None:
+    table = Table(title="Greedy answers to the same questions (McNemar, exact)")
+    for column in ("pair", "exact match", "only first right", "only second", "second - first", "p"):
+        table.add_column(column, justify="left" if column in ("pair", "exact match") else "right")
+    for pair in pairs:
+        p = f"{pair['p']:.4f}" if pair["p"] >= 0.0001 else f"{pair['p']:.1e}"
+        numbers = (str(pair["only_first"]), str(pair["only_second"]), f"{100 * pair['gain']:+.1f} points", p)
+        table.add_row(" and ".join(LETTERS[i] for i in pair["places"]), pair["kind"], *numbers)
+    console.print(table)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{message.removeprefix('argument ')}; see --help\n")
+
+
+FLAGS = (  # flag, the setting of mlx-grpo.py that it replaces, its type, help
+    ("--dataset", "dataset", str, "hub name, local file or folder, or .txt file of questions (default: openai/gsm8k)"),
+    ("--dataset-config", "dataset_config", str, "configuration of a hub dataset (default: main)"),
+    ("--prompt-field", "prompt_field", str, "column with the question (default: question)"),
+    ("--answer-field", "answer_field", str, "column with the gold answer (default: answer)"),
+    ("--system", "system_prompt", str, "system prompt (default: the trainer's, which asks for the answer tags)"),
+    ("--completion-prefix", "completion_prefix", str, "text that starts every answer, part of what is graded (default: none)"),
+    ("--max-tokens", "eval_max_new_tokens", int, "longest answer (default: 512)"),
+    ("--temperature", "temperature", float, "of --samples; exact match is always greedy (default: 1)"),
+    ("--top-p", "top_p", float, "of --samples (default: 1)"),
+    ("--top-k", "top_k", int, "of --samples (default: 0, all)"),
+    ("--min-p", "min_p", float, "of --samples (default: 0)"),
+    ("--seed", "seed", int, "of --samples (default: 0)"),
+)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", nargs="+", required=True, help="local directories or hub names; several are compared")
+    add("--adapter-path", nargs="+", metavar="DIR", help="an mlx-lm adapter directory for each model, none for no adapter")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model; only for authors you trust")
+    add("--config", metavar="FILE", help="the trainer's TOML file, such as a run's config.resolved.toml; the flags below go over it")
+    for flag, setting, kind, text in FLAGS:
+        add(flag, dest=setting, type=kind, metavar=kind.__name__.upper(), help=text)
+    add("--split", choices=("test", "train"), default="test", help="of a hub dataset or a folder (default: test)")
+    add("--max-samples", type=int, default=0, metavar="INT", help="only the first so many questions (default: 0, all)")
+    add("--samples", type=int, default=0, metavar="INT", help="sampled answers a question, for pass@k and maj@k (default: 0)")
+    add("--k", type=int, nargs="+", metavar="INT", help="the k of pass@k and maj@k (default: 1, 2, 4, .. and --samples)")
+    add("--output", metavar="FILE", help="write every answer, one JSON object a line")
+    add("--json", action="store_true", help="print the scores as JSON")
+    args = parser.parse_args(argv)
+    if args.samples < 0 or args.max_samples < 0:
+        parser.error("--samples and --max-samples must be at least 0")
+    powers = {2**i for i in range(args.samples.bit_length())}
+    args.k = sorted(set(args.k or (powers | {args.samples}) - {0}))
+    if args.k and not 1 <= args.k[0] <= args.k[-1] <= args.samples:
+        parser.error(f"--k must be from 1 to --samples ({args.samples})")
+    if len(args.model) > len(LETTERS):
+        parser.error(f"--model takes at most {len(LETTERS)} models")
+    if args.adapter_path and len(args.adapter_path) != len(args.model):
+        parser.error(f"--adapter-path has {len(args.adapter_path)} entries for {len(args.model)} models: give one for each, or none")
+    return args
+
+
+def settings(args: argparse.Namespace):
+    """The trainer's configuration with the flags over it. Raises UserError."""
+    given = {setting: getattr(args, setting) for _, setting, _, _ in FLAGS if getattr(args, setting) is not None}
+    if "dataset" in given:
+        given["eval_dataset"] = ""
+    return dataclasses.replace(mlx_grpo.load_config(args.config), **given)
+
+
+def run(args: argparse.Namespace) -> None:
+    config = settings(args)
+    rows = read_rows(config, args.split)[: args.max_samples or None]
+    adapters = [None if adapter == "none" else adapter for adapter in args.adapter_path or ["none"] * len(args.model)]
+    for name in args.model:
+        mlx_grpo.resolve_model(name)  # a misspelt second model is found before the first one's hours of work
+    results, answers = [], []
+    with open_output(args.output) as output:
+        for name, adapter in zip(args.model, adapters):
+            label = f"{name} + {adapter}" if adapter else name
+            result, records = evaluate_model(label, name, adapter, rows, config, args, output)
+            results.append(result)
+            answers.append(records)
+            mx.clear_cache()
+    pairs = compare(results, answers) if results[0]["n"] else []
+    if args.json:
+        print(json.dumps({"models": results, "pairs": pairs}))
+        return
+    if not (args.output or results[0]["n"]):  # nothing to grade and no file: the answers are what was asked for
+        for record in itertools.chain(*answers):
+            print(f"{record['question']}\n{record['text']}\n")
+    print_scores(results, Console())
+    if pairs:
+        print_pairs(pairs, Console())
+
+
+def open_output(path: str | None):
+    try:
+        return open(path, "w", encoding="utf-8") if path else contextlib.nullcontext()
+    except OSError as error:
+        raise mlx_grpo.UserError(f"Cannot write {path}: {error.strerror}") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse_arguments(argv))
+    except (mlx_grpo.UserError, mlx_grpo.RunError) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, mlx_grpo.UserError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
+    sys.exit(main())
