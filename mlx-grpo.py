@@ -23,6 +23,7 @@ checkpoints, trainer, command line. Shapes are written where an array is born:
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import copy
 import ctypes
@@ -363,6 +364,140 @@ def local_path(name: str) -> Path | None:
 # Tokenizer
 # ---------------------------------------------------------------------------------------------------------------
 
+class TiktokenDetokenizer:
+    """mlx-lm's streaming protocol; the segments joined are decode(tokens), also where a character's bytes span tokens."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.reset()
+
+    def reset(self):
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds an incomplete character back
+        self.text, self.tokens, self.offset = "", [], 0
+
+    def add_token(self, token):
+        self.tokens.append(token)
+        self.text += self.utf8.decode(self.tokenizer.id_to_bytes.get(token, b""))
+
+    def finalize(self):
+        self.text += self.utf8.decode(b"", final=True)
+
+    @property
+    def last_segment(self):
+        """The text since this was last read."""
+        start, self.offset = self.offset, len(self.text)
+        return self.text[start:]
+
+
+class TiktokenTokenizerWrapper:
+    """The tokenizer of a directory that has only tokenizer.pkl, with what mlx-lm and this script use of a tokenizer.
+
+    Text is always ordinary text, as in nanochat: spelling a special token does not make one, and nothing is put in front.
+    Special tokens come from apply_chat_template(tokenize=True) alone; its text form is for reading.
+    For mlx-lm's generators: TokenizerWrapper(self, TiktokenDetokenizer, eos_token_ids=self.eos_token_ids)."""
+
+    chat_template = "nanochat"  # mlx-lm only asks whether there is one
+    clean_up_tokenization_spaces = False
+    # The chat tokens in the order of a conversation, and what stands for them in a vocabulary without them.
+    CHAT = {"<|bos|>": "", "<|user_start|>": "User: ", "<|user_end|>": "\n", "<|assistant_start|>": "Assistant: ", "<|assistant_end|>": "\n"}
+
+    def __init__(self, path):
+        """`path`: a tokenizer.pkl or its directory. Raises ValueError("Failed to load tiktoken tokenizer: REASON")."""
+        self.path = Path(path) / "tokenizer.pkl" if Path(path).is_dir() else Path(path)
+        try:
+            import tiktoken
+            from convert_nanochat import read_tokenizer_pickle  # which runs nothing of the pickle
+
+            state = read_tokenizer_pickle(self.path)
+            if state["name"] in tiktoken.list_encoding_names():
+                raise ValueError(f"{state['name']!r} is the name of an encoding that tiktoken downloads")
+            self.encoding = tiktoken.Encoding(**state)  # ValueError where pat_str is no regular expression
+        except (ImportError, OSError, ValueError) as error:
+            raise ValueError(f"Failed to load tiktoken tokenizer: {error}") from error
+        self.name_or_path, self.special_tokens = str(self.path.parent), state["special_tokens"]
+        # Latin-1 names every byte by one character, so that distinct tokens have distinct names.
+        self.vocab = {token.decode("latin-1"): i for token, i in state["mergeable_ranks"].items()} | self.special_tokens
+        self.id_to_token = {i: token for token, i in self.vocab.items()}
+        self.id_to_bytes = {i: token for token, i in state["mergeable_ranks"].items()}
+        self.id_to_bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
+        self.vocab_size = max(self.id_to_bytes) + 1
+        self.all_special_tokens, self.all_special_ids = list(self.special_tokens), list(self.special_tokens.values())
+        # nanochat stops at the end of the assistant's turn, and where a new document would begin.
+        stops = [t for t in ("<|assistant_end|>", "<|endoftext|>", "<|bos|>") if t in self.special_tokens]
+        self.eos_token = self.pad_token = stops[0] if stops else None
+        self.bos_token = "<|bos|>" if "<|bos|>" in stops else None
+        self.eos_token_ids = {self.special_tokens[t] for t in stops}
+        self.eos_token_id = self.pad_token_id = self.special_tokens.get(self.eos_token)
+        self.bos_token_id = self.special_tokens.get(self.bos_token)
+
+    def __len__(self):
+        return self.vocab_size
+
+    def encode(self, text, add_special_tokens=True, **_):
+        """Text -> ids. add_special_tokens changes nothing: nanochat adds none."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids, skip_special_tokens=False, **_):
+        """Ids (list, array or one id) -> text; broken UTF-8 becomes U+FFFD, an id without a token (a padding row) nothing."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        skip = self.all_special_ids if skip_special_tokens else ()
+        kept = [i for i in ([ids] if isinstance(ids, int) else ids) if i not in skip]
+        return b"".join(self.id_to_bytes.get(i, b"") for i in kept).decode("utf-8", "replace")
+
+    def get_vocab(self):
+        return self.vocab
+
+    def convert_tokens_to_ids(self, tokens):
+        return self.vocab.get(tokens) if isinstance(tokens, str) else [self.vocab.get(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids):
+        return self.id_to_token.get(ids) if isinstance(ids, int) else [self.id_to_token.get(i) for i in ids]
+
+    @property
+    def detokenizer(self):
+        return TiktokenDetokenizer(self)
+
+    def save_pretrained(self, directory, **_):
+        """Copies tokenizer.pkl into `directory`."""
+        target = Path(directory) / "tokenizer.pkl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.resolve() != self.path.resolve():
+            shutil.copyfile(self.path, target)
+        return (str(target),)
+
+    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=None, continue_final_message=False, **_):
+        """Messages -> ids (or text): <|bos|>, then <|user_start|>..<|user_end|><|assistant_start|>..<|assistant_end|> with a
+        system message joined to the first user message; plain "User: ..", "Assistant: .." lines where these tokens are missing.
+        add_generation_prompt: None means where the user spoke last. ValueError unless the roles alternate from user."""
+        messages = [dict(message) for message in messages]
+        if len(messages) > 1 and (messages[0]["role"], messages[1]["role"]) == ("system", "user"):
+            system = messages.pop(0)
+            messages[0]["content"] = system["content"] + "\n\n" + messages[0]["content"]
+        pieces = [("<|bos|>", True)]  # (text, whether it is a special token)
+        for i, message in enumerate(messages):
+            role, content = ("user", "assistant")[i % 2], message["content"]
+            if message["role"] != role:
+                raise ValueError(f"Message {i} is from {message['role']} but should be from {role}")
+            pieces.append((f"<|{role}_start|>", True))
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                tool = {"text": None, "python": "python", "python_output": "output"}[part["type"]]
+                text = (part["text"], False)
+                pieces += [(f"<|{tool}_start|>", True), text, (f"<|{tool}_end|>", True)] if tool else [text]
+            pieces.append((f"<|{role}_end|>", True))
+        if continue_final_message:
+            pieces.pop()
+        elif add_generation_prompt or (add_generation_prompt is None and messages and messages[-1]["role"] == "user"):
+            if not messages or messages[-1]["role"] != "user":
+                raise ValueError("A prompt for the assistant must end with a message from user")
+            pieces.append(("<|assistant_start|>", True))
+        if not self.CHAT.keys() <= self.special_tokens.keys():
+            text = "".join(self.CHAT.get(piece, "") if special else piece for piece, special in pieces)
+            return self.encode(text) if tokenize else text
+        if not tokenize:
+            return "".join(piece for piece, _ in pieces)
+        return [i for piece, special in pieces for i in ([self.special_tokens[piece]] if special else self.encode(piece))]
+
+
 def build_prompt(tokenizer, question: str | list[dict], system_prompt: str = "", completion_prefix: str = "") -> list[int]:
     """Token ids of a prompt: the chat template around system prompt and question, then the answer's first words.
 
@@ -391,30 +526,37 @@ def build_prompt(tokenizer, question: str | list[dict], system_prompt: str = "",
 
 
 def flatten_rope_parameters(config: dict) -> dict:
-    """A copy of a model's config.json with what transformers 5 nests under `rope_parameters` at the top level too.
+    """config.json as transformers 5 writes it -> a copy that also has rope_theta, rope_scaling and partial_rotary_factor on top.
 
-    Most mlx-lm models read rope_theta, rope_scaling and partial_rotary_factor there and would silently use their
-    class's defaults otherwise.
+    Most of mlx-lm's classes read only those; `rope_parameters` stays for the classes that read it. With one dict per layer type
+    (gemma3) the top gets full_attention's values and rope_local_base_freq is sliding_attention's theta. `text_config` likewise.
     """
-    config = dict(config)
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"] = flatten_rope_parameters(config["text_config"])
-    nested = config.get("rope_parameters")
-    if not isinstance(nested, dict):
-        return config
-    per_layer = {k: v for k, v in nested.items() if isinstance(v, dict)}
-    if per_layer:  # gemma3: one set for each kind of attention
-        if (theta := per_layer.get("full_attention", {}).get("rope_theta")) is not None:
-            config.setdefault("rope_theta", theta)
-        if (theta := per_layer.get("sliding_attention", {}).get("rope_theta")) is not None:
-            config.setdefault("rope_local_base_freq", theta)
-        nested = per_layer.get("full_attention", {})
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in nested:
-            config.setdefault(key, nested[key])
-    if nested.get("rope_type", "default") != "default":
-        config["rope_scaling"] = config.get("rope_scaling") or dict(nested)
-    return config
+    flat = copy.deepcopy(config)
+    if isinstance(flat.get("text_config"), dict):
+        flat["text_config"] = flatten_rope_parameters(flat["text_config"])
+    nested = flat.get("rope_parameters") or {}
+    per_type = {name: rope for name, rope in nested.items() if isinstance(rope, dict)}
+    rope = per_type.get("full_attention", {}) if per_type else nested
+    if "rope_theta" in rope:
+        flat["rope_theta"] = rope["rope_theta"]
+    if "rope_theta" in per_type.get("sliding_attention", {}):
+        flat["rope_local_base_freq"] = per_type["sliding_attention"]["rope_theta"]
+    factors = {each.get("partial_rotary_factor") for each in per_type.values() or [rope]} - {None}
+    # Where layer types differ, one number on top would be wrong for some of them.
+    if len(factors) == 1 and all("partial_rotary_factor" in each for each in per_type.values()):
+        flat["partial_rotary_factor"] = factors.pop()
+    if rope.get("rope_type", rope.get("type", "default")) != "default" and not flat.get("rope_scaling"):
+        flat["rope_scaling"] = dict(rope)
+    if scaling := flat.get("rope_scaling"):
+        # mlx-lm reads `type` first and phi3 reads nothing else; transformers' default context is the model's own, mlx-lm's is fixed.
+        scaling.setdefault("type", scaling.get("rope_type", "default"))
+        if scaling["type"] in ("llama3", "yarn", "longrope") and "max_position_embeddings" in flat:
+            original = flat.get("original_max_position_embeddings", flat["max_position_embeddings"])
+            scaling.setdefault("original_max_position_embeddings", original)
+    if flat.get("model_type") == "gpt_neox":
+        flat.setdefault("rotary_emb_base", flat.get("rope_theta", 10000))
+        flat.setdefault("rotary_pct", flat.get("partial_rotary_factor", 0.25))
+    return flat
 
 
 def resolve_model(name: str) -> Path:
@@ -447,7 +589,10 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
     path = resolve_model(name)
     try:
         model_config = flatten_rope_parameters(read_model_config(path))
-        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code)
+        own_code = path / model_config["model_file"] if "model_file" in model_config else None
+        # The one model file that needs no trust is the one this project ships, byte for byte.
+        known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "nanochat_2026.py").read_bytes()
+        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known)
         if adapter_path:
             load_adapters(model, adapter_path)
             model.eval()
@@ -457,7 +602,8 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
             tokenizer = load_tokenizer(path, eos_token_ids=model_config.get("eos_token_id"))
     except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"Failed to load model {path}: {reason}") from error
+        prefix = "" if reason.startswith("Failed to load tiktoken tokenizer") else f"Failed to load model {path}: "
+        raise UserError(prefix + reason) from error
     rows = model_config.get("vocab_size") or model_config.get("text_config", {}).get("vocab_size")
     largest = max(tokenizer.get_vocab().values())
     if rows and largest >= rows:

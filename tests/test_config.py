@@ -214,6 +214,9 @@ def test_a_value_out_of_range_is_refused(refused, override):
         (["max_new_tokens=64", "max_completion_length=32"], "max_new_tokens (64) is above max_completion_length (32)"),
         (['lora_parameters={rank=8, scale=20.0, dropout=0.1}'], "lora_parameters.dropout must be 0"),
         (["lora_parameters={rank=8}"], "lora_parameters needs rank and scale"),
+        (["lora_parameters={rank='8', scale=20.0}"], "lora_parameters"),
+        (["lora_parameters={rank=0, scale=20.0}"], "lora_parameters"),
+        (["lora_parameters={rank=8, scale=20.0, alpha=16}"], "lora_parameters"),  # a key that nothing would read
         (["fine_tune_type=full", "num_layers=4"], "num_layers is for adapters"),
         (["fine_tune_type=lora", "num_layers=0"], "num_layers = 0 would train nothing"),
         (["loss_type=vespo", "sampler_correction=token_mask"], "loss_type vespo has its own correction"),

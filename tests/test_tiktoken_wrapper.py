@@ -13,8 +13,8 @@ from nanochat_tokenizer import PATTERN, REFERENCES, ROOT, SPECIAL, make_encoding
 sys.path.insert(0, str(ROOT))
 import convert_nanochat  # noqa: E402
 
-block = sys.modules[convert_nanochat.TiktokenTokenizerWrapper.__module__]
-Wrapper = block.TiktokenTokenizerWrapper
+mlx_grpo = convert_nanochat.mlx_grpo
+Wrapper = mlx_grpo.TiktokenTokenizerWrapper
 needs_references = pytest.mark.skipif(not REFERENCES.is_dir(), reason=f"no nanochat references at {REFERENCES}")
 
 ALPHABET = [
@@ -432,7 +432,7 @@ def test_mlx_lm_generates_with_it(wrapper):
         )
     )
     prompt = wrapper.apply_chat_template([{"role": "user", "content": "hi"}])
-    wrapped = TokenizerWrapper(wrapper, block.TiktokenDetokenizer, eos_token_ids=wrapper.eos_token_ids)
+    wrapped = TokenizerWrapper(wrapper, mlx_grpo.TiktokenDetokenizer, eos_token_ids=wrapper.eos_token_ids)
     assert wrapped.eos_token_ids == wrapper.eos_token_ids and wrapped.has_chat_template
     assert wrapped.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True) == prompt
     for tokenizer in (wrapper, wrapped):  # mlx-lm wraps the bare one itself

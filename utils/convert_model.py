@@ -11,6 +11,7 @@ import contextlib
 import copy
 import difflib
 import functools
+import importlib
 import inspect
 import io
 import json
@@ -24,7 +25,10 @@ import sys
 import traceback
 from pathlib import Path
 
-import mlx.core as mx
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+flatten_rope_parameters = importlib.import_module("mlx-grpo").flatten_rope_parameters  # before mlx: it loads a BLAS
+
+import mlx.core as mx  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/convert_model.py --hf-path Qwen/Qwen2.5-0.5B-Instruct --quantize --output-dir qwen-4bit
@@ -118,40 +122,6 @@ def read_checkpoint(source):
     if missing := sorted(wanted - {file.name for file in files}):
         raise ConversionError(f"Incomplete weights: {source} lacks {', '.join(missing)}; download the model again")
     return {name: entry for file in files for name, entry in read_safetensors_header(file).items()}
-
-
-def flatten_rope_parameters(config):
-    """config.json as transformers 5 writes it -> a copy that also has rope_theta, rope_scaling and partial_rotary_factor on top.
-
-    Most of mlx-lm's classes read only those; `rope_parameters` stays for the classes that read it. With one dict per layer type
-    (gemma3) the top gets full_attention's values and rope_local_base_freq is sliding_attention's theta. `text_config` likewise.
-    """
-    flat = copy.deepcopy(config)
-    if isinstance(flat.get("text_config"), dict):
-        flat["text_config"] = flatten_rope_parameters(flat["text_config"])
-    nested = flat.get("rope_parameters") or {}
-    per_type = {name: rope for name, rope in nested.items() if isinstance(rope, dict)}
-    rope = per_type.get("full_attention", {}) if per_type else nested
-    if "rope_theta" in rope:
-        flat["rope_theta"] = rope["rope_theta"]
-    if "rope_theta" in per_type.get("sliding_attention", {}):
-        flat["rope_local_base_freq"] = per_type["sliding_attention"]["rope_theta"]
-    factors = {each.get("partial_rotary_factor") for each in per_type.values() or [rope]} - {None}
-    # Where layer types differ, one number on top would be wrong for some of them.
-    if len(factors) == 1 and all("partial_rotary_factor" in each for each in per_type.values()):
-        flat["partial_rotary_factor"] = factors.pop()
-    if rope.get("rope_type", rope.get("type", "default")) != "default" and not flat.get("rope_scaling"):
-        flat["rope_scaling"] = dict(rope)
-    if scaling := flat.get("rope_scaling"):
-        # mlx-lm reads `type` first and phi3 reads nothing else; transformers' default context is the model's own, mlx-lm's is fixed.
-        scaling.setdefault("type", scaling.get("rope_type", "default"))
-        if scaling["type"] in ("llama3", "yarn", "longrope") and "max_position_embeddings" in flat:
-            original = flat.get("original_max_position_embeddings", flat["max_position_embeddings"])
-            scaling.setdefault("original_max_position_embeddings", original)
-    if flat.get("model_type") == "gpt_neox":
-        flat.setdefault("rotary_emb_base", flat.get("rope_theta", 10000))
-        flat.setdefault("rotary_pct", flat.get("partial_rotary_factor", 0.25))
-    return flat
 
 
 def adapt_config(config, checkpoint, longrope=None):

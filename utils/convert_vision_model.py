@@ -6,13 +6,10 @@ model runs only when allowed, and the output directory is complete or absent. Th
 
 import argparse
 import contextlib
-import copy
 import importlib.util
 import io
 import json
 import logging
-import os
-import re
 import shlex
 import shutil
 import sys
@@ -20,10 +17,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from convert_model import (
-    DTYPES, MODES, ConversionError, Parser, bits_per_weight, cast, check_output, complete_or_absent, find_source,
-    flatten_rope_parameters, is_quantized, read_checkpoint, shorten, unquantized_layers, upload,
-)  # fmt: skip
+import convert_model
+from convert_model import DTYPES, MODES, ConversionError, Parser, bits_per_weight, is_quantized, shorten
 
 EXAMPLES = """examples:
   uv run python utils/convert_vision_model.py --hf-path Qwen/Qwen2-VL-2B-Instruct --quantize --output-dir qwen-vl-4bit
@@ -38,7 +33,6 @@ def require_mlx_vlm(verbose=False):
         raise ConversionError("mlx-vlm is not installed, and the vision scripts need it: uv sync --extra vision")
     if not verbose:
         logging.disable(logging.ERROR)  # mlx-vlm and transformers log what is raised as well
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
 
 
 # --- Loading, shared with inference_vision.py -----------------------------------------------------------------------------------
@@ -46,7 +40,7 @@ def require_mlx_vlm(verbose=False):
 
 def adapt_config(config):
     """config.json as transformers writes it -> a copy with the settings where mlx-vlm's classes look for them."""
-    config = flatten_rope_parameters(config)
+    config = convert_model.flatten_rope_parameters(config)
     kind, text, vision = config["model_type"], config.get("text_config") or config, config.get("vision_config") or {}
     rope = text.get("rope_parameters") or {}
     if "mrope_section" in rope and not text.get("rope_scaling"):
@@ -65,7 +59,7 @@ def adapted(source):
     """`source`, or where its config needs adapting a temporary directory that has another config and links to the rest."""
     try:
         config = json.loads((source / "config.json").read_text())
-        changed = adapt_config(copy.deepcopy(config))
+        changed = adapt_config(config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"Not a model directory: {source}/config.json is no model's configuration ({error!r})", 2) from error
     if changed == config:
@@ -111,14 +105,18 @@ def load_processor(directory, name, eos_token_ids=None, trust_remote_code=False)
     """What turns text and images into arrays, from the same directory as the model."""
     from mlx_vlm.utils import load_image_processor, load_processor
 
+    from transformers import PreTrainedTokenizerBase
+
     try:
         # Said outright: left out, mlx-vlm's processors run the model's code unasked.
-        processor = load_processor(directory, True, eos_token_ids=eos_token_ids, trust_remote_code=trust_remote_code)
+        processor = load_processor(directory, eos_token_ids=eos_token_ids, trust_remote_code=trust_remote_code)
         if image_processor := load_image_processor(directory, trust_remote_code=trust_remote_code):
             processor.image_processor = image_processor
     except LOAD_ERRORS as error:
         hint = "; it runs code of its own: read it, then add --trust-remote-code" if "trust_remote_code" in str(error) else ""
         raise ConversionError(f"Cannot load the processor of {name}: {shorten(str(error))}{hint}") from error
+    if isinstance(processor, PreTrainedTokenizerBase) and image_processor is None:
+        raise ConversionError(f"{name} has a tokenizer and no image processor (preprocessor_config.json): it cannot read images")
     return processor
 
 
@@ -143,6 +141,13 @@ def quantize(model, config, args):
         widths = sorted({width for _, width in unquantized_layers(model)})
         raise ConversionError(f"--group-size {group_size} divides the width of no layer (widths {widths}): choose a smaller one", 2)
     return model, config
+
+
+def unquantized_layers(model):
+    """[(path, input width)] of the language model's layers that could be quantised and are not."""
+    from mlx_vlm.utils import skip_multimodal_module
+
+    return [(path, width) for path, width in convert_model.unquantized_layers(model) if not skip_multimodal_module(path)]
 
 
 def write_directory(directory, source, model, config, args):
@@ -180,7 +185,7 @@ def change_weights(model, config, args):
         for part in (config, config.get("text_config") or {}):
             part.pop("quantization", None), part.pop("quantization_config", None)
     if args.dtype:
-        cast(model, args.dtype)
+        convert_model.cast(model, args.dtype)
         for part in (config, config.get("text_config") or {}):
             part.update({"dtype": args.dtype} if part is config or "dtype" in part else {})
     if args.quantize:
@@ -191,34 +196,30 @@ def change_weights(model, config, args):
 
 def convert(args):
     """One conversion, from the flags to the summary."""
-    from mlx_vlm.utils import skip_multimodal_module
-
-    output = check_output(args)
+    output = convert_model.check_output(args)
     print(f"Loading {args.hf_path}")
-    source = find_source(args.hf_path, args.revision)
-    size_before = sum(size for _, size in read_checkpoint(source).values())
+    source = convert_model.find_source(args.hf_path, args.revision)
+    size_before = sum(size for _, size in convert_model.read_checkpoint(source).values())
     with adapted(source) as (directory, config):
         model = load_vision_model(directory, config, args.hf_path, args.trust_remote_code, lazy=True)
     bits_before = bits_per_weight(model)
     model, config = change_weights(model, config, args)
     bits_after, left = bits_per_weight(model), unquantized_layers(model) if is_quantized(model) else []
-    left = [f"{name} (width {width})" for name, width in left if not skip_multimodal_module(name)]
-    layers = [(name, layer) for name, layer in model.named_modules() if args.verbose and "weight" in layer]
-    packed = [f"  {name}: {f'{layer.bits} bits' if hasattr(layer, 'bits') else layer.weight.dtype}" for name, layer in layers]
+    details = list(convert_model.verbose_lines(model, config)) if args.verbose else []
     print(f"Saving to {args.output_dir}")
     try:
-        with complete_or_absent(output) as aside:
+        with convert_model.complete_or_absent(output) as aside:
             write_directory(aside, source, model, config, args)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConversionError(f"Cannot write {args.output_dir}: {shorten(str(error))}; nothing was left behind") from error
     size_after = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    print(*packed, f"Converted {config['model_type']}", sep="\n")
+    print(*details, f"Converted {config['model_type']}", sep="\n")
     print(f"  size             {size_before / 1e6:.1f} MB -> {size_after / 1e6:.1f} MB")
     print(f"  bits per weight  {bits_before:.3f} -> {bits_after:.3f}")
     if left:
-        print(f"  not quantised    {', '.join(left)}")
+        print(f"  not quantised    {', '.join(f'{name} (width {width})' for name, width in left)}")
     if args.upload_repo:
-        upload(output, args.upload_repo)
+        convert_model.upload(output, args.upload_repo)
     print(f"Next:\n  uv run python utils/inference_vision.py --model {shlex.quote(args.output_dir)} --chat")
 
 
@@ -229,7 +230,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--hf-path", "--model", required=True, help="hub name (owner/name) or local directory")
-    add("--output-dir", "--mlx-path", default="mlx_model", help="directory to write (default: mlx_model)")
+    add("--output-dir", "--mlx-path", help="directory to write (default: mlx_model)")
     add("--overwrite", action="store_true", help="replace an existing model directory")
     add("-q", "--quantize", action="store_true", help="quantise the language model (default: 4 bits, group size 64)")
     add("--bits", "--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits per weight")
@@ -241,21 +242,9 @@ def parse_args(argv=None):
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model or its processor")
     add("--upload-repo", metavar="OWNER/NAME", help="hub repository to create and upload to")
     add("--verbose", action="store_true", help="also list every layer, the libraries' warnings and the traceback of a failure")
-    parser.set_defaults(adapter_path=None)  # for check_output, which the text script shares
-    args = parser.parse_args(argv)
-    bits, group_size = MODES[args.q_mode or "affine"]
-    for name in ("bits", "group_size", "q_mode"):
-        if getattr(args, name) and not args.quantize:
-            parser.error(f"--{name.replace('_', '-')} has no effect without --quantize: add -q")
-    if args.quantize and args.dequantize:
-        parser.error("--quantize and --dequantize exclude each other: run twice, dequantising first")
-    if bits and (args.bits or bits, args.group_size or group_size) != (bits, group_size):
-        parser.error(f"--q-mode {args.q_mode} is always {bits} bits with group size {group_size}: leave --bits and --group-size out")
-    if not bits and args.group_size == 16:
-        parser.error("--group-size 16 is for --q-mode nvfp4: choose 32, 64 or 128")
-    if args.upload_repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.upload_repo):
-        parser.error(f"--upload-repo {args.upload_repo} is not of the form owner/name")
-    return args
+    parser.parse_args(argv)
+    # These are some of convert_model.py's flags, which says what does not go together.
+    return convert_model.parse_args(argv)
 
 
 def main(argv=None, parse=parse_args, run=convert):
