@@ -17,6 +17,12 @@ SHARED = Path(os.environ.get("MLX_GRPO_SHARED", ROOT.parent / "shared"))
 ROWS = [{"question": f"What is {n} plus 1?", "answer": f"It is {n}+1.\n#### {n + 1:,}", "level": f"L{n % 3}"} for n in range(1000, 1040)]
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The bundled model's."""
+    return mlx_grpo.open_model(str(ROOT / "starter" / "model"))[1]
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """What the datasets library converts goes to a folder of this test's."""
@@ -130,19 +136,17 @@ def test_the_gold_answer(tmp_path, answer, gold):
     assert split("train", path)[0]["answer"] == gold
 
 
-def test_chat_messages_are_prompts(tmp_path, starter):
+def test_chat_messages_are_prompts(tmp_path, tokenizer):
     chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "and 2+2?"}]
     path = write_jsonl(tmp_path / "chats.jsonl", [{"question": chat, "answer": "4"}] * 2)
     row = split("train", path)[0]
     assert row == {"prompt": chat, "answer": "4"}
-    _, tokenizer = starter
     text = tokenizer.decode(build_prompt(tokenizer, row["prompt"]))
     assert text.index("1+1?") < text.index("2", text.index("1+1?") + 4) < text.index("and 2+2?")
     assert build_prompt(tokenizer, [{"role": "user", "content": "1+1?"}]) == build_prompt(tokenizer, "1+1?")
 
 
-def test_the_system_prompt_and_the_prefix_stand_around_the_question(starter):
-    _, tokenizer = starter
+def test_the_system_prompt_and_the_prefix_stand_around_the_question(tokenizer):
     plain = build_prompt(tokenizer, "1+1?")
     primed = build_prompt(tokenizer, "1+1?", "", "<reasoning>\n")
     assert primed[: len(plain)] == plain and tokenizer.decode(primed[len(plain) :]) == "<reasoning>\n"
@@ -240,10 +244,9 @@ def test_a_broken_json_array_is_named_by_its_line(tmp_path):
     # Read line by line as if it were JSON Lines, "[" in line 1 is blamed.
     path = tmp_path / "sums.json"
     text = json.dumps(ROWS[:3], indent=1).splitlines()
-    text[6] = text[6].rstrip(",").rstrip('"')
+    text[7] = text[7].rstrip('",')
     path.write_text("\n".join(text))
-    error = error_of(path)
-    assert error.startswith(f"Failed to read dataset {path}, line ") and any(f"line {n}:" in error for n in (7, 8)), error
+    assert error_of(path).startswith(f"Failed to read dataset {path}, line 8: ")
 
 
 def test_answers_of_two_types_are_read_or_named_by_line(tmp_path):
@@ -340,8 +343,9 @@ def test_a_hub_name_without_a_network_is_one_line_and_exit_status_1(tmp_path, se
     assert "HF_HUB_OFFLINE" in lines[0] or "offline" in lines[0].lower() or "network" in lines[0].lower(), lines[0]
 
 
-@pytest.mark.parametrize("name", ["no/such/model", "./absent", "absent folder"])
+@pytest.mark.parametrize("name", ["no/such/model", "./absent", "../absent", "-absent", "absent folder"])
 def test_a_model_that_is_neither_folder_nor_hub_name_is_refused(name):
+    # The hub's client raises a ValueError of its own for names such as ./absent.
     with pytest.raises(UserError, match="^Model not found: "):
         mlx_grpo.resolve_model(name)
 
@@ -351,8 +355,9 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         mlx_grpo.resolve_model(str(tmp_path))
 
 
-def test_a_hub_dataset_that_cannot_be_reached_is_a_run_error():
-    assert error_of("no-such-owner/no-such-thing", kind=RunError).startswith("Dataset not found: no-such-owner/no-such-thing is no local file or folder")
+@pytest.mark.parametrize("name", ["absent.jsonl", "./absent.jsonl", "data/absent.jsonl", "../absent", "/absent/folder"])
+def test_a_data_file_that_is_not_there_is_one_line(name):
+    assert error_of(name, kind=(UserError, RunError)).startswith(f"Dataset not found: {name}")
 
 
 # Real data

@@ -247,8 +247,8 @@ def parse_args(argv=None):
     return convert_model.parse_args(argv)
 
 
-def main(argv=None, parse=parse_args, run=convert):
-    args = parse(argv)
+def run_script(args, run):
+    """The exit status of run(args); an error is one line on stderr, after its traceback under --verbose."""
     try:
         require_mlx_vlm(args.verbose)
         run(args)
@@ -261,6 +261,10 @@ def main(argv=None, parse=parse_args, run=convert):
         print("Interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def main(argv=None):
+    return run_script(parse_args(argv), convert)
 
 
 if __name__ == "__main__":
