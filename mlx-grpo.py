@@ -136,10 +136,10 @@ class MLXGRPOConfig:
     max_completion_length: int = 512  # tokens; also the constant that dr_grpo divides by
     max_new_tokens: int = 0  # a lower limit for the rollout alone; 0 for max_completion_length
     temperature: float = 1.0  # of sampling, and of the log-probs in the objective
-    top_p: float = 1.0  # below 1 the ratio is biased: the objective's log-probs know the full distribution
-    top_k: int = 0  # above 0: the same bias
-    min_p: float = 0.0  # above 0: the same bias
-    repetition_penalty: float = 1.0  # other than 1: the same bias
+    top_p: float = 1.0  # below 1 the sampled distribution is not the policy's: biased, corrected, and warned of
+    top_k: int = 0  # above 0: the same
+    min_p: float = 0.0  # above 0: the same
+    repetition_penalty: float = 1.0  # other than 1: the same
     stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])  # text that ends a completion, kept in it
     kv_budget_gb: float = 0.0  # KV cache the rollout may fill before it decodes in several batches; 0: 1/4 of memory
     quantize_for_rollouts: bool = False  # sample from a quantised copy: less memory traffic, off-policy, corrected
@@ -160,7 +160,7 @@ class MLXGRPOConfig:
     top_entropy_quantile: float = 1.0  # train only this share of positions, those of highest entropy
     entropy_coef: float = 0.0  # bonus per nat of entropy
     off_policy_mask_threshold: float | None = None  # drop negative rows whose mean sampler-to-policy gap exceeds it
-    sampler_correction: str = "auto"  # token_truncate, token_mask, sequence_truncate, sequence_mask, none; auto: token_truncate where the sampler is quantised or stale
+    sampler_correction: str = "auto"  # token_truncate, token_mask, sequence_truncate, sequence_mask, none; auto: token_truncate where the sampler is not the policy
     sampler_correction_min: float | None = None  # lower end of the correction's range
     sampler_correction_max: float = 3.0  # upper end of the correction's range
     sapo_temperature_pos: float = 1.0  # SAPO's gate for positive advantages (arXiv 2511.20347)
@@ -200,15 +200,15 @@ class MLXGRPOConfig:
         """Refuse what cannot work, before anything is loaded."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(f"Invalid {name}: {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+                raise UserError(f"Invalid {name}: {getattr(self, name)!r}; choose one of {', '.join(map(str, choices))}")
         for name, value in vars(self).items():
             if type(value) not in (int, float):
                 continue
             low = {"num_generations": 2, "num_layers": -1}.get(name, 1 if name in AT_LEAST_ONE else 0)
             if value < low or (value == 0 and name in ABOVE_ZERO) or value == math.inf:
                 raise UserError(f"Invalid {name}: {value}; it must be {'above 0' if name in ABOVE_ZERO else f'at least {low}'}")
-            if value > 1 and name in AT_MOST_ONE:
-                raise UserError(f"Invalid {name}: {value}; it must be at most 1")
+            if (value > 1 and name in AT_MOST_ONE) or (value >= 1 and name in BELOW_ONE):
+                raise UserError(f"Invalid {name}: {value}; it must be {'below' if name in BELOW_ONE else 'at most'} 1")
         for wrong, message in self._contradictions():
             if wrong:
                 raise UserError(message)
@@ -226,7 +226,16 @@ class MLXGRPOConfig:
         yield self.lora_parameters.get("dropout"), (
             "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two passes"
         )
-        yield not {"rank", "scale"} <= set(self.lora_parameters), "lora_parameters needs rank and scale, as in mlx-lm"
+        lora_numbers = [self.lora_parameters.get(name) for name in ("rank", "scale")]
+        yield lora_numbers.count(None), "lora_parameters needs rank and scale, as in mlx-lm"
+        yield not all(type(n) in (int, float) and n > 0 for n in lora_numbers) or type(lora_numbers[0]) is not int, (
+            f"lora_parameters: rank must be a whole number and scale a number, both above 0, not {lora_numbers}"
+        )
+        unknown = set(self.lora_parameters) - {"rank", "scale", "dropout", "keys"}
+        yield unknown, f"lora_parameters has unknown entries: {', '.join(sorted(unknown))}; mlx-lm knows rank, scale, dropout and keys"
+        yield (self.sampler_correction_min or 0) > self.sampler_correction_max, (
+            f"sampler_correction_min ({self.sampler_correction_min}) is above sampler_correction_max ({self.sampler_correction_max})"
+        )
         yield self.fine_tune_type == "full" and self.num_layers >= 0, "num_layers is for adapters; use fine_tune_type lora"
         yield lora and self.num_layers == 0, "num_layers = 0 would train nothing; use -1 for all blocks"
         yield self.loss_type == "vespo" and self.sampler_correction not in ("auto", "none"), (
@@ -243,14 +252,20 @@ class MLXGRPOConfig:
 
     @property
     def off_policy_sampler(self) -> bool:
-        """Whether the sampler's weights can differ from the policy's."""
-        return self.quantize_for_rollouts or self.sync_every > 1
+        """Whether completions come from another distribution than the policy's: other weights, or a filtered one."""
+        return self.quantize_for_rollouts or self.sync_every > 1 or bool(self.sampling_filters)
+
+    @property
+    def sampling_filters(self) -> list[str]:
+        """The settings in force that make the sampled distribution another than the one the objective knows."""
+        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        return [name for name, value in neutral.items() if getattr(self, name) != value]
 
     @property
     def correction(self) -> str | None:
         """The sampler correction in force, or None."""
         if self.sampler_correction == "auto":
-            return "token_truncate" if self.off_policy_sampler and self.loss_type != "vespo" else None
+            return "token_truncate" if self.off_policy_sampler and self.loss_type != "vespo" else None  # vespo has its own
         return None if self.sampler_correction == "none" else self.sampler_correction
 
 
@@ -269,8 +284,10 @@ AT_LEAST_ONE = (
     "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations", "logging_steps",
     "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size",
 )  # fmt: skip
-ABOVE_ZERO = ("temperature", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile")
-AT_MOST_ONE = ("top_p", "min_p", "warmup_ratio", "top_entropy_quantile", "adam_beta1", "adam_beta2", "eval_fraction")
+ABOVE_ZERO = ("temperature", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile",
+              "sapo_temperature_pos", "sapo_temperature_neg")  # fmt: skip
+AT_MOST_ONE = ("top_p", "min_p", "warmup_ratio", "top_entropy_quantile")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "eval_fraction")
 
 
 BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}
@@ -319,6 +336,8 @@ def read_settings(path: str | Path | None, overrides: list[str]) -> tuple[dict, 
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"Config file is not valid TOML: {path}: {error}") from None
         nested = table.pop("mlx_grpo", {})
+        if not isinstance(nested, dict):
+            raise UserError(f"Config file {path}: mlx_grpo must be a table, [mlx_grpo]")
         given += [(k, v, path.name, False) for k, v in {**table, **nested}.items()]
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -514,7 +533,9 @@ def build_prompt(tokenizer, question: str | list[dict], system_prompt: str = "",
     try:
         system = [{"role": "system", "content": system_prompt}] if system_prompt and messages[0]["role"] != "system" else []
         ids = render(system + messages)
-    except jinja2.TemplateError:
+    except jinja2.TemplateError as error:
+        if not system:
+            raise UserError(f"The model's chat template refuses the prompt: {error}") from None
         head = {**messages[0], "content": f"{system_prompt}\n\n{messages[0]['content']}"}
         ids = render([head, *messages[1:]])
     return list(ids) + (tokenizer.encode(completion_prefix, add_special_tokens=False) if completion_prefix else [])
@@ -562,7 +583,7 @@ def flatten_rope_parameters(config: dict) -> dict:
 def resolve_model(name: str) -> Path:
     """The local directory of a model: `name` itself, or its download from the hub. Raises UserError or RunError."""
     path = local_path(name)
-    if path is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if path is None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -573,7 +594,7 @@ def resolve_model(name: str) -> Path:
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"Model not found: {name} is no local folder, and the hub gave: {reason}") from None
     if path is None:
-        raise UserError(f"Model not found: {name}")
+        raise UserError(f"Model not found: {name} is neither a folder nor a hub name")
     if not (path / "config.json").is_file():
         raise UserError(f"Not a model directory: {path} has no config.json")
     return path
@@ -600,7 +621,7 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
             tokenizer = TiktokenTokenizerWrapper(path)
         else:
             tokenizer = load_tokenizer(path, eos_token_ids=model_config.get("eos_token_id"))
-    except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:
+    except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         prefix = "" if reason.startswith("Failed to load tiktoken tokenizer") else f"Failed to load model {path}: "
         raise UserError(prefix + reason) from error
@@ -676,18 +697,17 @@ def fused(model):
 # Data
 # ---------------------------------------------------------------------------------------------------------------
 
-NUMBER = re.compile(r"[-+−]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?%?")
+# A sign counts where nothing is written straight before it: "5-10" ends in 10, "x = -10" in -10.
+NUMBER = re.compile(r"(?:(?<![\w)%.$])[-+−])?(?:\$\s?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)\.?\d*|\.\d+)(?:[eE][-+]?\d+)?%?")
 
 
 def parse_number(text: str) -> Decimal | None:
     """The number that the whole text is, or None: "$1,080.00" is 1080, "12 apples" is none."""
-    text = text.strip().rstrip(".").replace("−", "-")
-    match = NUMBER.fullmatch(text)
-    if not match or not re.search(r"\d", text):
+    text = re.sub(r"^([-+−]?)\s*", r"\1", text.strip()).rstrip(".").replace("−", "-")
+    if not NUMBER.fullmatch(text):
         return None
     with contextlib.suppress(InvalidOperation):
-        number = Decimal(re.sub(r"[\s$,%+]", "", text) if not re.search(r"[eE]", text) else re.sub(r"[\s$,%]", "", text))
-        return number if number.is_finite() else None
+        return Decimal(re.sub(r"[\s$,%]", "", text))
     return None
 
 
@@ -713,8 +733,8 @@ def extract_hash_answer(text: str) -> str | None:
 
 def last_number(text: str) -> str:
     """The last number written in the text, or ""."""
-    found = [m.group().strip() for m in NUMBER.finditer(text) if re.search(r"\d", m.group())]
-    return found[-1] if found else ""
+    found = NUMBER.findall(text)
+    return found[-1].rstrip(".") if found else ""
 
 
 def grade(text: str, gold: str) -> tuple[bool, bool]:
@@ -724,13 +744,15 @@ def grade(text: str, gold: str) -> tuple[bool, bool]:
 
 
 def broken_json_line(path: Path) -> str:
-    """Where a JSON Lines file is first broken, as ", line 3: reason"; "" where every line parses."""
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    """Where a JSON or JSON Lines file is first broken, as ", line 3: reason"; "" where it is well-formed."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    parts = [(0, text)] if path.suffix == ".json" and text.lstrip().startswith("[") else enumerate(text.splitlines())
+    for before, part in parts:
         try:
-            if line.strip():
-                json.loads(line)
+            if part.strip():
+                json.loads(part)
         except json.JSONDecodeError as error:
-            return f", line {number}: {error.msg}"
+            return f", line {before + error.lineno}: {error.msg}"
     return ""
 
 
@@ -747,8 +769,7 @@ def open_dataset(name: str, config_name: str, split: str):
     path = file = local_path(name)
     try:
         if path is None:
-            rows = datasets.load_dataset(name, config_name or None, split=split)
-            return rows, f"{name} ({split})"
+            return datasets.load_dataset(name, config_name or None, split=split), f"{name} ({split})"
         if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
             saved = datasets.load_from_disk(str(path))
             saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
@@ -767,6 +788,8 @@ def open_dataset(name: str, config_name: str, split: str):
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if path is None:
             reason = str(error).strip().splitlines()[0]
+            if reason.startswith(f'Unknown split "{split}"'):
+                return None
             raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}") from None
         where = broken_json_line(file) if file.suffix in (".jsonl", ".json") and file.is_file() else ""
         raise UserError(f"Failed to read dataset {file}{where or ': ' + str(error).strip().splitlines()[0]}") from None
@@ -782,7 +805,7 @@ def check_rows(config: MLXGRPOConfig, rows, source: str) -> list[dict]:
         for name in (config.prompt_field, config.answer_field):
             if name not in row:
                 raise UserError(f"{source}, row {number}: no field {name!r}; it has {', '.join(row)}. Set prompt_field and answer_field")
-            if row[name] is None or row[name] == [] or not str(row[name]).strip():
+            if row[name] is None or row[name] == [] or row[name] != row[name] or not str(row[name]).strip():
                 raise UserError(f"{source}, row {number}: field {name!r} is empty")
         question, answer = row[config.prompt_field], row[config.answer_field]
         chat = isinstance(question, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
@@ -791,6 +814,8 @@ def check_rows(config: MLXGRPOConfig, rows, source: str) -> list[dict]:
         if not isinstance(answer, (str, int, float)):
             raise UserError(f"{source}, row {number}: field {config.answer_field!r} is neither text nor a number")
         gold = extract_hash_answer(str(answer))
+        if gold == "":
+            raise UserError(f"{source}, row {number}: field {config.answer_field!r} is empty")
         extra = {k: v for k, v in row.items() if k not in (config.prompt_field, config.answer_field, "prompt")}
         checked.append({**extra, "prompt": question, "answer": str(answer).strip() if gold is None else gold})
     if not checked:
@@ -899,8 +924,10 @@ def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
         if path:
             if (file := local_path(path)) is None:
                 raise UserError(f"Reward file not found: {path}")
-            spec = importlib.util.spec_from_file_location(file.stem, file)
-            module = importlib.util.module_from_spec(spec)
+            spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
+            if spec is None or not file.is_file():
+                raise UserError(f"Reward file is no Python file: {path}; its name must end in .py")
+            sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # data classes look themselves up there
             try:
                 spec.loader.exec_module(module)
             except Exception as error:  # whatever the user's file raises, named and passed on with its traceback
@@ -914,22 +941,59 @@ def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
     return functions, list(config.reward_weights) or weights
 
 
-async def call_reward(function, timeout: float, arguments: dict):
-    """One reward function's list; plain functions run here, async ones beside each other, both within `timeout` s."""
+class OutOfTime(Exception):
+    """A reward function took too long."""
 
-    def out_of_time(signum, frame):
-        raise TimeoutError
 
-    if inspect.iscoroutinefunction(function):
-        return await asyncio.wait_for(function(**arguments), timeout)
-    previous = signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, timeout)
+@contextlib.contextmanager
+def alarm(seconds: float):
+    """Raise OutOfTime in whatever Python code is running after so many seconds."""
+
+    def ring(signum, frame):
+        raise OutOfTime
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        result = function(**arguments)
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    return await asyncio.wait_for(result, timeout) if inspect.isawaitable(result) else result
+
+
+def call_rewards(functions, timeout: float, arguments: dict) -> list:
+    """What each function returned or raised: plain ones in turn, async ones beside each other, each within `timeout` s."""
+
+    async def in_time(awaitable):
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                return await awaitable
+        except TimeoutError:
+            if limit.expired():
+                raise OutOfTime from None
+            raise  # the function's own
+
+    async def all_of(awaitables):
+        return await asyncio.gather(*map(in_time, awaitables), return_exceptions=True)
+
+    results = []
+    for function in functions:
+        try:
+            with alarm(timeout):
+                results.append(function(**arguments))
+        except Exception as error:  # the user's code: reported with its name by the caller
+            results.append(error)
+    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+    if waiting:
+        with alarm(timeout + 0.5):  # for a coroutine that blocks and so never meets its own limit
+            for i, result in zip(waiting, asyncio.run(all_of([results[i] for i in waiting]))):
+                results[i] = result
+    return results
+
+
+def name_of(function) -> str:
+    """A reward function's name, also of a partial or of an object with __call__."""
+    return getattr(getattr(function, "func", function), "__name__", type(function).__name__)
 
 
 def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndarray:
@@ -937,18 +1001,22 @@ def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndar
 
     Raises RunError with the function's name, and the row where one is to blame; a failure is never a zero.
     """
-    arguments = {"completions": [[{"role": "assistant", "content": text}] for text in texts], **columns}
 
-    async def call_all():
-        return await asyncio.gather(*(call_reward(f, timeout, arguments) for f in functions), return_exceptions=True)
+    def call(functions, rows):
+        chats = [[{"role": "assistant", "content": text}] for text in texts[rows]]
+        given = {name: values[rows] if isinstance(values, list) else values for name, values in columns.items()}
+        return call_rewards(functions, timeout, {**given, "completions": chats})
 
     rewards = np.full((len(functions), len(texts)), np.nan)
-    for f, (function, result) in enumerate(zip(functions, asyncio.run(call_all()))):
-        name = function.__name__
-        if isinstance(result, TimeoutError):
+    for f, (function, result) in enumerate(zip(functions, call(functions, slice(None)))):
+        name = name_of(function)
+        if isinstance(result, OutOfTime):
             raise RunError(f"Reward function {name} took longer than reward_timeout = {timeout:g} s")
-        if isinstance(result, BaseException):
-            raise RunError(f"Reward function {name} raised {type(result).__name__}: {result}") from result
+        if isinstance(result, Exception):
+            alone = ((n, call([function], slice(n, n + 1))[0]) for n in range(len(texts)))  # which one makes it raise
+            row = next((n for n, again in alone if type(again) is type(result)), None)
+            where = "" if row is None else f" on completion {row}, {texts[row][:80]!r}"
+            raise RunError(f"Reward function {name} raised {type(result).__name__}: {result}{where}") from result
         if not isinstance(result, (list, tuple, np.ndarray)) or len(result) != len(texts):
             got = f"{len(result)} values" if hasattr(result, "__len__") else repr(result)
             raise RunError(f"Reward function {name} returned {got} for {len(texts)} completions")
@@ -1073,7 +1141,8 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
     if not sampling.temperature:
         ids = mx.argmax(logps, axis=-1)
     else:
-        filters = ((sampling.top_k, apply_top_k), (sampling.top_p % 1.0, apply_top_p), (sampling.min_p, apply_min_p))
+        top_k = sampling.top_k if sampling.top_k < logits.shape[-1] else 0
+        filters = ((top_k, apply_top_k), (sampling.top_p % 1.0, apply_top_p), (sampling.min_p, apply_min_p))
         for value, keep_likely in filters:
             if value:
                 logps = keep_likely(logps, value)
@@ -1125,8 +1194,9 @@ def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], unif
         for _ in range(min(DECODE_BLOCK, uniforms.shape[1] - position)):
             logits = model(last, cache=cache)[:, -1]  # (N, V)
             if sampling.repetition_penalty != 1.0:
-                if seen is None:
-                    real = mx.repeat(tokens, repeats, axis=0)
+                if seen is None:  # the last id stands in for the padding: it is seen anyway
+                    real = mx.where(mx.arange(tokens.shape[1]) < (0 if pads is None else pads[:, None]), tokens[:, -1:], tokens)
+                    real = mx.repeat(real, repeats, axis=0)
                     seen = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), real, mx.array(True), axis=-1)
                 seen = mx.put_along_axis(seen, last, mx.array(True), axis=-1)
             token, logp = sample(logits, uniforms[:, position], sampling, seen)
@@ -1244,7 +1314,8 @@ def combine_rewards(rewards: np.ndarray, weights: list[float], config: MLXGRPOCo
         return total, group_advantages(mx.array(total, dtype=mx.float32), config.scale_rewards)
     each = [w * group_advantages(mx.array(r, dtype=mx.float32), "group") for r, w in zip(rewards, weights)]
     summed = sum(each)
-    return total, (summed - summed.mean()) / (mx.sqrt(mx.var(summed, ddof=1)) + 1e-4)
+    flat = sum(mx.abs(a).max(axis=1, keepdims=True) for a in each) == 0  # exact: the mean below is not
+    return total, mx.where(flat, 0.0, (summed - summed.mean()) / (mx.sqrt(mx.var(summed, ddof=1)) + 1e-4))
 
 
 def grpo_loss(
@@ -1699,7 +1770,7 @@ def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """One prompt's G completions, scored."""
 
@@ -1711,10 +1782,9 @@ class Group:
     texts: list[str]  # G, with the completion prefix: what was scored
     rewards: np.ndarray  # (F, G), NaN where a function abstained
 
-    def has_signal(self, weights: list[float]) -> bool:
-        """Whether any reward function tells the completions apart: equality is exact."""
-        spread = np.nanmax(self.rewards, axis=1, initial=-np.inf) - np.nanmin(self.rewards, axis=1, initial=np.inf)
-        return bool((spread[np.array(weights) != 0] > 0).any())
+    def has_signal(self, weights: list[float], config: MLXGRPOConfig) -> bool:
+        """Whether the rewards tell the completions apart."""
+        return bool(combine_rewards(self.rewards[:, None], weights, config)[1].any())
 
 
 class MLXGRPOTrainer:
@@ -1831,14 +1901,12 @@ class MLXGRPOTrainer:
 
     def collect(self, seconds: dict) -> list[Group]:
         """The groups of one update. Groups without signal make way for fresh prompts, up to the cap (DAPO)."""
-        groups = self.sample_groups(self.prompts_per_update, seconds)
-        for _ in range(self.config.dynamic_sampling_max_batches):
-            good = [group for group in groups if group.has_signal(self.reward_weights)]
+        config, groups = self.config, self.sample_groups(self.prompts_per_update, seconds)
+        for _ in range(config.dynamic_sampling_max_batches):
+            good = [group for group in groups if group.has_signal(self.reward_weights, config)]
             if len(good) == len(groups):
                 break
-            flat = [group for group in groups if group not in good]
-            fresh = self.sample_groups(len(flat), seconds)
-            groups = good + fresh
+            groups = good + self.sample_groups(len(groups) - len(good), seconds)
         return groups
 
     # The update
@@ -2060,11 +2128,11 @@ class MLXGRPOTrainer:
             "epoch": round(self.cursor / len(self.rows), 4),
             "reward_mean": float(np.nanmean(self.totals)),
             "reward_std": float(np.nanstd(self.totals)),
-            **{f"rewards/{f.__name__}": nan_mean(r) for f, r in zip(self.reward_functions, per_function)},
+            **{f"rewards/{name_of(f)}": nan_mean(r) for f, r in zip(self.reward_functions, per_function)},
             "completion_length_mean": float(lengths.mean()),
             "completion_length_max": int(lengths.max()),
             "truncated_fraction": float(np.mean([r == "length" for group in groups for r in group.finish_reasons])),
-            "zero_signal_fraction": float(np.mean([not group.has_signal(self.reward_weights) for group in groups])),
+            "zero_signal_fraction": float(np.mean([not group.has_signal(self.reward_weights, config) for group in groups])),
             "prompts_drawn": prompts_drawn,
             "rollout_tokens_per_s": sampled / seconds["rollout"],
             "train_tokens_per_s": int(lengths.sum()) * config.num_iterations / seconds["train"],
@@ -2093,7 +2161,7 @@ class MLXGRPOTrainer:
                 file.write(json.dumps(record) + "\n")
 
     def log_completions(self, groups: list[Group]) -> None:
-        names = [function.__name__ for function in self.reward_functions]
+        names = list(map(name_of, self.reward_functions))
         for group in groups:
             for text, reason, rewards, length in zip(group.texts, group.finish_reasons, group.rewards.T, map(len, group.completions)):
                 per_function = {n: None if np.isnan(r) else float(r) for n, r in zip(names, rewards)}
@@ -2219,6 +2287,8 @@ class MLXGRPOTrainer:
         print(f"updates    {self.updates} of {self.prompts_per_update} prompts x {config.num_generations} completions")
         print(f"tokens     at most {rows * config.rollout_tokens * self.updates // config.num_iterations:,} sampled")
         plan = self.memory_plan()
+        if config.sampling_filters:
+            print(f"Warning: {', '.join(config.sampling_filters)} in force: completions are not drawn from the policy itself", file=sys.stderr)
         print(f"memory     about {plan.pop('peak'):.2f} GB at the peak: " + ", ".join(f"{n} {v:.2f}" for n, v in plan.items() if v > 0.005))
 
     def dry_run(self) -> None:

@@ -347,6 +347,13 @@ def test_vespo_by_hand():
     assert metrics["vespo/phi_seq_mean"] == pytest.approx(bad)
 
 
+def test_vespo_takes_no_sequence_for_less_likely_than_1e_minus_8():
+    rows = {"logps": [[-30.0]], "old_logps": [[-5.0]], "mask": [[1]]}
+    for advantage, k, lam in ((1.0, 2, 3), (-1.0, 3, 2)):
+        _, _, _, metrics = value_and_grads({**rows, "advantages": [advantage]}, loss_type="vespo")
+        assert metrics["vespo/phi_seq_mean"] == pytest.approx(math.exp(lam + k * math.log(1e-8) - lam * 1e-8), rel=1e-4)
+
+
 def test_the_kl_estimate_by_hand():
     more = {"ref_logps": np.log([[0.3, 0.4]])}  # half and twice the policy
     k = [0.5 - math.log(0.5) - 1, 2 - math.log(2) - 1]
@@ -581,6 +588,13 @@ def test_ratios_of_e_to_12_are_still_exact(loss_type, level):
     wanted_loss, wanted_grad, _ = second_value_and_grads(inputs, **options)
     assert_loss(loss, wanted_loss)
     assert_grad(grad, wanted_grad)
+
+    for gap in (12.0, -12.0):
+        shifted = {**inputs, "old_logps": None, "ref_logps": inputs["logps"] + gap}
+        loss, grad, _, _ = value_and_grads(shifted, **options, kl_coeff=0.1)
+        wanted_loss, wanted_grad, _ = second_value_and_grads(shifted, **options, kl_coeff=0.1)
+        assert_loss(loss, wanted_loss)
+        assert_grad(grad, wanted_grad)
 
 
 # Parts of an update add up to the whole

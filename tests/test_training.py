@@ -356,7 +356,7 @@ def test_dynamic_sampling_replaces_groups_without_signal(tmp_path):
     trainer.sample_groups = sample_groups
     groups = trainer.collect({"rollout": 0.0, "reward": 0.0})
     assert calls == [3, 2] and trainer.cursor == 5
-    assert len(groups) == 3 and all(group.has_signal(trainer.reward_weights) for group in groups)
+    assert len(groups) == 3 and all(group.has_signal(trainer.reward_weights, trainer.config) for group in groups)
 
 
 @pytest.mark.slow

@@ -6,10 +6,10 @@ model runs only when allowed, and the output directory is complete or absent. Th
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import logging
+import re
 import shlex
 import shutil
 import sys
@@ -25,14 +25,6 @@ EXAMPLES = """examples:
   uv run python utils/convert_vision_model.py --hf-path ./my-smolvlm --dtype bfloat16 --output-dir smolvlm"""
 KNOWN_TO_WORK = "qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm (for example Qwen/Qwen2-VL-2B-Instruct)"
 LOAD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RuntimeError, ImportError, OSError)
-
-
-def require_mlx_vlm(verbose=False):
-    """Raise the line that says what to install where the `vision` extra is absent; otherwise make the libraries quiet."""
-    if importlib.util.find_spec("mlx_vlm") is None:
-        raise ConversionError("mlx-vlm is not installed, and the vision scripts need it: uv sync --extra vision")
-    if not verbose:
-        logging.disable(logging.ERROR)  # mlx-vlm and transformers log what is raised as well
 
 
 # --- Loading, shared with inference_vision.py -----------------------------------------------------------------------------------
@@ -65,12 +57,14 @@ def adapted(source):
     if changed == config:
         yield source, config
         return
-    with tempfile.TemporaryDirectory(prefix="mlx-grpo-") as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / source.name  # transformers caches a model's code under this name
+        folder.mkdir()
         for entry in source.iterdir():
             if entry.name != "config.json":
-                (Path(folder) / entry.name).symlink_to(entry.resolve())
-        (Path(folder) / "config.json").write_text(json.dumps(changed))
-        yield Path(folder), changed
+                (folder / entry.name).symlink_to(entry.resolve())
+        (folder / "config.json").write_text(json.dumps(changed))
+        yield folder, changed
 
 
 def load_vision_model(directory, config, name, trust_remote_code=False, lazy=False):
@@ -79,8 +73,6 @@ def load_vision_model(directory, config, name, trust_remote_code=False, lazy=Fal
 
     if (code := config.get("model_file")) and not trust_remote_code:
         raise ConversionError(f"The model is Python code of its own ({name}/{code}): read it, then add --trust-remote-code", 2)
-    if not config.get("vision_config"):
-        raise ConversionError(f"Not a vision model: {name} ({config['model_type']}); use utils/convert_model.py and utils/inference.py", 2)
     try:
         model = load_model(directory, lazy=lazy, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
@@ -91,6 +83,8 @@ def load_vision_model(directory, config, name, trust_remote_code=False, lazy=Fal
     # mlx-vlm drops a whole module that has no weights, and only logs it.
     if blind := [part for part, value in vars(model).items() if value is None and "vision" in part]:
         raise ConversionError(f"Incomplete weights: {name} has none for {', '.join(blind)}; download the model again")
+    if not any(re.search("vision|image|img", part) for part in [*config, *dict(model.named_modules())]):
+        raise ConversionError(f"Not a vision model: {name} ({config['model_type']}); use utils/convert_model.py and utils/inference.py", 2)
     text = getattr(model.config, "text_config", model.config)
     wanted = (config.get("text_config") or config).get("rope_theta")
     if wanted is not None and getattr(text, "rope_theta", wanted) != wanted:
@@ -104,7 +98,6 @@ def load_vision_model(directory, config, name, trust_remote_code=False, lazy=Fal
 def load_processor(directory, name, eos_token_ids=None, trust_remote_code=False):
     """What turns text and images into arrays, from the same directory as the model."""
     from mlx_vlm.utils import load_image_processor, load_processor
-
     from transformers import PreTrainedTokenizerBase
 
     try:
@@ -170,6 +163,7 @@ def change_weights(model, config, args):
     """(model, config) as --dequantize, --dtype and --quantize ask."""
     from mlx_vlm.quant_utils import dequantize_model
 
+    # mlx-vlm rewrites the weights of GPTQ, FP8 and their like as it reads them: their configuration no longer describes them.
     foreign = "quantization" not in config and (config.get("quantization_config") or {}).get("quant_method")
     quantized = is_quantized(model) or foreign
     if args.dequantize and not quantized:
@@ -177,7 +171,6 @@ def change_weights(model, config, args):
     if args.quantize and quantized:
         raise ConversionError(f"--quantize: {args.hf_path} is already quantised; --dequantize it into a directory of its own first", 2)
     if foreign and not args.dequantize:
-        # Its weights are rewritten as they are read, so that its configuration no longer describes them.
         raise ConversionError(f"{args.hf_path} is quantised with {foreign}; add --dequantize", 2)
     if args.dequantize:
         print("Dequantising")
@@ -186,8 +179,9 @@ def change_weights(model, config, args):
             part.pop("quantization", None), part.pop("quantization_config", None)
     if args.dtype:
         convert_model.cast(model, args.dtype)
-        for part in (config, config.get("text_config") or {}):
-            part.update({"dtype": args.dtype} if part is config or "dtype" in part else {})
+        config["dtype"] = args.dtype
+        for part in (part for part in config.values() if isinstance(part, dict)):
+            part.update({key: args.dtype for key in ("dtype", "torch_dtype") if key in part})
     if args.quantize:
         print("Quantising")
         model, config = quantize(model, config, args)
@@ -249,8 +243,13 @@ def parse_args(argv=None):
 
 def run_script(args, run):
     """The exit status of run(args); an error is one line on stderr, after its traceback under --verbose."""
+    if not args.verbose:
+        logging.disable(logging.ERROR)  # mlx-vlm and transformers log what they raise as well
     try:
-        require_mlx_vlm(args.verbose)
+        try:
+            import mlx_vlm  # noqa: F401
+        except ImportError as error:
+            raise ConversionError(f"The vision scripts need mlx-vlm ({error}): install it with uv sync --extra vision") from error
         run(args)
     except ConversionError as error:
         if args.verbose:

@@ -181,7 +181,10 @@ def write_out(piece: str) -> None:
 
 def prompt_ids(tokenizer, prompt: str, args) -> list[int]:
     """Ids of a prompt, in the chat template unless --raw. Raises UserError where there are none."""
-    ids = list(tokenizer.encode(prompt)) if args.raw else mlx_grpo.build_prompt(tokenizer, prompt, args.system)
+    try:
+        ids = list(tokenizer.encode(prompt)) if args.raw else mlx_grpo.build_prompt(tokenizer, prompt, args.system)
+    except mlx_grpo.UserError as error:
+        raise mlx_grpo.UserError(f"{error}, or use --raw") from None
     if not ids:
         raise mlx_grpo.UserError("The prompt is empty")
     return ids

@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 from inference import DEFAULT_MODEL, ctrl_c_noted, number, write_out  # ahead of MLX: it loads a fast BLAS first
 
@@ -35,7 +36,7 @@ def read_image(source):
     from PIL import Image, ImageOps
 
     try:
-        file = Path(source.removeprefix("file://")).expanduser()
+        file = Path(unquote(source[7:]) if source.startswith("file://") else source).expanduser()
         if source.startswith(("http://", "https://")):
             # Some sites refuse a client that does not name itself.
             response = requests.get(source, timeout=30, headers={"User-Agent": "mlx-grpo"})
@@ -120,20 +121,17 @@ class Conversation:
         for piece in stream_generate(
             self.model, self.processor, prompt, image=images, max_tokens=args.max_tokens, prompt_cache_state=self.cache,
             # Where top_k is left out mlx-vlm takes the model's own, and Qwen2-VL's is 1: the likeliest token at any temperature.
-            temperature=args.temperature, top_p=args.top_p, top_k=0,
+            temperature=args.temperature, top_p=args.top_p, top_k=0, skip_special_tokens=True,
         ):  # fmt: skip
             answer += piece.text
             write(piece.text)
             if stopped():
                 self.forget_cache()  # it holds more than it says
                 break
-        if args.verbose:
-            print(
-                f"\nprompt {piece.prompt_tokens} tokens ({piece.cached_tokens} from the cache), {piece.prompt_tps:.1f} tokens/s; "
-                f"generation {piece.generation_tokens} tokens, {piece.generation_tps:.1f} tokens/s, ended by "
-                f"{piece.finish_reason or 'Ctrl-C'}; peak memory {piece.peak_memory:.3f} GB",
-                file=sys.stderr,
-            )
+        self.speed = (
+            f"prompt {piece.prompt_tokens} tokens ({piece.cached_tokens} from the cache), {piece.prompt_tps:.1f} tokens/s; "
+            f"generation {piece.generation_tokens} tokens, {piece.generation_tps:.1f} tokens/s; peak memory {piece.peak_memory:.3f} GB"
+        )
         return answer
 
 
@@ -170,7 +168,14 @@ def take_turn(conversation, line):
     elif line:
         with ctrl_c_noted() as stopped:
             conversation.ask(line, write_out, stopped)
-        write_out("\n")
+        finish(conversation, "\n")
+
+
+def finish(conversation, rest):
+    """The end of an answer, and under --verbose what it took."""
+    write_out(rest)
+    if conversation.args.verbose:
+        print(conversation.speed, file=sys.stderr)
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------------------
@@ -211,7 +216,7 @@ def run(args):
     if args.chat:
         return chat(conversation)
     answer = conversation.ask(question, write_out if args.stream else lambda piece: None)
-    write_out("\n" if args.stream else answer + "\n")
+    finish(conversation, "\n" if args.stream else answer + "\n")
 
 
 def main(argv=None):
