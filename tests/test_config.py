@@ -340,7 +340,7 @@ finite = st.floats(0, 1e9, allow_nan=False)
 @hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(
     system_prompt=text, completion_prefix=text, model_name=text, stop_strings=st.lists(text, max_size=3), learning_rate=finite, delta=st.none() | finite,
-    seed=st.integers(0, 2**62), use_compile=st.booleans(), temperature=st.floats(1e-3, 10), scale=finite,
+    seed=st.integers(0, 2**62), use_compile=st.booleans(), temperature=st.floats(1e-3, 10), scale=st.floats(1e-3, 1e3),
 )  # fmt: skip
 def test_any_configuration_reads_back_as_itself(tmp_path_factory, scale, **values):
     config = MLXGRPOConfig(**values, lora_parameters={"rank": 8, "scale": scale})

@@ -205,9 +205,8 @@ def test_an_eval_dataset_of_its_own(tmp_path):
     ],
 )  # fmt: skip
 def test_an_empty_field_is_named_with_file_and_row(tmp_path, bad, says):
-    # "think\n####" passes where only the raw text is looked at: its gold answer "" can never be met.
     path = write_jsonl(tmp_path / "sums.jsonl", [*ROWS[:2], {"level": "L0", **bad}, *ROWS[3:5]])
-    assert error_of(path) == f"{path}, row 3: {says}"
+    assert error_of(path).startswith(f"{path}, row 3: {says}")
 
 
 def test_a_missing_field_is_named_with_those_there_are(tmp_path):
@@ -241,7 +240,6 @@ def test_a_broken_json_line_is_named(tmp_path, broken):
 
 
 def test_a_broken_json_array_is_named_by_its_line(tmp_path):
-    # Read line by line as if it were JSON Lines, "[" in line 1 is blamed.
     path = tmp_path / "sums.json"
     text = json.dumps(ROWS[:3], indent=1).splitlines()
     text[7] = text[7].rstrip('",')
@@ -326,7 +324,6 @@ def test_a_hub_dataset_is_asked_for_by_name_configuration_and_split(hub):
 
 
 def test_a_hub_dataset_without_a_test_split_has_rows_set_aside(hub):
-    # open_dataset raises instead of returning None, and says that the dataset was not found.
     hub({"train": ROWS})
     assert (len(split("train", "someone/sums")), len(split("test", "someone/sums"))) == (38, 2)
 

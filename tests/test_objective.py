@@ -725,7 +725,6 @@ def test_equal_rewards_give_exactly_0_though_their_mean_rounds(value, aggregatio
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 def test_a_group_without_signal_stays_at_0_beside_others(aggregation):
-    # The mean over the batch is 0 but for rounding: subtracted, it gives flat groups and abstentions an advantage.
     rng = np.random.default_rng(0)
     for seed in range(20):
         rewards = rng.random((2, 3, 7))
@@ -733,6 +732,17 @@ def test_a_group_without_signal_stays_at_0_beside_others(aggregation):
         advantages = np.array(combine_rewards(rewards, [1.0, 0.7], MLXGRPOConfig(multi_objective_aggregation=aggregation))[1])
         assert not advantages[1].any()
         assert advantages[0].all() and advantages[2].all()
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_a_completion_that_no_function_scored_has_advantage_0(aggregation):
+    # The mean over the batch is 0 but for rounding: subtracted, it gives abstentions an advantage.
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        rewards = rng.random((2, 3, 7))
+        rewards[:, 0, 2] = rewards[:, 2, 5] = rewards[1, 1, 1] = np.nan
+        advantages = np.array(combine_rewards(rewards, [1.0, 0.7], MLXGRPOConfig(multi_objective_aggregation=aggregation))[1])
+        assert advantages[0, 2] == advantages[2, 5] == 0 and np.isfinite(advantages).all() and (advantages != 0).sum() == 19
 
 
 @hypothesis.settings(max_examples=80, deadline=None)

@@ -155,9 +155,8 @@ def test_the_last_number_of_a_text(text, number):
     assert last_number(text) == number
 
 
-@pytest.mark.parametrize("text, number", [("pages 5-10", 10), ("from $5-$10", 10), ("what is left is 20 - 5", 5), ("(2+3)-4", 4)])
-def test_a_minus_between_two_numbers_is_no_sign(text, number):
-    # "5-10" ends in 10: read as -10, right answers are graded wrong and wrong ones right.
+@pytest.mark.parametrize("text, number", [("pages 5-10", 10), ("from $5-$10", 10), ("what is left is 20 - 5", 5), ("(2+3)-4", 4), ("apples:\n- 18", 18), ("17% - 3%", 3), ("x = -4", -4), ("(-4)", -4), ("from 3 to -4", -4), ("-4", -4)])
+def test_a_minus_is_a_sign_only_where_it_can_be_none_else(text, number):
     assert parse_number(last_number(text)) == number
 
 
@@ -267,7 +266,6 @@ def test_a_plain_function_gets_chats_and_columns(reward_file):
 
 
 def test_a_column_named_completions_does_not_replace_what_is_scored(reward_file):
-    # A data set may well hold earlier completions under this name.
     functions, _ = reward_file("def length(completions, **kwargs): return [len(c[0]['content']) for c in completions]", "length")
     assert scored(functions, completions=chats("x" * 50, "y", "z")).tolist() == [[3.0, 3.0, 5.0]]
 
@@ -334,10 +332,32 @@ def test_a_result_that_is_no_reward_stops_the_run(reward_file, result, message):
 @pytest.mark.parametrize("kind", ["", "async "])
 def test_a_function_that_raises_stops_the_run_with_its_name_and_traceback(reward_file, kind):
     functions, _ = reward_file(f"{kind}def bad(completions, **kwargs):\n    return [1 / 0]", "bad")
-    with pytest.raises(RunError, match="^Reward function bad raised ZeroDivisionError: division by zero$") as caught:
+    with pytest.raises(RunError, match="^Reward function bad raised ZeroDivisionError: division by zero on completion 0, 'one'$") as caught:
         scored(functions)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert caught.value.__cause__.__traceback__ is not None
+
+
+@pytest.mark.parametrize("kind", ["", "async "])
+def test_the_row_that_makes_a_function_raise_is_named(reward_file, kind):
+    functions, _ = reward_file(f"{kind}def bad(completions, limit, **kwargs):\n    return [1 / (c[0]['content'] != w) for c, w in zip(completions, limit)]", "bad")
+    with pytest.raises(RunError, match="^Reward function bad raised ZeroDivisionError: .* on completion 1, 'two'$"):
+        scored(functions, limit=["x", "two", "x"])
+
+
+def test_a_failure_that_no_single_row_explains_is_still_reported(reward_file):
+    functions, _ = reward_file("def bad(completions, **kwargs): return [1 / (len(completions) < 3)]", "bad")
+    with pytest.raises(RunError, match="^Reward function bad raised ZeroDivisionError: division by zero$"):
+        scored(functions)
+
+
+def test_looking_for_the_row_takes_no_longer_than_the_timeout(reward_file):
+    # A judge that fails slowly, asked again for each of 64 completions, would keep its error back for an hour.
+    functions, _ = reward_file("import time\ndef bad(completions, **kwargs):\n    time.sleep(0.1)\n    return [1 / (len(completions) < 40)] * len(completions)", "bad")
+    start = time.perf_counter()
+    with pytest.raises(RunError, match="^Reward function bad raised ZeroDivisionError"):
+        scored(functions, ["text"] * 40, timeout=0.5)
+    assert time.perf_counter() - start < 1.5
 
 
 def test_a_missing_column_is_named(reward_file):
@@ -353,11 +373,12 @@ def test_a_missing_column_is_named(reward_file):
         "def hangs(completions, **kwargs):\n    while True: pass",
         "import asyncio\nasync def hangs(completions, **kwargs): await asyncio.sleep(30)",
         "import time\nasync def hangs(completions, **kwargs): time.sleep(30)",
+        "import asyncio, time\nasync def hangs(completions, **kwargs): await asyncio.to_thread(time.sleep, 30)",
     ],
-    ids=["sleep", "loop", "await", "sleep in async"],
+    ids=["sleep", "loop", "await", "sleep in async", "sleep in a thread"],
 )
 def test_a_function_that_hangs_is_stopped(reward_file, source):
-    # "sleep in async" fails while only plain functions are under the timer: a blocked event loop is never interrupted.
+    # "sleep in a thread": asyncio.run waits for the thread as it closes, and an alarm that rings there is no function's result.
     functions, _ = reward_file(source.replace("30", "2"), "hangs")
     start = time.perf_counter()
     with pytest.raises(RunError, match=r"^Reward function hangs took longer than reward_timeout = 0\.2 s$"):
@@ -395,7 +416,6 @@ def test_built_in_and_own_functions_mix(tmp_path):
 
 
 def test_a_reward_file_may_define_data_classes(reward_file):
-    # dataclasses look their module up in sys.modules.
     source = """
         from __future__ import annotations
         from dataclasses import dataclass
@@ -430,7 +450,6 @@ def test_trouble_with_the_reward_file_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("name", ["rewards.txt", "folder"])
 def test_a_reward_file_that_is_no_python_file_is_refused(tmp_path, name):
-    # importlib gives no spec for these.
     (tmp_path / "rewards.txt").write_text("def f(completions, **kwargs): return [0.0]")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=name):

@@ -34,8 +34,8 @@ DARK = ["#6ea8fe", "#ff922b", "#69db7c", "#da77f2", "#ffd43b", "#3bc9db", "#f783
 STAND_INS = {"#010203": "var(--ink)", "#010204": "var(--line)", **{f"#0102{i:02x}": f"var(--c{i})" for i in range(16, 24)}}
 EXACT_MATCH = {"em_strict": "tags required", "em_lenient": "last number"}
 CHARTS = [  # title, unit, the log's fields, whether a moving average helps
-    ("Reward", "total of a completion; band: one standard deviation", ["reward_mean"], True),
-    ("Reward per function", "mean of a completion, before weights", ["rewards/*"], True),
+    ("Reward", "mean of a batch, band: 1 standard deviation", ["reward_mean"], True),
+    ("Reward per function", "mean of a batch, before weights", ["rewards/*"], True),
     ("Completion length", "tokens", ["completion_length_mean", "completion_length_max"], True),
     ("Entropy", "nats a token", ["entropy"], True),
     ("KL", "nats a token, to the reference; 0 where kl_coeff is 0", ["kl"], True),
@@ -294,7 +294,7 @@ def evaluation_lines(run: Run, split: str) -> list[Line]:
 def make_charts(runs: list[Run]) -> list[Chart]:
     """A chart for each kind of curve; with several runs, one for each curve, with a line a run."""
     found = [(title, unit, [update_lines(run, fields, smooth) for run in runs]) for title, unit, fields, smooth in CHARTS]
-    unit = "%, greedy answers; bars: 95% interval"
+    unit = "%, bars: 95% interval"
     splits = (("Held-out exact match", "test"), ("Training subset exact match", "train"))
     found[2:2] = [(title, unit, [evaluation_lines(run, split) for run in runs]) for title, split in splits]
     charts = []
@@ -331,7 +331,7 @@ def draw(axes, chart: Chart, ink: str, grid: str, colours: list[str]) -> None:
     if any(line.points for line in chart.lines):
         axes.set_ylim(-3, 103)
     elif all((line.y >= 0).all() for line in chart.lines) and chart.title != "Reward":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, None if any(line.y.any() for line in chart.lines) else 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.ticklabel_format(axis="y", scilimits=(-3, 5))
@@ -349,7 +349,7 @@ def as_svg(chart: Chart) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8, 2.5), facecolor="none", layout="constrained")
+    figure = Figure(figsize=(3.7, 2.0), facecolor="none", layout="constrained")
     ink, grid, *colours = STAND_INS
     draw(figure.subplots(), chart, ink, grid, colours)
     buffer = io.StringIO()
@@ -376,7 +376,7 @@ def save_picture(charts: list[Chart], path: Path, title: str = "", small_print: 
             draw(axes, chart, "#333333", "#dddddd", LIGHT)
             axes.set_title(chart.title, loc="left", fontsize=10, color="#111111")
             axes.set_xlabel("update", fontsize=8, color="#555555")
-            axes.set_ylabel(chart.unit.split(";")[0], fontsize=8, color="#555555")
+            axes.set_ylabel(chart.unit, fontsize=8, color="#555555")
             if len(chart.lines) > 1:
                 from matplotlib.lines import Line2D
 
@@ -386,7 +386,7 @@ def save_picture(charts: list[Chart], path: Path, title: str = "", small_print: 
             figure.suptitle(title, fontsize=11, color="#111111")
         if small_print:
             figure.supxlabel(small_print, fontsize=7, color="#555555")
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=120)
 
 
 # --- The page ---------------------------------------------------------------------------------------------------
@@ -400,10 +400,11 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page);
 h1 { font-size: 1.5rem; margin: .3rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem }
 p { margin: .3rem 0 } .soft, figcaption small, th { color: var(--soft) } code, pre { font-family: ui-monospace, monospace; font-size: .87em }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
-.cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)) }
+.cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)) }
 .card, figure, .warning { background: var(--box); border-radius: 8px; padding: .8rem 1rem; margin: 0 } .warning { background: var(--warn); margin: .5rem 0 }
 .card strong { display: block; font-size: 1.35rem; line-height: 1.3 }
-figcaption small { display: block; min-height: 1.5em } figure { padding-bottom: .4rem } svg { width: 100%; height: auto; display: block }
+figure { display: flex; flex-direction: column; padding-bottom: .4rem } figcaption { font-size: .9rem } figcaption b { font-size: .95rem } figcaption small { display: block; min-height: 1.5em }
+svg { width: 100%; height: auto; display: block; margin-top: auto } [hidden] { display: none !important }
 svg text { font-family: inherit !important; fill: var(--soft) !important }
 .key { display: inline-block; margin-right: .9em } .key::before { content: ""; display: inline-block; width: .9em; height: .25em; margin-right: .4em; vertical-align: middle; background: var(--key) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
@@ -464,26 +465,25 @@ def headline(run: Run) -> str:
         tests = run.tests(key)
         if not tests:
             continue
-        title, big = f"Held-out exact match, {label}", " → ".join(f"{e[key]:.1%}" for e in ([tests[0], tests[-1]] if len(tests) > 1 else tests))
-        notes = [f"before, 95% interval and n: {percent(tests[0], key)}, {tests[0].get('n', '?')}"] if not tests[0]["update"] else []
-        if tests[-1]["update"]:
-            notes.append(f"at update {tests[-1]['update']}: {percent(tests[-1], key)}, {tests[-1].get('n', '?')}")
+        first, last = tests[0], tests[-1]
+        title, shown = f"Held-out exact match, {label}", [first, last][: len(tests)]
+        notes = [f"{'before' if not e['update'] else 'update ' + str(e['update'])}: {percent(e, key)}, n = {e.get('n', '?')}" for e in shown]
         if len(tests) > 1:
-            d, low, high = (100 * x for x in difference(tests[0], tests[-1], key))
+            d, low, high = (100 * x for x in difference(first, last, key))
             notes.append(f"change: {d:+.1f} points" + (f" ({low:+.1f} to {high:+.1f})" if math.isfinite(low) else ""))
-        cards.append((title, big, notes))
+        cards.append((title, " → ".join(f"{e[key]:.1%}" for e in shown), notes))
     if not cards:
         cards.append(("Held-out exact match", "not evaluated", []))
     for title, name, form in (("Reward", "reward_mean", ".2f"), ("Completion length", "completion_length_mean", ".0f")):
         first, last = ends(run.column(name))
         if math.isfinite(first):
-            cards.append((title, f"{first:{form}} → {last:{form}}", ["means of the first and the last tenth of the updates"]))
+            cards.append((title, f"{first:{form}} → {last:{form}}", ["first and last tenth of the updates"]))
     cards.append(("Cost", duration(run), [f"{tokens(run)} tokens sampled", f"{np.nanmax(run.column('peak_memory_gb'), initial=0):.2f} GB at the peak"]))
     each = "".join(
         f"<div class=card>{html.escape(title)}<strong>{html.escape(big)}</strong>" + "".join(f"<p class=soft>{html.escape(n)}</p>" for n in notes) + "</div>"
         for title, big, notes in cards
     )
-    return f'<div class="grid cards">{each}</div>'
+    return f'<div class="grid cards">{each}</div><p class=soft>In brackets: 95% intervals.</p>'
 
 
 def duration(run: Run) -> str:
