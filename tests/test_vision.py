@@ -628,10 +628,11 @@ def test_chat_forgets_an_image_of_the_same_size(converted, ask, pictures, tmp_pa
     from PIL import Image
 
     Image.new("RGB", (90, 60), "red").save(tmp_path / "red.png")
-    chat = [f"image {pictures / 'a.png'}", "What?", "clear", f"image {tmp_path / 'red.png'}", "What?"]
-    first, second = answers(ask(converted("qwen2_vl"), "--chat", "--max-tokens", 8, stdin="\n".join(chat))[1])[:2]
-    assert first != second
-    assert answers(ask(converted("qwen2_vl"), "--chat", "--max-tokens", 8, stdin="\n".join(chat[3:]))[1])[0] == second
+    # The same ids up to another question: what the cache holds of the first image would pass for the second's.
+    red = [f"image {tmp_path / 'red.png'}", "What? Why?"]
+    flags = ["--chat", "--max-tokens", 8]
+    _, second = answers(ask(converted("qwen2_vl"), *flags, stdin="\n".join([f"image {pictures / 'a.png'}", "What?", "clear", *red, "q"]))[1])
+    assert [second] == answers(ask(converted("qwen2_vl"), *flags, stdin="\n".join([*red, "q"]))[1])
 
 
 def test_chat_goes_on_after_mistakes(converted, ask, pictures):

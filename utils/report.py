@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +125,7 @@ def read_settings(path: Path) -> dict[str, tuple[str, str, str]]:
         match = re.fullmatch(r"(?:# (\w+) is unset|(\w+) = (.*))  # (.*?)(?:; default (.*))?", line)
         if match:
             unset, name, value, source, default = match.groups()
-            settings[unset or name] = (value or "", source, default or "")
+            settings[unset or name] = (value or "", source, "" if default in (None, "null") else default)
     return settings
 
 
@@ -206,10 +206,8 @@ def tripwires(run: Run):
     if late < early / 5:
         yield "Entropy collapse", f"from {early:.3f} to {late:.3f} nats a token: completions hardly differ any more"
     if run.completions:
-        by_update = {}
-        for row in run.completions:
-            by_update.setdefault(row["update"], []).append(repeated_share(str(row.get("completion"))) > 0.3)
-        first, last = (np.mean(by_update[u]) for u in (min(by_update), max(by_update)))
+        ends_of_run = [[r for r in run.completions if r["update"] == run.completions[i]["update"]] for i in (0, -1)]
+        first, last = (np.mean([repeated_share(text_of(r.get("completion"))) > 0.3 for r in rows]) for rows in ends_of_run)
         if last > first + 0.1:
             yield "Repeated text", f"{last:.0%} of the newest completions repeat themselves, {first:.0%} of the first"
     early, late, _ = change(run.column("mismatch/kl"))
@@ -243,7 +241,7 @@ class Line:
 class Chart:
     title: str
     unit: str
-    lines: list[Line] = field(default_factory=list)
+    lines: list[Line]
 
 
 def moving_average(y: np.ndarray, width: int) -> np.ndarray:
@@ -296,7 +294,7 @@ def make_charts(runs: list[Run]) -> list[Chart]:
     found = [(title, unit, [update_lines(run, fields, smooth) for run in runs]) for title, unit, fields, smooth in CHARTS]
     unit = "%, bars: 95% interval"
     splits = (("Held-out exact match", "test"), ("Training subset exact match", "train"))
-    found[2:2] = [(title, unit, [evaluation_lines(run, split) for run in runs]) for title, split in splits]
+    found[1:1] = [(title, unit, [evaluation_lines(run, split) for run in runs]) for title, split in splits]
     charts = []
     for title, unit, lines in found:
         labels = list(dict.fromkeys(line.label for of_run in lines for line in of_run))
@@ -304,12 +302,11 @@ def make_charts(runs: list[Run]) -> list[Chart]:
             charts.append(Chart(title, unit, lines[0]))
             continue
         for label in labels:
-            chart = Chart(title if len(labels) == 1 else f"{title}: {label}", unit)
-            for i, (run, of_run) in enumerate(zip(runs, lines)):  # a run without this curve keeps its colour all the same
-                none = Line(run.name, np.empty(0), np.empty(0))
-                chart.lines.append(next((line for line in of_run if line.label == label), none))
-                chart.lines[i].label = run.name
-            charts.append(chart)
+            none = Line(label, np.empty(0), np.empty(0))  # a run without this curve keeps its colour all the same
+            same = [next((line for line in of_run if line.label == label), none) for of_run in lines]
+            if any(line.y.any() for line in same):  # what is zero in every run tells nothing here
+                named = [replace(line, label=run.name) for run, line in zip(runs, same)]
+                charts.append(Chart(title if len(labels) == 1 else f"{title}: {label}", unit.split(", band")[0], named))
     return charts
 
 
@@ -400,7 +397,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page);
 h1 { font-size: 1.5rem; margin: .3rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem }
 p { margin: .3rem 0 } .soft, figcaption small, th { color: var(--soft) } code, pre { font-family: ui-monospace, monospace; font-size: .87em }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
-.cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)) }
+.cards { display: flex; flex-wrap: wrap } .cards .card { flex: 1 1 11rem } .cards .wide { flex: 2 1 18rem } .runs td { white-space: nowrap }
 .card, figure, .warning { background: var(--box); border-radius: 8px; padding: .8rem 1rem; margin: 0 } .warning { background: var(--warn); margin: .5rem 0 }
 .card strong { display: block; font-size: 1.35rem; line-height: 1.3 }
 figure { display: flex; flex-direction: column; padding-bottom: .4rem } figcaption { font-size: .9rem } figcaption b { font-size: .95rem } figcaption small { display: block; min-height: 1.5em }
@@ -414,7 +411,7 @@ td.n, th.n { text-align: right } td code { overflow-wrap: anywhere } pre { white
 .bar { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0 } .bar > * { font: inherit; padding: .3rem .6rem; color: inherit; background: var(--box); border: 1px solid var(--line); border-radius: 6px; max-width: 100% }
 #completions { table-layout: fixed } #completions col:nth-child(1) { width: 30% } #completions col:nth-child(3) { width: 24% }
 summary { cursor: pointer; color: var(--soft); margin: .5rem 0 }
-@media (max-width: 44rem) { #completions thead { display: none } #completions tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line) } #completions td { display: block; border: 0; padding: .2rem 0 } }
+@media (max-width: 44rem) { #completions thead { display: none } #completions, #completions tbody { display: block } #completions tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line) } #completions td { display: block; border: 0; padding: .2rem 0 } }
 """
 JS = """
 const rows = [...document.querySelectorAll("#completions tbody tr")], update = document.querySelector("#update");
@@ -436,13 +433,13 @@ if (update) {
 """
 
 
-def table(header: list[str], rows: list[list[str]], best: int | None = None) -> str:
+def table(header: list[str], rows: list[list[str]], name: str = "plain", best: int | None = None) -> str:
     """An HTML table of cells that are HTML already."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join(
         f"<tr{' class=best' if i == best else ''}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for i, row in enumerate(rows)
     )
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<div class=scroll><table class={name}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def percent(record: dict, key: str) -> str:
@@ -467,7 +464,7 @@ def headline(run: Run) -> str:
             continue
         first, last = tests[0], tests[-1]
         title, shown = f"Held-out exact match, {label}", [first, last][: len(tests)]
-        notes = [f"{'before' if not e['update'] else 'update ' + str(e['update'])}: {percent(e, key)}, n = {e.get('n', '?')}" for e in shown]
+        notes = [f"{'before' if not e['update'] else 'update ' + str(e['update'])}: {percent(e, key)}" for e in shown]
         if len(tests) > 1:
             d, low, high = (100 * x for x in difference(first, last, key))
             notes.append(f"change: {d:+.1f} points" + (f" ({low:+.1f} to {high:+.1f})" if math.isfinite(low) else ""))
@@ -480,17 +477,18 @@ def headline(run: Run) -> str:
             cards.append((title, f"{first:{form}} → {last:{form}}", ["first and last tenth of the updates"]))
     cards.append(("Cost", duration(run), [f"{tokens(run)} tokens sampled", f"{np.nanmax(run.column('peak_memory_gb'), initial=0):.2f} GB at the peak"]))
     each = "".join(
-        f"<div class=card>{html.escape(title)}<strong>{html.escape(big)}</strong>" + "".join(f"<p class=soft>{html.escape(n)}</p>" for n in notes) + "</div>"
+        f"<div class='card{' wide' * title.startswith('Held')}'>{html.escape(title)}<strong>{html.escape(big)}</strong>" + "".join(f"<p class=soft>{html.escape(n)}</p>" for n in notes) + "</div>"
         for title, big, notes in cards
     )
-    return f'<div class="grid cards">{each}</div><p class=soft>In brackets: 95% intervals.</p>'
+    asked = f"Greedy answers to {run.tests()[-1].get('n', '?')} held-out questions; in brackets: 95% intervals." if run.tests() else ""
+    return f'<div class="grid cards">{each}</div><p class=soft>{asked}</p>'
 
 
 def duration(run: Run) -> str:
     """Time in updates and evaluations, without what lay between two starts."""
     names = {name for r in run.updates for name in r if name.startswith("seconds/")}
     seconds = sum(np.nansum(run.column(name)) for name in names) + np.nansum([number(e.get("seconds")) for e in run.evals])
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def tokens(run: Run) -> str:
@@ -513,11 +511,15 @@ def warnings(run: Run) -> str:
     return f"<p class=soft>No sign of reward hacking, exploding lengths, entropy collapse or repeated text.{enough}</p>"
 
 
+def key(i: int, label: str) -> str:
+    """The label with the colour of line i."""
+    return f'<span class=key style="--key: var(--c{i % len(LIGHT) + 16})">{html.escape(label)}</span>'
+
+
 def figures(charts: list[Chart]) -> str:
     parts = []
     for chart in charts:
-        keys = "".join(f'<span class=key style="--key: var(--c{i % 8 + 16})">{html.escape(line.label)}</span>' for i, line in enumerate(chart.lines))
-        keys = keys if len(chart.lines) > 1 else ""
+        keys = "".join(key(i, line.label) for i, line in enumerate(chart.lines)) if len(chart.lines) > 1 else ""
         caption = f"<b>{html.escape(chart.title)}</b> <small>{html.escape(chart.unit)}</small>{keys}"
         parts.append(f"<figure><figcaption>{caption}</figcaption>{as_svg(chart)}</figure>")
     return f'<p class=soft>By update; thin lines are single updates, thick ones moving averages.</p><div class=grid>{"".join(parts)}</div>'
@@ -640,13 +642,13 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
         reward, length = ends(run.column("reward_mean"))[1], ends(run.column("completion_length_mean"))[1]
         cells = [run.name, *(value(run, n) for n in differ[:3]), percent(tests[0], "em_strict") if tests else "-", percent(tests[-1], "em_strict") if tests else "-"]
         cells += [f"{reward:.2f}", f"{length:.0f}", progress(run), tokens(run), duration(run), ", ".join(t for t, _ in tripwires(run)) or "none"]
-        rows.append([html.escape(cell) for cell in cells])
+        rows.append([key(len(rows), cells[0]), *map(html.escape, cells[1:])])
     best = int(np.argmax(scores)) if max(scores) >= 0 else None
     settings = table(["Setting", *(html.escape(r.name) for r in runs)], [[f"<code>{html.escape(c)}</code>" for c in (n, *(value(r, n) for r in runs))] for n in differ])
     return page(
         "Comparison: MLX-GRPO",
-        f"<h1>{len(runs)} runs</h1><p class=soft>Before and after: held-out exact match, tags required, with its 95% interval. Bold: the highest.</p>"
-        f"{table(header, rows, best)}<h2>Settings that differ</h2>{settings if differ else '<p class=soft>None.</p>'}<h2>Curves</h2>{figures(charts)}",
+        f"<h1>{len(runs)} runs</h1><p class=soft>Before and after: held-out exact match, tags required, with its 95% interval. Bold: the highest. Curves that are zero in every run are left out.</p>"
+        f"{table(header, rows, 'runs', best)}<h2>Settings that differ</h2>{settings if differ else '<p class=soft>None.</p>'}<h2>Curves</h2>{figures(charts)}",
     )
 
 
