@@ -241,6 +241,14 @@ class MLXGRPOConfig:
         yield self.loss_type == "vespo" and self.sampler_correction not in ("auto", "none"), (
             "loss_type vespo has its own correction; set sampler_correction to none"
         )
+        yield self.delta is not None and self.loss_type in ("cispo", "sapo", "vespo"), f"delta does nothing for loss_type {self.loss_type}"
+        yield self.loss_type == "vespo" and self.importance_sampling_level == "sequence", (
+            "loss_type vespo works on whole sequences already; leave importance_sampling_level at token"
+        )
+        yield self.use_bias_correction_kl and not self.kl_coeff, "use_bias_correction_kl does nothing while kl_coeff is 0"
+        yield self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group", (
+            "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
+        )
         yield "/" in self.run_name or self.run_name in (".", ".."), (
             f"run_name must be a plain name, not a path: {self.run_name!r}; use output_dir for the folder"
         )
@@ -927,7 +935,8 @@ def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
             spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
             if spec is None or not file.is_file():
                 raise UserError(f"Reward file is no Python file: {path}; its name must end in .py")
-            sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # data classes look themselves up there
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # where its data classes look themselves up
             try:
                 spec.loader.exec_module(module)
             except Exception as error:  # whatever the user's file raises, named and passed on with its traceback
@@ -973,8 +982,10 @@ def call_rewards(functions, timeout: float, arguments: dict) -> list:
                 raise OutOfTime from None
             raise  # the function's own
 
-    async def all_of(awaitables):
-        return await asyncio.gather(*map(in_time, awaitables), return_exceptions=True)
+    async def all_of(places):
+        found = await asyncio.gather(*(in_time(results[i]) for i in places), return_exceptions=True)
+        for i, result in zip(places, found):
+            results[i] = result
 
     results = []
     for function in functions:
@@ -985,10 +996,10 @@ def call_rewards(functions, timeout: float, arguments: dict) -> list:
             results.append(error)
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:
-        with alarm(timeout + 0.5):  # for a coroutine that blocks and so never meets its own limit
-            for i, result in zip(waiting, asyncio.run(all_of([results[i] for i in waiting]))):
-                results[i] = result
-    return results
+        # The alarm is for a coroutine that blocks and so never meets its own limit, or whose threads outlive it.
+        with contextlib.suppress(OutOfTime), alarm(timeout + 0.5):
+            asyncio.run(all_of(waiting))
+    return [OutOfTime() if inspect.isawaitable(result) else result for result in results]
 
 
 def name_of(function) -> str:
@@ -1013,12 +1024,14 @@ def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndar
         if isinstance(result, OutOfTime):
             raise RunError(f"Reward function {name} took longer than reward_timeout = {timeout:g} s")
         if isinstance(result, Exception):
-            alone = ((n, call([function], slice(n, n + 1))[0]) for n in range(len(texts)))  # which one makes it raise
+            until = time.monotonic() + timeout
+            alone = ((n, call([function], slice(n, n + 1))[0]) for n in range(len(texts)) if time.monotonic() < until)
             row = next((n for n, again in alone if type(again) is type(result)), None)
             where = "" if row is None else f" on completion {row}, {texts[row][:80]!r}"
             raise RunError(f"Reward function {name} raised {type(result).__name__}: {result}{where}") from result
         if not isinstance(result, (list, tuple, np.ndarray)) or len(result) != len(texts):
-            got = f"{len(result)} values" if hasattr(result, "__len__") else repr(result)
+            sized, kind = hasattr(result, "__len__"), type(result).__name__
+            got = repr(result) if not sized else f"{len(result)} values" if kind in ("list", "tuple", "ndarray") else f"a {kind}"
             raise RunError(f"Reward function {name} returned {got} for {len(texts)} completions")
         for row, value in enumerate(result):
             if value is None:
@@ -1314,8 +1327,8 @@ def combine_rewards(rewards: np.ndarray, weights: list[float], config: MLXGRPOCo
         return total, group_advantages(mx.array(total, dtype=mx.float32), config.scale_rewards)
     each = [w * group_advantages(mx.array(r, dtype=mx.float32), "group") for r, w in zip(rewards, weights)]
     summed = sum(each)
-    flat = sum(mx.abs(a).max(axis=1, keepdims=True) for a in each) == 0  # exact: the mean below is not
-    return total, mx.where(flat, 0.0, (summed - summed.mean()) / (mx.sqrt(mx.var(summed, ddof=1)) + 1e-4))
+    unmoved = sum(mx.abs(a) for a in each) == 0  # exact: the mean below is not
+    return total, mx.where(unmoved, 0.0, (summed - summed.mean()) / (mx.sqrt(mx.var(summed, ddof=1)) + 1e-4))
 
 
 def grpo_loss(

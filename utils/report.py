@@ -658,8 +658,8 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
 def pictures(runs: list[Run], charts: list[Chart], folder: Path) -> list[Path]:
     """curves.png, the four that matter most, and curves/ with one picture a chart."""
     start = runs[0].start
-    facts = [f"{start[k]}" for k in ("chip", "platform") if start.get(k)] + [f"{k} {start[k]}" for k in ("mlx", "python") if start.get(k)]
-    title = f"$ {start['command']}" if start.get("command") and len(runs) == 1 else " / ".join(run.name for run in runs[:6])
+    facts = [f"{start[k]}" for k in ("chip", "device", "platform") if start.get(k)] + [f"{k} {start[k]}" for k in ("mlx", "python") if start.get(k)]
+    title = ": ".join(filter(None, [runs[0].name, start.get("command")])) if len(runs) == 1 else ""
     overview = [c for name in OVERVIEW for c in [next((c for c in charts if c.title.split(":")[0] == name), None)] if c]
     save_picture(overview or charts[:4], folder / "curves.png", title, ", ".join(facts))
     (folder / "curves").mkdir(exist_ok=True)
