@@ -245,8 +245,8 @@ class Chart:
 
 
 def moving_average(y: np.ndarray, width: int) -> np.ndarray:
-    """The mean of `width` neighbours, of fewer at the ends; (n,) to (n,)."""
-    ones = np.ones(min(width, len(y)))
+    """The mean of `width` neighbours, an odd number up to n; of fewer at the ends. (n,) to (n,)"""
+    ones = np.ones(width)
     return np.convolve(y, ones, "same") / np.convolve(np.ones(len(y)), ones, "same")
 
 
@@ -267,7 +267,7 @@ def update_lines(run: Run, fields: list[str], smooth: bool) -> list[Line]:
         x, spread, y = x[~np.isnan(y)], spread[~np.isnan(y)], y[~np.isnan(y)]
         if not len(y):
             continue
-        width = len(y) // 15 if smooth else 1
+        width = len(y) // 15 | 1 if smooth else 1
         raw = y if width > 1 else None
         y = moving_average(y, width) if width > 1 else y
         spread = moving_average(spread, width) if width > 1 else spread
@@ -535,7 +535,7 @@ def text_of(value) -> str:
 def escaped(text: str) -> str:
     """Text of a model or a data set as HTML, cut where it is very long, its tags marked."""
     cut = f"\n[{len(text) - SHOWN_CHARACTERS} more characters]" if len(text) > SHOWN_CHARACTERS else ""
-    safe = html.escape(text[:SHOWN_CHARACTERS].encode("utf-8", "replace").decode())
+    safe = html.escape(text[:SHOWN_CHARACTERS])
     return re.sub(r"&lt;/?\w+&gt;", r"<span class=tag>\g<0></span>", safe) + cut
 
 
@@ -684,7 +684,7 @@ def write_report(paths: list[Path], output: Path | None = None, png: bool = Fals
     text = run_page(runs[0], charts) if len(runs) == 1 else comparison_page(runs, charts)
     aside = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="replace")  # half characters of a cut text too
         os.replace(aside, output)  # a browser never sees half a page
         if png and charts:
             pictures(runs, charts, output.parent)
