@@ -2400,6 +2400,24 @@ def lock_directory(path: Path):
     return file
 
 
+@contextlib.contextmanager
+def stopping_on_signals(trainer: MLXGRPOTrainer):
+    """Ctrl-C and SIGTERM let the update finish and be saved; a second one stops at once."""
+
+    def on_signal(number, frame):
+        if trainer.stop_signal:
+            os._exit(128 + number)
+        trainer.stop_signal = number
+        print("Stopping after this update; once more to stop at once", file=sys.stderr)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def print_outcome(trainer: MLXGRPOTrainer, outcome: dict) -> None:
     """The table of held-out scores before and after, and where the model is."""
     from rich.console import Console
@@ -2459,15 +2477,7 @@ def run(arguments: argparse.Namespace) -> int:
         trainer.resume(checkpoint)
         print(f"Resumed    {checkpoint}, update {trainer.update} of {trainer.updates}")
 
-    def on_signal(number, frame):
-        if trainer.stop_signal:
-            os._exit(128 + number)  # the second one: at once
-        trainer.stop_signal = number
-        print("Stopping after this update; once more to stop at once", file=sys.stderr)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    with lock:
+    with lock, stopping_on_signals(trainer):
         outcome = trainer.train()
     if trainer.stop_signal:
         print(f"Stopped at update {trainer.update} of {trainer.updates}. To continue, run the same command with --resume", file=sys.stderr)

@@ -41,6 +41,7 @@ CHARTS = [  # title, unit, the log's fields, whether a moving average helps
     ("KL", "nats a token, to the reference; 0 where kl_coeff is 0", ["kl"], True),
     ("Truncated and flat", "share of completions cut, of groups without signal", ["truncated_fraction", "zero_signal_fraction"], True),
     ("Clip fractions", "share of tokens or rows", ["clip_ratio/*_mean", "cispo_clip_ratio"], True),
+    ("VESPO weight", "mean of a row", ["vespo/*"], True),
     ("Gradient norm", "before clipping", ["grad_norm"], True),
     ("Mismatch", "sampler to policy, nats a token", ["mismatch/kl", "mismatch/mean"], True),
     ("Loss", "", ["loss"], True),
@@ -175,45 +176,64 @@ def repeated_share(text: str) -> float:
     return 1 - len(set(fours)) / len(fours) if len(fours) >= 8 else 0.0
 
 
-def tripwires(run: Run):
-    """Yield a (title, what was seen) for each sign of reward hacking or of a run gone wrong."""
+def accuracy_against_reward(run: Run):
+    """Yield where held-out accuracy fell from its best while the reward rose."""
     reward, steps = run.column("reward_mean"), run.step
+    steps, reward = steps[~np.isnan(reward)], reward[~np.isnan(reward)]
     for key, label in EXACT_MATCH.items():
         tests = run.tests(key)
         if len(tests) < 2 or len(reward) < 20:
             continue
         best, last = max(tests, key=lambda e: e[key]), tests[-1]
-        then = np.nanmean(reward[np.argsort(abs(steps - best["update"]), kind="stable")[: len(reward) // 5]])
-        now = change(reward)[1]
+        nearest = np.argsort(abs(steps - best["update"]), kind="stable")[: len(reward) // 5]
+        then, now = reward[nearest].mean(), change(reward)[1]
         if difference(best, last, key)[2] < 0 and now > then:
             yield "Reward up, accuracy down", (
                 f"exact match ({label}) fell from {best[key]:.1%} at update {best['update']} to {last[key]:.1%}, "
                 f"while the reward went from {then:.2f} to {now:.2f}"
             )
+
+
+def format_against_correctness(run: Run):
+    """Yield the format rewards that rose while no correctness reward did; functions are told apart by their names."""
+    names = [name for name in (run.updates[-1] if run.updates else {}) if name.startswith("rewards/")]
+    right = [name for name in names if re.search("correct|accura", name)]
+    if not right or any(change(run.column(name))[2] > 0 for name in right):
+        return
+    for name in names:
+        early, late, direction = change(run.column(name))
+        if re.search("format|xml|tag", name) and direction > 0:
+            yield "Format learned, not the task", f"{name} rose from {early:.2f} to {late:.2f}; the correctness reward did not"
+
+
+def repetition(run: Run):
+    """Yield if the newest logged completions repeat themselves more than the first ones."""
+    if not run.completions:
+        return
+    both = [[r for r in run.completions if r["update"] == run.completions[i]["update"]] for i in (0, -1)]
+    first, last = (np.mean([repeated_share(text_of(r.get("completion"))) > 0.3 for r in rows]) for rows in both)
+    if last > first + 0.1:
+        yield "Repeated text", f"{last:.0%} of the newest completions repeat themselves, {first:.0%} of the first"
+
+
+def tripwires(run: Run):
+    """Yield (title, what was seen) for each sign of reward hacking or of a run gone wrong."""
+    yield from accuracy_against_reward(run)
+    yield from format_against_correctness(run)
+    yield from repetition(run)
     early, late, _ = change(run.column("completion_length_mean"))
     if late > 2 * early:
         yield "Lengths exploding", f"completions grew from {early:.0f} to {late:.0f} tokens"
     early, late, direction = change(run.column("truncated_fraction"))
     if direction > 0 and late > 0.2:
         yield "Completions cut", f"{late:.0%} end at the length limit, {early:.0%} did at first"
-    names = [name for name in (run.updates[-1] if run.updates else {}) if name.startswith("rewards/")]
-    right = [name for name in names if re.search("correct|accura", name)]
-    for name in names:
-        early, late, direction = change(run.column(name))
-        if re.search("format|xml|tag", name) and direction > 0 and right and all(change(run.column(r))[2] <= 0 for r in right):
-            yield "Format learned, not the task", f"{name} rose from {early:.2f} to {late:.2f}; the correctness reward did not"
     early, late, _ = change(run.column("entropy"))
     if late < early / 5:
         yield "Entropy collapse", f"from {early:.3f} to {late:.3f} nats a token: completions hardly differ any more"
-    if run.completions:
-        ends_of_run = [[r for r in run.completions if r["update"] == run.completions[i]["update"]] for i in (0, -1)]
-        first, last = (np.mean([repeated_share(text_of(r.get("completion"))) > 0.3 for r in rows]) for rows in ends_of_run)
-        if last > first + 0.1:
-            yield "Repeated text", f"{last:.0%} of the newest completions repeat themselves, {first:.0%} of the first"
-    early, late, _ = change(run.column("mismatch/kl"))
+    _, late, _ = change(run.column("mismatch/kl"))
     if late > 0.05:
         yield "Sampler off the policy", f"{late:.3f} nats a token between the sampler's log-probs and the policy's"
-    early, late, _ = change(run.column("zero_signal_fraction"))
+    _, late, _ = change(run.column("zero_signal_fraction"))
     if late > 0.6:
         yield "Little left to learn from", f"{late:.0%} of the groups have equal rewards: prompts too easy or too hard"
     broken = sum(r.get("skipped") == "non-finite gradient" for r in run.updates)
@@ -350,7 +370,7 @@ def as_svg(chart: Chart) -> str:
     ink, grid, *colours = STAND_INS
     draw(figure.subplots(), chart, ink, grid, colours)
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):  # ids differ between charts, not between runs
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ascii(chart.title)}):  # ids differ between charts, not between runs
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
@@ -486,8 +506,9 @@ def headline(run: Run) -> str:
 
 def duration(run: Run) -> str:
     """Time in updates and evaluations, without what lay between two starts."""
-    names = {name for r in run.updates for name in r if name.startswith("seconds/")}
-    seconds = sum(np.nansum(run.column(name)) for name in names) + np.nansum([number(e.get("seconds")) for e in run.evals])
+    rollouts = {r.get("total_tokens", r["update"]): r for r in run.updates}.values()  # updates on one rollout share its times
+    spent = [number(v) for r in rollouts for k, v in r.items() if k.startswith("seconds/")] + [number(e.get("seconds")) for e in run.evals]
+    seconds = np.nansum(spent)
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 

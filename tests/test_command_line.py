@@ -1,0 +1,150 @@
+"""The program as its user starts it: plan, stop and resume, a kill, a full disk, two runs in one directory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mlx_grpo
+
+ROOT = Path(mlx_grpo.__file__).parent
+SMALL = [
+    "max_train_samples=60", "batch_size=3", "num_generations=4", "max_completion_length=24", "eval_samples=4", "eval_steps=0",
+    "use_compile=false", "run_name=run",
+]  # fmt: skip
+
+
+def command(folder, *arguments, settings=()):
+    pairs = [part for setting in [*SMALL, f"output_dir={folder}", *settings] for part in ("--set", setting)]
+    return [sys.executable, str(ROOT / "mlx-grpo.py"), *pairs, *arguments]
+
+
+def started(folder, *arguments, settings=()):
+    return subprocess.Popen(
+        command(folder, *arguments, settings=settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+    )
+
+
+def finished(folder, *arguments, settings=()):
+    return subprocess.run(command(folder, *arguments, settings=settings), capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+def updates(folder):
+    log = folder / "run" / "training_log.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return [record["update"] for record in map(json.loads, lines) if "event" not in record]
+
+
+def wait_for_update(process, folder, number):
+    log = folder / "run" / "training_log.jsonl"
+    for _ in range(600):
+        if log.is_file() and log.read_text().count('"grad_norm"') >= number:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("no update in a minute")
+
+
+def test_help_fits_a_screen_and_needs_no_model(tmp_path):
+    shown = finished(tmp_path, "--help")
+    assert shown.returncode == 0 and len(shown.stdout.splitlines()) <= 24
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    done = finished(tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "updates    20 of 3 prompts x 4 completions" in done.stdout and "GB at the peak" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_run_is_resumed_to_its_end(tmp_path):
+    process = started(tmp_path)
+    wait_for_update(process, tmp_path, 2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in error
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+    again = finished(tmp_path)
+    assert again.returncode == 2 and again.stderr.startswith("Run directory holds a run already:")
+    resumed = finished(tmp_path, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert updates(tmp_path) == list(range(1, 21))
+    assert "Held-out problems" in resumed.stdout and (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path):
+    process = started(tmp_path, settings=["save_steps=2"])
+    wait_for_update(process, tmp_path, 5)
+    process.kill()
+    process.communicate()
+    resumed = finished(tmp_path, "--resume", settings=["save_steps=2"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert updates(tmp_path) == list(range(1, 21))
+
+
+@pytest.mark.slow
+def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(tmp_path):
+    process = started(tmp_path, settings=["save_steps=1"])
+    wait_for_update(process, tmp_path, 2)
+    second = finished(tmp_path, "--resume", settings=["save_steps=1"])
+    process.kill()
+    process.communicate()
+    assert second.returncode == 2 and second.stderr.startswith("Run directory is in use by another process:")
+
+
+@pytest.mark.slow
+def test_a_changed_setting_is_refused_on_resume_by_name(tmp_path):
+    process = started(tmp_path)
+    wait_for_update(process, tmp_path, 1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    refused = finished(tmp_path, "--resume", settings=["num_generations=6"])
+    assert refused.returncode == 2 and "num_generations" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path):
+    process = started(tmp_path, settings=["save_steps=1"])
+    wait_for_update(process, tmp_path, 4)
+    process.kill()
+    process.communicate()
+    newest = mlx_grpo.checkpoints(tmp_path / "run")[-1]
+    with open(newest / "optimizer.safetensors", "r+b") as file:
+        file.truncate(100)
+    resumed = finished(tmp_path, "--resume", settings=["save_steps=1"])
+    assert resumed.returncode == 0 and f"{newest} is skipped: optimizer.safetensors is damaged" in resumed.stderr
+
+
+def test_a_failed_save_is_one_line_and_leaves_earlier_checkpoints(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "kept").write_text("whole")
+
+    def write(aside):
+        (aside / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(mlx_grpo.RunError, match="^Failed to save checkpoint: .*No space left on device"):
+        mlx_grpo.write_directory(folder, write)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"] and (folder / "kept").read_text() == "whole"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_missing_checkpoint_is_named(tmp_path):
+    refused = finished(tmp_path, "--resume", str(tmp_path / "nowhere"))
+    assert refused.returncode == 2 and refused.stderr == f"Checkpoint not found: {tmp_path / 'nowhere'}\n"
+
+
+def test_running_in_a_process_leaves_its_signal_handlers(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    pairs = [part for setting in [*SMALL, f"output_dir={tmp_path}", "max_train_samples=3"] for part in ("--set", setting)]
+    assert mlx_grpo.main(pairs) == 0
+    assert signal.getsignal(signal.SIGINT) is before
