@@ -2084,7 +2084,7 @@ class MLXGRPOTrainer:
         config, live = self.config, sys.stdout.isatty()
         self.build_step()
         before = self.read_first_evaluation() if self.update else self.evaluations("before")
-        columns = BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+        columns = BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
         with Progress(*columns, disable=not live) as bar:
             task = bar.add_task("", total=self.updates, completed=self.update)
             say = bar.console.print if live else functools.partial(print, flush=True)
@@ -2168,7 +2168,7 @@ class MLXGRPOTrainer:
     # Records
 
     def log(self, name: str, record: dict) -> None:
-        """Append one line to NAME.jsonl; it is on disk when this returns, so a kill costs at most the line being written."""
+        """Append one line to NAME.jsonl; it is out of the process when this returns: a kill cuts at most one line."""
         if self.config.log_jsonl:
             with open(self.run_dir / f"{name}.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -2276,16 +2276,18 @@ class MLXGRPOTrainer:
         kv = min(rows * (prompt + config.rollout_tokens) * kv_bytes_per_token(self.model), budget)
         hidden = getattr(args, "hidden_size", 1024)
         wide = getattr(args, "intermediate_size", 4 * hidden)
-        item = max(2, trained[0].dtype.size)
-        per_layer = hidden if config.grad_checkpoint else 16 * hidden + 5 * wide
+        weights = [p for _, p in tree_flatten(self.model.parameters())]
+        item = 2 if any(p.dtype in (mx.bfloat16, mx.float16) for p in weights) else 4
+        kept = hidden if config.grad_checkpoint else 16 * hidden + 5 * wide  # numbers a position and layer keeps
+        layers = len(self.model.layers)
         positions = min(config.micro_batch_tokens, rows * (prompt + config.rollout_tokens))
         plan = {
-            "weights": sum(p.nbytes for _, p in tree_flatten(self.model.parameters())),
+            "weights": sum(p.nbytes for p in weights),
             "optimizer": count * 8 + sum(p.size * 4 for p in trained if p.dtype != mx.float32),
             "reference": sum(p.nbytes for p in trained) if self.reference and not adapter_layers(self.model) else 0,
             "KV cache": kv,
             "gradients": sum(p.nbytes for p in trained),
-            "activations": positions * per_layer * item * len(self.model.layers),
+            "activations": positions * item * (layers * kept + 16 * hidden + 5 * wide),
             "head": 3 * 4 * min(HEAD_CHUNK_LOGITS, positions * getattr(args, "vocab_size", 1)),
         }
         peak = plan["weights"] + plan["optimizer"] + plan["reference"] + max(kv, sum(list(plan.values())[4:]))
@@ -2361,10 +2363,11 @@ def describe_evaluation(record: dict) -> str:
 
 
 def progress_text(record: dict) -> str:
-    """The few numbers of an update that matter, in one line."""
+    """The few numbers of an update that matter, in one line that fits a terminal beside the bar."""
+    kl = f" kl {record['kl']:.3f}" if record.get("kl") else ""
     return (
         f"reward {record['reward_mean']:.2f} length {record['completion_length_mean']:.0f} cut {record['truncated_fraction']:.0%} "
-        f"flat {record['zero_signal_fraction']:.0%} kl {record.get('kl') or 0:.4f} lr {record['lr']:.1e}"
+        f"flat {record['zero_signal_fraction']:.0%}{kl} lr {record['lr']:.0e}"
     )
 
 

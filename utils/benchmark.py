@@ -446,8 +446,7 @@ def peer_python(peer: str) -> str:
         return str(python)
     uv = shutil.which("uv")
     if uv:
-        backend = ["--torch-backend", "auto" if on_gpu() else "cpu"] if peer == "trl" and sys.platform == "linux" else []
-        steps = [uv, "venv", "--clear", str(folder), "--python", sys.executable], [uv, "pip", "install", "--python", str(python), *backend, *packages]
+        steps = [uv, "venv", "--clear", str(folder), "--python", sys.executable], [uv, "pip", "install", "--python", str(python), *packages]
     else:
         steps = [sys.executable, "-m", "venv", "--clear", str(folder)], [str(python), "-m", "pip", "install", *packages]
     print(f"Installing {', '.join(packages)} into {folder}", flush=True)

@@ -330,12 +330,17 @@ def make_charts(runs: list[Run]) -> list[Chart]:
     return charts
 
 
+def line_style(i: int, colours: list[str]) -> dict:
+    """How line i looks: the colours in turn, then again with dashes."""
+    return {"color": colours[i % len(colours)], "linestyle": ("-", "--", ":", "-.")[i // len(colours) % 4]}
+
+
 def draw(axes, chart: Chart, ink: str, grid: str, colours: list[str]) -> None:
     """Draw on matplotlib axes."""
     from matplotlib.ticker import MaxNLocator
 
     for i, line in enumerate(chart.lines):
-        style = {"color": colours[i % len(colours)], "linestyle": ("-", "--", ":", "-.")[i // len(colours) % 4]}
+        style = line_style(i, colours)
         if line.points:
             bars = np.maximum(0, [line.y - line.low, line.high - line.y])
             axes.errorbar(line.x, line.y, bars, marker="o", markersize=4, capsize=3, linewidth=1.6, elinewidth=1, **style)
@@ -384,20 +389,20 @@ def save_picture(charts: list[Chart], path: Path, title: str = "", small_print: 
     """The charts as one PNG, in two columns."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     columns = min(2, len(charts))
     rows = math.ceil(len(charts) / columns)
     with rc_context({"text.parse_math": False}):  # a $ in a name is a $
-        figure = Figure(figsize=(4 * columns, 2.6 * rows + 0.3 * bool(title) + 0.3 * bool(small_print)), facecolor="white", layout="constrained")
+        height = 2.6 * rows + 0.3 * bool(title) + 0.3 * bool(small_print)
+        figure = Figure(figsize=(4 * columns, height), facecolor="white", layout="constrained")
         for chart, axes in zip(charts, figure.subplots(rows, columns, squeeze=False).flat):
             draw(axes, chart, "#333333", "#dddddd", LIGHT)
             axes.set_title(chart.title, loc="left", fontsize=10, color="#111111")
             axes.set_xlabel("update", fontsize=8, color="#555555")
             axes.set_ylabel(chart.unit, fontsize=8, color="#555555")
             if len(chart.lines) > 1:
-                from matplotlib.lines import Line2D
-
-                handles = [Line2D([], [], color=LIGHT[i % len(LIGHT)], linestyle=("-", "--", ":", "-.")[i // len(LIGHT) % 4]) for i in range(len(chart.lines))]
+                handles = [Line2D([], [], **line_style(i, LIGHT)) for i in range(len(chart.lines))]
                 axes.legend(handles, [line.label for line in chart.lines], fontsize=8, frameon=False)
         if title:
             figure.suptitle(title, fontsize=11, color="#111111")
@@ -417,7 +422,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page);
 h1 { font-size: 1.5rem; margin: .3rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem }
 p { margin: .3rem 0 } .soft, figcaption small, th { color: var(--soft) } code, pre { font-family: ui-monospace, monospace; font-size: .87em }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
-.cards { display: flex; flex-wrap: wrap } .cards .card { flex: 1 1 11rem } .cards .wide { flex: 2 1 18rem } .runs td { white-space: nowrap }
+.cards { display: flex; flex-wrap: wrap } .cards .card { flex: 1 1 11rem } .cards .wide { flex: 2 1 18rem } .runs td { white-space: nowrap } .runs td:first-child { white-space: normal; min-width: 10rem; overflow-wrap: anywhere }
 .card, figure, .warning { background: var(--box); border-radius: 8px; padding: .8rem 1rem; margin: 0 } .warning { background: var(--warn); margin: .5rem 0 }
 .card strong { display: block; font-size: 1.35rem; line-height: 1.3 }
 figure { display: flex; flex-direction: column; padding-bottom: .4rem } figcaption { font-size: .9rem } figcaption b { font-size: .95rem } figcaption small { display: block; min-height: 1.5em }
@@ -426,7 +431,7 @@ svg text { font-family: inherit !important; fill: var(--soft) !important }
 .key { display: inline-block; margin-right: .9em } .key::before { content: ""; display: inline-block; width: .9em; height: .25em; margin-right: .4em; vertical-align: middle; background: var(--key) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 500; white-space: nowrap }
-td.n, th.n { text-align: right } td code { overflow-wrap: anywhere } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+td.n, th.n { text-align: right } td + td code { overflow-wrap: anywhere } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 .tag { background: var(--tag); border-radius: 3px } .chip { display: inline-block; white-space: nowrap; margin-right: .7em } .best td { font-weight: 600 }
 .bar { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0 } .bar > * { font: inherit; padding: .3rem .6rem; color: inherit; background: var(--box); border: 1px solid var(--line); border-radius: 6px; max-width: 100% }
 #completions { table-layout: fixed } #completions col:nth-child(1) { width: 30% } #completions col:nth-child(3) { width: 24% }
@@ -495,11 +500,13 @@ def headline(run: Run) -> str:
         first, last = ends(run.column(name))
         if math.isfinite(first):
             cards.append((title, f"{first:{form}} → {last:{form}}", ["first and last tenth of the updates"]))
-    cards.append(("Cost", duration(run), [f"{tokens(run)} tokens sampled", f"{np.nanmax(run.column('peak_memory_gb'), initial=0):.2f} GB at the peak"]))
-    each = "".join(
-        f"<div class='card{' wide' * title.startswith('Held')}'>{html.escape(title)}<strong>{html.escape(big)}</strong>" + "".join(f"<p class=soft>{html.escape(n)}</p>" for n in notes) + "</div>"
-        for title, big, notes in cards
-    )
+    memory = np.nanmax(run.column("peak_memory_gb"), initial=0)
+    cards.append(("Cost", duration(run), [f"{tokens(run)} tokens sampled", f"{memory:.2f} GB at the peak"]))
+    each = ""
+    for title, big, notes in cards:
+        lines = "".join(f"<p class=soft>{html.escape(note)}</p>" for note in notes)
+        wide = " wide" if title.startswith("Held-out") else ""
+        each += f'<div class="card{wide}">{html.escape(title)}<strong>{html.escape(big)}</strong>{lines}</div>'
     asked = f"Greedy answers to {run.tests()[-1].get('n', '?')} held-out questions; in brackets: 95% intervals." if run.tests() else ""
     return f'<div class="grid cards">{each}</div><p class=soft>{asked}</p>'
 
@@ -537,11 +544,13 @@ def key(i: int, label: str) -> str:
     return f'<span class=key style="--key: var(--c{i % len(LIGHT) + 16})">{html.escape(label)}</span>'
 
 
-def figures(charts: list[Chart]) -> str:
+def figures(charts: list[Chart], keys: list[str] | None = None) -> str:
+    """The charts with captions and legends; `keys` are shorter names for the lines."""
     parts = []
     for chart in charts:
-        keys = "".join(key(i, line.label) for i, line in enumerate(chart.lines)) if len(chart.lines) > 1 else ""
-        caption = f"<b>{html.escape(chart.title)}</b> <small>{html.escape(chart.unit)}</small>{keys}"
+        names = keys or [line.label for line in chart.lines]
+        legend = "".join(key(i, name) for i, name in enumerate(names)) if len(names) > 1 else ""
+        caption = f"<b>{html.escape(chart.title)}</b> <small>{html.escape(chart.unit)}</small>{legend}"
         parts.append(f"<figure><figcaption>{caption}</figcaption>{as_svg(chart)}</figure>")
     return f'<p class=soft>By update; thin lines are single updates, thick ones moving averages.</p><div class=grid>{"".join(parts)}</div>'
 
@@ -591,7 +600,8 @@ def completions_table(run: Run) -> str:
     for i, row in enumerate(chosen):
         total, length = total_reward(row, weights), number(row.get("length"))
         rewards = row["rewards"].items() if isinstance(row.get("rewards"), dict) else []
-        chips = "".join(f"<span class=chip>{html.escape(re.sub('_reward_func$', '', n))} {number(r):g}</span> " for n, r in rewards).replace(" nan<", " -<")
+        values = ((n.removesuffix("_reward_func"), "-" if math.isnan(number(r)) else f"{r:g}") for n, r in rewards)
+        chips = "".join(f"<span class=chip>{html.escape(n)} {r}</span> " for n, r in values)
         facts = f"{length:.0f} tokens, ended by {html.escape(text_of(row.get('finish_reason')))}"
         rows.append(
             f"<tr data-index={i} data-update={row['update']} data-total={total:g} data-length={np.nan_to_num(length):g}>"
@@ -600,12 +610,15 @@ def completions_table(run: Run) -> str:
             f"<td><b>{total:.2f}</b> <span class=soft>update {row['update']}</span><br>{chips}<br><span class=soft>{facts}</span></td></tr>"
         )
     updates = list(dict.fromkeys(row["update"] for row in chosen))
-    choices = "<option value=''>all updates</option>" + "".join(f"<option value={u}{' selected' * (u == updates[-1])}>update {u}</option>" for u in updates)
+    choices = "".join(f"<option value={u}{' selected' * (u == updates[-1])}>update {u}</option>" for u in updates)
     return f"""<p class=soft>The best and the worst of each group: {len(chosen)} of {len(run.completions)} logged. All are in completions.jsonl.</p>
-<div class=bar><button id=back type=button aria-label="earlier update">←</button><select id=update aria-label="update">{choices}</select>
+<div class=bar><button id=back type=button aria-label="earlier update">←</button><select id=update aria-label="update">
+<option value="">all updates</option>{choices}</select>
 <button id=on type=button aria-label="later update">→</button><select id=order aria-label="order"><option value=index>by prompt</option>
-<option value=total>by reward</option><option value=length>by length</option></select><input id=find type=search placeholder="find text" aria-label="find text"></div>
-<p id=count class=soft></p><table id=completions><colgroup><col><col><col></colgroup><thead><tr><th>Prompt</th><th>Completion</th><th>Reward</th></tr></thead>
+<option value=total>by reward</option><option value=length>by length</option></select>
+<input id=find type=search placeholder="find text" aria-label="find text"></div>
+<p id=count class=soft></p><table id=completions><colgroup><col><col><col></colgroup>
+<thead><tr><th>Prompt</th><th>Completion</th><th>Reward</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table>"""
 
 
@@ -643,10 +656,10 @@ def page(title: str, body: str) -> str:
 
 
 def run_page(run: Run, charts: list[Chart]) -> str:
-    model = run.setting("model_name") or ""
+    facts = [run.setting("model_name"), run.setting("dataset"), progress(run)]
     return page(
         f"{run.name}: MLX-GRPO",
-        f"<h1>{html.escape(run.name)}</h1><p class=soft>{html.escape(' · '.join(filter(None, [model, run.setting('dataset') or '', progress(run)])))}</p>"
+        f"<h1>{html.escape(run.name)}</h1><p class=soft>{html.escape(' · '.join(filter(None, facts)))}</p>"
         f"{headline(run)}<h2>Warnings</h2>{warnings(run)}<h2>Curves</h2>{figures(charts)}<h2>Completions</h2>{completions_table(run)}"
         f"<h2>Configuration</h2>{settings_tables(run)}<h2>Machine</h2>{machine_table(run)}",
     )
@@ -656,27 +669,30 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
     names = dict.fromkeys(n for run in runs for n in run.settings if n not in ("output_dir", "run_name"))
     value = lambda run, n: run.settings.get(n, ("",))[0] or "unset"  # noqa: E731
     differ = [n for n in names if len({value(run, n) for run in runs}) > 1]
-    header, rows, scores = ["Run", *differ[:3], "Before", "After", "Reward", "Length", "Updates", "Tokens", "Time", "Warnings"], [], []
-    for run in runs:
-        tests = run.tests()
-        scores.append(tests[-1]["em_strict"] if tests else -1)
-        reward, length = ends(run.column("reward_mean"))[1], ends(run.column("completion_length_mean"))[1]
-        cells = [run.name, *(value(run, n) for n in differ[:3]), percent(tests[0], "em_strict") if tests else "-", percent(tests[-1], "em_strict") if tests else "-"]
-        cells += [f"{reward:.2f}", f"{length:.0f}", progress(run), tokens(run), duration(run), ", ".join(t for t, _ in tripwires(run)) or "none"]
-        rows.append([key(len(rows), cells[0]), *map(html.escape, cells[1:])])
-    best = int(np.argmax(scores)) if max(scores) >= 0 else None
-    settings = table(["Setting", *(html.escape(r.name) for r in runs)], [[f"<code>{html.escape(c)}</code>" for c in (n, *(value(r, n) for r in runs))] for n in differ])
+    numbers = [str(i) for i in range(1, len(runs) + 1)]
+    rows, scores = [], []
+    for i, run in enumerate(runs):
+        tests, reward = run.tests(), ends(run.column("reward_mean"))[1]
+        scores.append((tests[-1]["em_strict"] if tests else -1, np.nan_to_num(reward)))
+        cells = [value(run, n) for n in differ[:3]] 
+        cells += [percent(e, "em_strict") for e in (tests[0], tests[-1])] if tests else ["-", "-"]
+        cells += [f"{reward:.2f}", f"{ends(run.column('completion_length_mean'))[1]:.0f}", progress(run), tokens(run), duration(run)]
+        rows.append([key(i, f"{numbers[i]}  {run.name}"), *map(html.escape, cells), html.escape(", ".join(t for t, _ in tripwires(run)) or "none")])
+    header = ["Run", *differ[:3], "Before", "After", "Reward", "Length", "Updates", "Tokens", "Time", "Warnings"]
+    settings = [[f"<code>{html.escape(cell)}</code>" for cell in (n, *(value(run, n) for run in runs))] for n in differ]
     return page(
         "Comparison: MLX-GRPO",
-        f"<h1>{len(runs)} runs</h1><p class=soft>Before and after: held-out exact match, tags required, with its 95% interval. Bold: the highest. Curves that are zero in every run are left out.</p>"
-        f"{table(header, rows, 'runs', best)}<h2>Settings that differ</h2>{settings if differ else '<p class=soft>None.</p>'}<h2>Curves</h2>{figures(charts)}",
+        f"<h1>{len(runs)} runs</h1><p class=soft>Before and after: held-out exact match, tags required, with its 95% interval. "
+        "Bold: the highest, of equals the one with more reward. Curves that are zero in every run are left out.</p>"
+        f"{table(header, rows, 'runs', scores.index(max(scores)))}<h2>Settings that differ</h2>"
+        f"{table(['Setting', *numbers], settings) if differ else '<p class=soft>None.</p>'}<h2>Curves</h2>{figures(charts, numbers)}",
     )
 
 
 # --- Command line -----------------------------------------------------------------------------------------------
 
 
-def pictures(runs: list[Run], charts: list[Chart], folder: Path) -> list[Path]:
+def pictures(runs: list[Run], charts: list[Chart], folder: Path) -> None:
     """curves.png, the four that matter most, and curves/ with one picture a chart."""
     start = runs[0].start
     facts = [f"{start[k]}" for k in ("chip", "device", "platform") if start.get(k)] + [f"{k} {start[k]}" for k in ("mlx", "python") if start.get(k)]
@@ -716,10 +732,12 @@ def write_report(paths: list[Path], output: Path | None = None, png: bool = Fals
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="report.py", description=__doc__.split("\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="report.py", description=__doc__.split("\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's directory; several are compared")
     parser.add_argument("--output", metavar="FILE", type=Path, help="default: report.html in the run, or comparison.html beside the runs")
-    parser.add_argument("--png", action="store_true", help="also curves.png, the four main curves, and curves/ with one picture each, beside the page")
+    parser.add_argument("--png", action="store_true", help="also curves.png (the four main ones) and curves/ (one picture each)")
     arguments = parser.parse_args(argv)
     try:
         print(write_report(arguments.runs, arguments.output, arguments.png))

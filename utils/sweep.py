@@ -103,7 +103,9 @@ def sweep(config: Path, points: list[dict[str, str]], folder: Path, settings: li
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="sweep.py", description=__doc__.split("\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="sweep.py", description=__doc__.split("\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", metavar="CONFIG", type=Path, help="the trainer's TOML file")
     parser.add_argument("--grid", metavar="KEY=VALUE,VALUE", action="append", required=True, help="a setting and its values; repeat for more axes")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of every point; repeatable")
