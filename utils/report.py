@@ -391,19 +391,23 @@ def save_picture(charts: list[Chart], path: Path, title: str = "", small_print: 
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    names = [[line.label for line in chart.lines] for chart in charts]
+    handles = [Line2D([], [], **line_style(i, LIGHT)) for i in range(max(map(len, names)))]
+    shared = len(handles) > 1 and all(n == names[0] for n in names)  # then one legend does for all
     columns = min(2, len(charts))
     rows = math.ceil(len(charts) / columns)
+    height = 2.6 * rows + 0.3 * bool(title) + 0.3 * bool(small_print) + 0.2 * shared * math.ceil(len(handles) / 2)
     with rc_context({"text.parse_math": False}):  # a $ in a name is a $
-        height = 2.6 * rows + 0.3 * bool(title) + 0.3 * bool(small_print)
         figure = Figure(figsize=(4 * columns, height), facecolor="white", layout="constrained")
-        for chart, axes in zip(charts, figure.subplots(rows, columns, squeeze=False).flat):
+        for chart, labels, axes in zip(charts, names, figure.subplots(rows, columns, squeeze=False).flat):
             draw(axes, chart, "#333333", "#dddddd", LIGHT)
             axes.set_title(chart.title, loc="left", fontsize=10, color="#111111")
             axes.set_xlabel("update", fontsize=8, color="#555555")
             axes.set_ylabel(chart.unit, fontsize=8, color="#555555")
-            if len(chart.lines) > 1:
-                handles = [Line2D([], [], **line_style(i, LIGHT)) for i in range(len(chart.lines))]
-                axes.legend(handles, [line.label for line in chart.lines], fontsize=8, frameon=False)
+            if len(labels) > 1 and not shared:
+                axes.legend(handles[: len(labels)], labels, fontsize=8, frameon=False)
+        if shared:
+            figure.legend(handles, names[0], loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         if title:
             figure.suptitle(title, fontsize=11, color="#111111")
         if small_print:
@@ -422,7 +426,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page);
 h1 { font-size: 1.5rem; margin: .3rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem }
 p { margin: .3rem 0 } .soft, figcaption small, th { color: var(--soft) } code, pre { font-family: ui-monospace, monospace; font-size: .87em }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
-.cards { display: flex; flex-wrap: wrap } .cards .card { flex: 1 1 11rem } .cards .wide { flex: 2 1 18rem } .runs td { white-space: nowrap } .runs td:first-child { white-space: normal; min-width: 10rem; overflow-wrap: anywhere }
+.cards { display: flex; flex-wrap: wrap } .cards .card { flex: 1 1 11rem } .cards .wide { flex: 2 1 18rem } .runs td { white-space: nowrap } .runs td:first-child { white-space: normal; min-width: min(18rem, 40vw); overflow-wrap: anywhere }
 .card, figure, .warning { background: var(--box); border-radius: 8px; padding: .8rem 1rem; margin: 0 } .warning { background: var(--warn); margin: .5rem 0 }
 .card strong { display: block; font-size: 1.35rem; line-height: 1.3 }
 figure { display: flex; flex-direction: column; padding-bottom: .4rem } figcaption { font-size: .9rem } figcaption b { font-size: .95rem } figcaption small { display: block; min-height: 1.5em }
@@ -694,11 +698,12 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
 
 def pictures(runs: list[Run], charts: list[Chart], folder: Path) -> None:
     """curves.png, the four that matter most, and curves/ with one picture a chart."""
-    start = runs[0].start
-    facts = [f"{start[k]}" for k in ("chip", "device", "platform") if start.get(k)] + [f"{k} {start[k]}" for k in ("mlx", "python") if start.get(k)]
+    start = runs[0].start if len(runs) == 1 else {}
+    machine = [str(start[k]) for k in ("chip", "device", "platform") if start.get(k)]
+    versions = [f"{k} {start[k]}" for k in ("mlx", "python") if start.get(k)]
     title = ": ".join(filter(None, [runs[0].name, start.get("command")])) if len(runs) == 1 else ""
     overview = [c for name in OVERVIEW for c in [next((c for c in charts if c.title.split(":")[0] == name), None)] if c]
-    save_picture(overview or charts[:4], folder / "curves.png", title, ", ".join(facts))
+    save_picture(overview or charts[:4], folder / "curves.png", title, ", ".join(machine + versions))
     (folder / "curves").mkdir(exist_ok=True)
     for chart in charts:
         save_picture([chart], folder / "curves" / (re.sub(r"\W+", "-", chart.title.lower()).strip("-") + ".png"))
