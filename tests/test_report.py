@@ -349,7 +349,7 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     one = report.write_report([make_run(folder / "one")])
     two = report.write_report([folder / "one", make_run(folder / "two", evals=(0.3, 0.4))])
-    return {"one": one, "two": two}
+    return {"one": one, "two": two, "nasty": report.write_report([nasty_run(folder / "nasty")])}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -371,7 +371,7 @@ def test_the_page_opens_quietly_with_its_curves(browser, pages, which, scheme):
     assert abs(np.mean(background) - np.mean(ink)) > 80 and max(abs(np.subtract(background, line))) > 80
 
 
-@pytest.mark.parametrize("which", ["one", "two"])
+@pytest.mark.parametrize("which", ["one", "two", "nasty"])
 def test_a_phone_needs_no_sideways_scrolling(browser, pages, which):
     browser.open(pages[which], width=390)
     assert browser.value("document.documentElement.scrollWidth") <= 390

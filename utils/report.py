@@ -422,7 +422,7 @@ CSS = """
 @media (prefers-color-scheme: dark) {
   :root { --page: #131316; --ink: #e9e9ec; --soft: #a2a3aa; --line: #37383f; --box: #1d1e22; --warn: #42340f; --tag: #1e3a5f; DARK } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.5rem; margin: .3rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem }
 p { margin: .3rem 0 } .soft, figcaption small, th { color: var(--soft) } code, pre { font-family: ui-monospace, monospace; font-size: .87em }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
@@ -432,11 +432,11 @@ p { margin: .3rem 0 } .soft, figcaption small, th { color: var(--soft) } code, p
 figure { display: flex; flex-direction: column; padding-bottom: .4rem } figcaption { font-size: .9rem } figcaption b { font-size: .95rem } figcaption small { display: block; min-height: 1.5em }
 svg { width: 100%; height: auto; display: block; margin-top: auto } [hidden] { display: none !important }
 svg text { font-family: inherit !important; fill: var(--soft) !important }
-.key { display: inline-block; margin-right: .9em } .key::before { content: ""; display: inline-block; width: .9em; height: .25em; margin-right: .4em; vertical-align: middle; background: var(--key) }
+.key { display: inline-block; max-width: 100%; margin-right: .9em } .key::before { content: ""; display: inline-block; width: .9em; height: .25em; margin-right: .4em; vertical-align: middle; background: var(--key) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 500; white-space: nowrap }
-td.n, th.n { text-align: right } td + td code { overflow-wrap: anywhere } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
-.tag { background: var(--tag); border-radius: 3px } .chip { display: inline-block; white-space: nowrap; margin-right: .7em } .best td { font-weight: 600 }
+td.n, th.n { text-align: right } td + td code { display: block; min-width: 5rem; overflow-wrap: anywhere } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+.tag { background: var(--tag); border-radius: 3px } .chip { display: inline-block; max-width: 100%; margin-right: .7em } .best td { font-weight: 600 }
 .bar { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0 } .bar > * { font: inherit; padding: .3rem .6rem; color: inherit; background: var(--box); border: 1px solid var(--line); border-radius: 6px; max-width: 100% }
 #completions { table-layout: fixed } #completions col:nth-child(1) { width: 30% } #completions col:nth-child(3) { width: 24% }
 summary { cursor: pointer; color: var(--soft); margin: .5rem 0 }
@@ -702,7 +702,8 @@ def pictures(runs: list[Run], charts: list[Chart], folder: Path) -> None:
     machine = [str(start[k]) for k in ("chip", "device", "platform") if start.get(k)]
     versions = [f"{k} {start[k]}" for k in ("mlx", "python") if start.get(k)]
     title = ": ".join(filter(None, [runs[0].name, start.get("command")])) if len(runs) == 1 else ""
-    overview = [c for name in OVERVIEW for c in [next((c for c in charts if c.title.split(":")[0] == name), None)] if c]
+    first = {chart.title.split(":")[0]: chart for chart in reversed(charts)}  # of a kind, the first chart
+    overview = [first[kind] for kind in OVERVIEW if kind in first]
     save_picture(overview or charts[:4], folder / "curves.png", title, ", ".join(machine + versions))
     (folder / "curves").mkdir(exist_ok=True)
     for chart in charts:
