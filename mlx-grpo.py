@@ -23,7 +23,6 @@ checkpoints, trainer, command line. Shapes are written where an array is born:
 
 import argparse
 import asyncio
-import codecs
 import contextlib
 import copy
 import ctypes
@@ -387,33 +386,10 @@ def local_path(name: str) -> Path | None:
     """The file or folder `name` means: from the working directory, else from beside this script; None if neither."""
     return next((p for p in (Path(name).expanduser(), ROOT / name) if p.exists()), None)
 
+
 # ---------------------------------------------------------------------------------------------------------------
 # Tokenizer
 # ---------------------------------------------------------------------------------------------------------------
-
-class TiktokenDetokenizer:
-    """mlx-lm's streaming protocol; the segments joined are decode(tokens), also where a character's bytes span tokens."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.reset()
-
-    def reset(self):
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds an incomplete character back
-        self.text, self.tokens, self.offset = "", [], 0
-
-    def add_token(self, token):
-        self.tokens.append(token)
-        self.text += self.utf8.decode(self.tokenizer.id_to_bytes.get(token, b""))
-
-    def finalize(self):
-        self.text += self.utf8.decode(b"", final=True)
-
-    @property
-    def last_segment(self):
-        """The text since this was last read."""
-        start, self.offset = self.offset, len(self.text)
-        return self.text[start:]
 
 
 class TiktokenTokenizerWrapper:
@@ -421,7 +397,7 @@ class TiktokenTokenizerWrapper:
 
     Text is always ordinary text, as in nanochat: spelling a special token does not make one, and nothing is put in front.
     Special tokens come from apply_chat_template(tokenize=True) alone; its text form is for reading.
-    For mlx-lm's generators: TokenizerWrapper(self, TiktokenDetokenizer, eos_token_ids=self.eos_token_ids)."""
+    For mlx-lm's generators: TokenizerWrapper(self, eos_token_ids=self.eos_token_ids)."""
 
     chat_template = "nanochat"  # mlx-lm only asks whether there is one
     clean_up_tokenization_spaces = False
@@ -479,10 +455,6 @@ class TiktokenTokenizerWrapper:
 
     def convert_ids_to_tokens(self, ids):
         return self.id_to_token.get(ids) if isinstance(ids, int) else [self.id_to_token.get(i) for i in ids]
-
-    @property
-    def detokenizer(self):
-        return TiktokenDetokenizer(self)
 
     def save_pretrained(self, directory, **_):
         """Copies tokenizer.pkl into `directory`."""
@@ -1698,7 +1670,7 @@ def write_directory(folder: Path, write) -> None:
             shutil.rmtree(folder)
         aside.rename(folder)
         sync_to_disk(folder.parent)
-    except (OSError, RuntimeError) as error:  # MLX reports a failed write as a RuntimeError
+    except (OSError, RuntimeError, ValueError) as error:  # MLX's failed write is a RuntimeError, a name that leads outside a ValueError
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"Failed to save checkpoint: {error}") from error
 
@@ -1707,24 +1679,29 @@ def damage(folder: Path) -> str:
     """What is wrong with a checkpoint against its manifest, or ""."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return "no readable manifest.json"
-    for name, entry in manifest.items():
+    for name in ["trainer_state.json", *expected]:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or file_digest(path) != entry["sha256"]:
+        if (path.stat().st_size, file_digest(path)) != expected.get(name):
             return f"{name} is damaged"
     return ""
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoint directories, oldest first."""
-    return sorted(run_dir.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    found = [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def find_checkpoint(run_dir: Path, given: str) -> Path:
-    """The checkpoint to resume from: the one given, or the newest of the run that is whole. Raises UserError."""
+def find_checkpoint(run_dir: Path, given: str) -> Path | None:
+    """The checkpoint to resume from: the one given, or the newest of the run that is whole. Raises UserError.
+
+    None for a run that was stopped before its first one: it starts again, and its seed makes it the same run.
+    """
     if given:
         folder = Path(given)
         if not folder.is_dir():
@@ -1736,6 +1713,9 @@ def find_checkpoint(run_dir: Path, given: str) -> Path:
         if not (fault := damage(folder)):
             return folder
         print(f"Checkpoint {folder} is skipped: {fault}", file=sys.stderr)
+    if (run_dir / "config.resolved.toml").is_file() and not checkpoints(run_dir) and not (run_dir / "final").exists():
+        print(f"No checkpoint yet in {run_dir}: the run starts again")
+        return None
     raise UserError(f"Checkpoint not found: {run_dir} has none to resume from")
 
 

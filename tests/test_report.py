@@ -218,7 +218,7 @@ def nasty_run(folder: Path) -> Path:
     make_run(folder, change=lambda r: {f"rewards/{NASTY}": 0.5})
     rows = [completion_record(u, NASTY, True, NASTY) | {"answer": NASTY, "finish_reason": NASTY, "rewards": {NASTY: 1.0}} for u in (1, 2)]
     (folder / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "config.resolved.toml").write_text(f"model_name = '''<script>window.hacked=1</script>'''  # <script>window.hacked=1</script>; default 1\n")
+    (folder / "config.resolved.toml").write_text("model_name = '''<script>window.hacked=1</script>'''  # <script>window.hacked=1</script>; default 1\n")
     log = folder / "training_log.jsonl"
     log.write_text(json.dumps({"event": "start", "update": 0, "updates": 50, "chip": NASTY}) + "\n" + log.read_text().split("\n", 1)[1])
     return folder

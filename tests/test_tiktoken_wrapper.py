@@ -394,26 +394,6 @@ def test_plain_format_without_the_chat_tokens(tmp_path):
     assert wrapper.apply_chat_template([{"role": "user", "content": "U"}]) == wrapper.encode("User: U\nAssistant: ")
 
 
-def test_streaming_is_exact(wrapper):
-    rng = random.Random(2)
-    for text in random_texts(50, seed=3):
-        for ids in (wrapper.encode(text), [rng.randrange(wrapper.vocab_size) for _ in range(30)]):
-            stream, pieces = wrapper.detokenizer, []
-            for token in ids:
-                stream.add_token(token)
-                pieces.append(stream.last_segment)
-            stream.finalize()
-            pieces.append(stream.last_segment)
-            assert "".join(pieces) == stream.text == wrapper.decode(ids)
-            assert stream.tokens == ids
-    stream = wrapper.detokenizer
-    for token, expected in zip("🌍".encode(), ("", "", "", "🌍")):  # four one-byte tokens: nothing until the last
-        stream.add_token(token)
-        assert stream.last_segment == expected
-    stream.reset()
-    assert (stream.text, stream.tokens, stream.last_segment) == ("", [], "")
-
-
 def test_mlx_lm_generates_with_it(wrapper):
     import mlx.core as mx
     from mlx_lm import stream_generate
@@ -432,14 +412,13 @@ def test_mlx_lm_generates_with_it(wrapper):
         )
     )
     prompt = wrapper.apply_chat_template([{"role": "user", "content": "hi"}])
-    wrapped = TokenizerWrapper(wrapper, mlx_grpo.TiktokenDetokenizer, eos_token_ids=wrapper.eos_token_ids)
+    wrapped = TokenizerWrapper(wrapper, eos_token_ids=wrapper.eos_token_ids)
     assert wrapped.eos_token_ids == wrapper.eos_token_ids and wrapped.has_chat_template
     assert wrapped.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True) == prompt
     for tokenizer in (wrapper, wrapped):  # mlx-lm wraps the bare one itself
         out = list(stream_generate(model, tokenizer, prompt, max_tokens=12))
         tokens = [r.token for r in out if r.token not in wrapper.eos_token_ids]
         assert tokens
-    assert "".join(r.text for r in out) == wrapper.decode(tokens)
     assert list(stream_generate(model, wrapper, "plain text", max_tokens=2))
 
 

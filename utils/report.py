@@ -678,7 +678,7 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
     for i, run in enumerate(runs):
         tests, reward = run.tests(), ends(run.column("reward_mean"))[1]
         scores.append((tests[-1]["em_strict"] if tests else -1, np.nan_to_num(reward)))
-        cells = [value(run, n) for n in differ[:3]] 
+        cells = [value(run, n) for n in differ[:3]]
         cells += [percent(e, "em_strict") for e in (tests[0], tests[-1])] if tests else ["-", "-"]
         cells += [f"{reward:.2f}", f"{ends(run.column('completion_length_mean'))[1]:.0f}", progress(run), tokens(run), duration(run)]
         rows.append([key(i, f"{numbers[i]}  {run.name}"), *map(html.escape, cells), html.escape(", ".join(t for t, _ in tripwires(run)) or "none")])
