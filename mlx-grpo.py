@@ -33,14 +33,18 @@ import fcntl
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
 import math
 import os
+import platform
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import tomllib
@@ -370,7 +374,7 @@ def config_as_toml(config: MLXGRPOConfig, sources: dict) -> str:
     """The resolved configuration, one line a field, each with where its value came from."""
     import tomli_w
 
-    lines = []
+    lines, defaults = [], dataclasses.asdict(MLXGRPOConfig())
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, dict):  # inline, so that every setting stays on its line
             text = f"{name} = {{{', '.join(tomli_w.dumps({k: v}).strip() for k, v in value.items())}}}"
@@ -378,7 +382,8 @@ def config_as_toml(config: MLXGRPOConfig, sources: dict) -> str:
             text = f"{name} = [{', '.join(tomli_w.dumps({'v': v}).strip()[4:] for v in value)}]"
         else:
             text = f"# {name} is unset" if value is None else tomli_w.dumps({name: value}).strip()
-        lines.append(f"{text}  # {sources.get(name, 'default')}")
+        default = json.dumps(defaults[name], ensure_ascii=False)  # JSON: TOML has no null
+        lines.append(f"{text}  # {f'{sources[name]}; default {default}' if name in sources else 'default'}")
     return "\n".join(lines) + "\n"
 
 
@@ -588,6 +593,8 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
     from mlx_lm.utils import load_adapters, load_config as read_model_config, load_model as mlx_load_model, load_tokenizer
 
     path = resolve_model(name)
+    if trust_remote_code:
+        print(f"trust_remote_code: Python files that come with {name} run on this machine with all your rights", file=sys.stderr)
     try:
         model_config = flatten_rope_parameters(read_model_config(path))
         own_code = path / model_config["model_file"] if "model_file" in model_config else None
@@ -600,7 +607,7 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
         if (path / "tokenizer.pkl").is_file() and not (path / "tokenizer.json").is_file():
             tokenizer = TiktokenTokenizerWrapper(path)
         else:
-            tokenizer = load_tokenizer(path, eos_token_ids=model_config.get("eos_token_id"))
+            tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=model_config.get("eos_token_id"))
     except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         prefix = "" if reason.startswith("Failed to load tiktoken tokenizer") else f"Failed to load model {path}: "
@@ -922,19 +929,19 @@ def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
     return functions, list(config.reward_weights) or weights
 
 
-class OutOfTime(Exception):
-    """A reward function took too long."""
+class OutOfTime(BaseException):
+    """A reward function took too long. No Exception, so that a function's own `except Exception` does not swallow it."""
 
 
 @contextlib.contextmanager
 def alarm(seconds: float):
-    """Raise OutOfTime in whatever Python code is running after so many seconds."""
+    """Raise OutOfTime in whatever Python code is running after so many seconds, and each second from then on."""
 
     def ring(signum, frame):
         raise OutOfTime
 
     previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
@@ -964,7 +971,7 @@ def call_rewards(functions, timeout: float, arguments: dict) -> list:
         try:
             with alarm(timeout):
                 results.append(function(**arguments))
-        except Exception as error:  # the user's code: reported with its name by the caller
+        except (Exception, OutOfTime, SystemExit) as error:  # the user's code: reported with its name by the caller
             results.append(error)
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:
@@ -995,7 +1002,7 @@ def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndar
         name = name_of(function)
         if isinstance(result, OutOfTime):
             raise RunError(f"Reward function {name} took longer than reward_timeout = {timeout:g} s")
-        if isinstance(result, Exception):
+        if isinstance(result, BaseException):
             until = time.monotonic() + timeout
             alone = ((n, call([function], slice(n, n + 1))[0]) for n in range(len(texts)) if time.monotonic() < until)
             row = next((n for n, again in alone if type(again) is type(result)), None)
@@ -1788,6 +1795,7 @@ class MLXGRPOTrainer:
     """
 
     def __init__(self, config: MLXGRPOConfig, run_dir: Path):
+        self.after_evaluation = lambda run_dir: None  # the command line puts the report here
         self.config, self.run_dir = config, Path(run_dir)
         self.reward_functions, self.reward_weights = load_rewards(config)
         train_rows, test_rows = load_dataset_split(config, "train"), load_dataset_split(config, "test")
@@ -1815,6 +1823,8 @@ class MLXGRPOTrainer:
         self.failed_saves = 0  # in a row
         self.best, self.best_update = -1.0, 0  # em_strict on held-out rows, and when
         self.tokens = 0  # completion tokens sampled
+        self.before = {}  # the evaluations before the first update
+        self.unlogged = []  # (log, line) that the disk has refused so far
         self.warned = set()
         self.stop_signal = 0
         self.synced = self.trainable()
@@ -1999,7 +2009,12 @@ class MLXGRPOTrainer:
         if not advantages.any():  # no signal, no step: Adam would blow rounding noise up to a full one
             return [{"loss": 0.0, "grad_norm": 0.0, "skipped": "no signal"} for _ in range(config.num_iterations)]
         self.model.train()  # models with kernels for inference alone switch to what has a gradient
-        batches = self.micro_batches(groups, advantages)
+        batches = self.add_log_probs(self.micro_batches(groups, advantages))
+        return [self.step(batches, self.update + i) for i in range(config.num_iterations)]
+
+    def add_log_probs(self, batches: list[dict]) -> list[dict]:
+        """The batches with ref_logps, old_logps (N, T) and entropy_threshold, where the objective needs them."""
+        config = self.config
         for batch in batches:
             if self.reference:
                 batch["ref_logps"] = self.reference(batch)[0]
@@ -2012,7 +2027,7 @@ class MLXGRPOTrainer:
             threshold = masked_quantile(values, inside, 1 - config.top_entropy_quantile)
             for batch in batches:
                 batch["entropy_threshold"] = threshold
-        return [self.step(batches, self.update + i) for i in range(config.num_iterations)]
+        return batches
 
     def step(self, batches: list[dict], update: int) -> dict:
         """One optimizer step on the sum of the micro-batches' gradients; its metrics."""
@@ -2047,12 +2062,6 @@ class MLXGRPOTrainer:
             self.quantize_rollouts = False
             print("NaN gradient encountered: rollouts are in full precision from here on", file=sys.stderr)
             self.refresh_sampler()
-        if self.nan_updates >= self.config.max_nan_updates:
-            self.save_checkpoint()
-            raise RunError(
-                f"NaN gradient encountered: {self.nan_updates} updates in a row; lower learning_rate, raise clipping "
-                f"(max_grad_norm), or load the model in float32. Saved in {self.run_dir}"
-            )
         return {name: (value if math.isfinite(value) else None) for name, value in record.items()} | {"skipped": "non-finite gradient"}
 
     # The loop
@@ -2063,7 +2072,8 @@ class MLXGRPOTrainer:
 
         config, live = self.config, sys.stdout.isatty()
         self.build_step()
-        before = self.read_first_evaluation() if self.update else self.evaluations("before")
+        self.probe_memory()
+        self.before = self.before or self.evaluations("before")
         columns = BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
         with Progress(*columns, disable=not live) as bar:
             task = bar.add_task("", total=self.updates, completed=self.update)
@@ -2076,24 +2086,36 @@ class MLXGRPOTrainer:
                     bar.update(task, completed=record["update"], description=text)
                     if not live and (crossed(record["update"] - 1, record["update"], config.logging_steps)):
                         say(f"{record['update']}/{self.updates} {text}")
+                if self.nan_updates >= config.max_nan_updates:
+                    self.save_checkpoint()
+                    raise RunError(
+                        f"NaN gradient encountered: {self.nan_updates} updates in a row; lower learning_rate, raise clipping "
+                        f"(max_grad_norm), or load the model in float32. Saved in {self.run_dir}"
+                    )
                 if self.update < self.updates:  # the last update's are made below
                     for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
                         if crossed(previous, self.update, every):
                             say(f"update {self.update}: {describe_evaluation(self.evaluation(split))}")
-                    if crossed(previous, self.update, config.save_steps):
+                    if crossed(previous, self.update, config.save_steps) or (config.save_steps and self.best_update == self.update):
                         self.save_checkpoint()
         if self.stop_signal:
             self.save_checkpoint()
             return {}
         after = self.evaluations("after")
         write_directory(self.run_dir / "final", self.write_model)
-        return {"before": before, "after": after}
+        return {"before": self.before, "after": after}
 
     def one_rollout(self) -> list[dict]:
         """Sample, score, and update num_iterations times; the log records of those updates."""
         config, first = self.config, self.cursor
         seconds = dict.fromkeys(("rollout", "reward", "train"), 0.0)
-        groups = self.collect(seconds)
+        try:
+            groups = self.collect(seconds)
+        except RunError:  # a reward failed: what is learnt so far is kept, and a resume scores the same prompts
+            self.cursor = first
+            if self.update:
+                self.save_checkpoint()
+            raise
         start = time.perf_counter()
         metrics = self.train_on(groups)
         seconds["train"] = time.perf_counter() - start
@@ -2148,10 +2170,24 @@ class MLXGRPOTrainer:
     # Records
 
     def log(self, name: str, record: dict) -> None:
-        """Append one line to NAME.jsonl; it is out of the process when this returns: a kill cuts at most one line."""
+        """Append one line to NAME.jsonl, out of the process when this returns; what a full disk refuses waits in memory."""
         if self.config.log_jsonl:
-            with open(self.run_dir / f"{name}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self.unlogged.append((self.run_dir / f"{name}.jsonl", json.dumps(record) + "\n"))
+            with contextlib.suppress(OSError):  # the next save meets it too, and says so
+                self.write_logs()
+
+    def write_logs(self) -> None:
+        while self.unlogged:
+            path, line = self.unlogged[0]
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size)  # half a line would spoil the next
+                raise
+            del self.unlogged[0]
 
     def log_completions(self, groups: list[Group]) -> None:
         names = list(map(name_of, self.reward_functions))
@@ -2172,6 +2208,7 @@ class MLXGRPOTrainer:
         self.log("training_log", {**record, "seconds": time.perf_counter() - start})
         if split == "test" and record["em_strict"] > self.best:
             self.best, self.best_update = record["em_strict"], self.update
+        self.after_evaluation(self.run_dir)
         return record
 
     def evaluations(self, when: str) -> dict:
@@ -2179,12 +2216,6 @@ class MLXGRPOTrainer:
         for record in records.values():
             print(f"{when} training: {describe_evaluation(record)}", flush=True)
         return records
-
-    def read_first_evaluation(self) -> dict:
-        """The evaluations before the first update, from the log of the run that is resumed."""
-        log = self.run_dir / "training_log.jsonl"
-        records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-        return {r["split"]: r for r in records if r.get("event") == "eval" and r["update"] == 0}
 
     # Saving and resuming
 
@@ -2196,19 +2227,25 @@ class MLXGRPOTrainer:
 
     def save_checkpoint(self) -> None:
         """Write checkpoint-UPDATE, with all that an exact resume needs; a failure is fatal only the third time in a row."""
+        target = self.run_dir / f"checkpoint-{self.update}"
+        if target.exists():  # nothing has happened since
+            return
 
         def write(folder: Path) -> None:
+            self.write_logs()
             self.write_model(folder)
             mx.save_safetensors(str(folder / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
             if self.config.sync_every > 1:
                 mx.save_safetensors(str(folder / "sampler.safetensors"), self.synced)
             logs = {p.name: p.stat().st_size for p in self.run_dir.glob("*.jsonl")}
+            for name in logs:
+                sync_to_disk(self.run_dir / name)
             state = {name: getattr(self, name) for name in RESUMED_STATE}
             state |= {"config": dataclasses.asdict(self.config), "logs": logs}
             (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
 
         try:
-            write_directory(self.run_dir / f"checkpoint-{self.update}", write)
+            write_directory(target, write)
         except RunError as error:
             self.failed_saves += 1
             if self.stop_signal or self.failed_saves >= 3:
@@ -2220,28 +2257,50 @@ class MLXGRPOTrainer:
         if self.config.save_total_limit:
             for folder in kept[: -self.config.save_total_limit]:
                 if folder.name != f"checkpoint-{self.best_update}":
-                    shutil.rmtree(folder)
+                    shutil.rmtree(folder, ignore_errors=True)
 
-    def resume(self, folder: Path) -> None:
-        """Continue from a checkpoint as if there had been no stop. Raises UserError where the configuration changed."""
-        state = json.loads((folder / "trainer_state.json").read_text())
-        now, then = dataclasses.asdict(self.config), state["config"]
-        changed = [k for k in now if now[k] != then.get(k) and k not in MAY_CHANGE]
-        if changed:
-            raise UserError(f"Cannot resume {folder}: changed settings would alter the run: {', '.join(changed)}")
-        weights = folder / "adapters.safetensors"
-        files = [weights] if weights.is_file() else sorted(folder.glob("model*.safetensors"))
-        for file in files:
-            self.model.load_weights(str(file), strict=False)
-        self.optimizer.state = tree_unflatten(list(mx.load(str(folder / "optimizer.safetensors")).items()))
+    def resume(self, folder: Path, asked: set[str] = frozenset()) -> None:
+        """Continue from a checkpoint as if there had been no stop. `asked`: settings given by --set.
+
+        Raises UserError where other settings have changed, or where the checkpoint is not this model's.
+        """
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text())
+            then, sizes = state["config"], {name: int(size) for name, size in state["logs"].items()}
+            adapters, stale = folder / "adapters.safetensors", folder / "sampler.safetensors"
+            weights = {}
+            for file in [adapters] if adapters.is_file() else sorted(folder.glob("model*.safetensors")):
+                weights |= mx.load(str(file))
+            optimizer = tree_unflatten(list(mx.load(str(folder / "optimizer.safetensors")).items()))
+            fits = all(type(state[name]) is type(getattr(self, name)) for name in RESUMED_STATE)
+            fits = fits and all(weights[name].shape == old.shape for name, old in self.trainable().items())
+        except (ValueError, TypeError, AttributeError, KeyError, OSError, RuntimeError):
+            fits = False
+        if not fits:
+            raise UserError(f"Cannot resume {folder}: it is not a checkpoint of this model, or of another version of this program")
+        now = dataclasses.asdict(self.config)
+        changed = {k: [then.get(k), now[k]] for k in now if now[k] != then.get(k) and k not in MAY_CHANGE}
+        if refused := [k for k in changed if k not in MAY_BE_SET or k not in asked]:
+            raise UserError(f"Cannot resume {folder}: changed settings would alter the run: {', '.join(refused)}")
+        self.model.load_weights(list(weights.items()), strict=False)
+        self.optimizer.state = optimizer
         for name in RESUMED_STATE:
             setattr(self, name, state[name])
-        stale = folder / "sampler.safetensors"
         self.synced = mx.load(str(stale)) if stale.is_file() else self.trainable()
         self.refresh_sampler()
-        for name, size in state["logs"].items():  # what was logged after the checkpoint will be logged again
-            if (self.run_dir / name).is_file():
-                os.truncate(self.run_dir / name, size)
+        for newer in checkpoints(self.run_dir):  # damaged, or of a course that this resume leaves
+            if int(newer.name.rpartition("-")[2]) > self.update:
+                shutil.rmtree(newer.with_name(f"superseded-{newer.name}"), ignore_errors=True)
+                newer.rename(newer.with_name(f"superseded-{newer.name}"))
+                print(f"{newer} is now superseded-{newer.name}")
+        self.cut_logs(sizes)
+        if changed:
+            self.log("training_log", {"event": "resume", "update": self.update, "changed": changed})
+
+    def cut_logs(self, sizes: dict[str, int]) -> None:
+        """Cut each log to the whole lines a checkpoint has seen, by name: what came after will be logged again."""
+        for path in self.run_dir.glob("*.jsonl"):
+            os.truncate(path, path.read_bytes()[: sizes.get(path.name, 0)].rfind(b"\n") + 1)
 
     # Before the first update
 
@@ -2282,6 +2341,8 @@ class MLXGRPOTrainer:
         print(f"updates    {self.updates} of {self.prompts_per_update} prompts x {config.num_generations} completions")
         print(f"tokens     at most {rows * config.rollout_tokens * self.updates // config.num_iterations:,} sampled")
         plan = self.memory_plan()
+        if plan["peak"] * 2**30 > memory_bytes():
+            print(f"Warning: memory may not suffice: about {plan['peak']:.1f} GB at the peak of {memory_bytes() / 2**30:.1f} GB. {LESS_MEMORY}", file=sys.stderr)
         if config.sampling_filters:
             print(f"Warning: {', '.join(config.sampling_filters)} in force: completions are not drawn from the policy itself", file=sys.stderr)
         print(f"memory     about {plan.pop('peak'):.2f} GB at the peak: " + ", ".join(f"{n} {v:.2f}" for n, v in plan.items() if v > 0.005))
@@ -2293,15 +2354,27 @@ class MLXGRPOTrainer:
         self.build_step()
         seconds = dict.fromkeys(("rollout", "reward"), 0.0)
         groups = self.sample_groups(1, seconds)
+        loss = self.trial_gradient(groups)
+        self.config = whole
+        print(f"dry run    {sum(map(len, groups[0].completions))} tokens sampled, loss {loss:.4f}, one backward pass: all well")
+
+    def trial_gradient(self, groups: list[Group]) -> float:
+        """The loss of one gradient that is thrown away: of the first micro-batch of `groups`, with made-up advantages."""
         self.model.train()
-        advantages = np.linspace(-1, 1, small.num_generations, dtype=np.float32)[None]
-        batch = self.micro_batches(groups, advantages)[0]
-        if self.reference:
-            batch["ref_logps"] = self.reference(batch)[0]
+        advantages = np.tile(np.linspace(-1, 1, self.config.num_generations, dtype=np.float32), (len(groups), 1))
+        batch = self.add_log_probs(self.micro_batches(groups, advantages)[:1])[0]
         loss, _, grads = self.gradient(batch)
         mx.eval(loss, grads)
-        self.config = whole
-        print(f"dry run    {sum(map(len, groups[0].completions))} tokens sampled, loss {loss.item():.4f}, one backward pass: all well")
+        return loss.item()
+
+    def probe_memory(self) -> None:
+        """One gradient at the largest micro-batch there can be: memory that will not suffice fails here, not in the night."""
+        g, length = self.config.num_generations, self.config.rollout_tokens
+        row = max(self.rows, key=lambda row: len(row["ids"]))
+        group = Group(row, row["ids"], [[0] * length] * g, [[0.0] * length] * g, ["eos"] * g, [""] * g, np.zeros((1, g)))
+        mx.eval(self.optimizer.state)
+        self.trial_gradient([group] * self.prompts_per_update)
+        print(f"probe      {mx.get_peak_memory() / 2**30:.2f} GB at the peak for the longest batch: {len(row['ids'])} + {length} tokens a row", flush=True)
 
 
 OBJECTIVE_OPTIONS = (
@@ -2309,11 +2382,16 @@ OBJECTIVE_OPTIONS = (
     "use_bias_correction_kl", "top_entropy_quantile", "entropy_coef", "off_policy_mask_threshold", "sampler_correction_min",
     "sampler_correction_max", "sapo_temperature_pos", "sapo_temperature_neg",
 )  # fmt: skip
-RESUMED_STATE = ("update", "cursor", "nan_updates", "best", "best_update", "tokens", "quantize_rollouts")
-MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes, how long it goes on
-    "learning_rate", "num_epochs", "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps",
-    "save_total_limit", "eval_steps", "eval_every_updates", "max_nan_updates", "reward_timeout",
+RESUMED_STATE = ("update", "cursor", "nan_updates", "best", "best_update", "tokens", "quantize_rollouts", "before")
+MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes
+    "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps", "save_total_limit", "eval_steps",
+    "eval_every_updates", "max_nan_updates", "reward_timeout", "trust_remote_code",
 }  # fmt: skip
+MAY_BE_SET = {  # and those that alter it, but only by --set: rate, lengths, and what makes it fit into memory
+    "learning_rate", "num_epochs", "max_completion_length", "max_new_tokens", "micro_batch_tokens", "grad_checkpoint", "kv_budget_gb",
+    "use_compile",
+}  # fmt: skip
+LESS_MEMORY = "Lower micro_batch_tokens or kv_budget_gb, or set grad_checkpoint to true; with --resume too, by --set"
 MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 
@@ -2401,6 +2479,24 @@ def stopping_on_signals(trainer: MLXGRPOTrainer):
             signal.signal(number, handler)
 
 
+def machine_facts() -> dict:
+    """What the report says of the machine, the versions and the command."""
+    versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")}
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "chip": mx.device_info().get("device_name", "unknown"),
+        "device": mx.default_device().type.name, "cores": os.cpu_count(), "memory_gb": round(memory_bytes() / 2**30, 1),
+        "platform": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), **versions,
+    }  # fmt: skip
+
+
+def write_report(run_dir: Path) -> None:
+    """Rewrite report.html, in a process of its own: whatever goes wrong with it, the run goes on."""
+    command = [sys.executable, str(ROOT / "utils" / "report.py"), str(run_dir)]
+    result = subprocess.run(command, capture_output=True, text=True, start_new_session=True)  # Ctrl-C is for the trainer
+    if result.returncode:
+        print(f"Warning: no report.html: {(result.stderr.strip() or 'stopped').splitlines()[-1]}", file=sys.stderr)
+
+
 def print_outcome(trainer: MLXGRPOTrainer, outcome: dict) -> None:
     """The table of held-out scores before and after, and where the model is."""
     from rich.console import Console
@@ -2418,6 +2514,8 @@ def print_outcome(trainer: MLXGRPOTrainer, outcome: dict) -> None:
         table.add_row(label, *cells)
     Console().print(table)
     final = trainer.run_dir / "final"
+    if (trainer.run_dir / "report.html").is_file():
+        print(f"Report     {trainer.run_dir / 'report.html'}")
     print(f"Model      {final}\nTry it     uv run python utils/inference.py --model {final} --chat")
 
 
@@ -2443,6 +2541,8 @@ def run(arguments: argparse.Namespace) -> int:
     if sys.platform == "linux" and mx.default_device() == mx.cpu and not BLAS:
         print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
     run_dir = choose_run_dir(config, path.stem, arguments.resume)
+    if links := [entry for entry in run_dir.glob("*") if entry.is_symlink()]:
+        raise UserError(f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. Put in its place what it points to")
     checkpoint = find_checkpoint(run_dir, arguments.resume) if arguments.resume is not None else None
     trainer = MLXGRPOTrainer(config, run_dir)
     trainer.print_plan()
@@ -2453,16 +2553,23 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_directory(run_dir)
+        for left_over in run_dir.glob(".*.partial"):  # of a save that was killed
+            shutil.rmtree(left_over)
+        if checkpoint:
+            trainer.resume(checkpoint, {name for name, source in sources.items() if source == "--set"})
+            print(f"Resumed    {checkpoint}, update {trainer.update} of {trainer.updates}")
+        elif arguments.resume is not None:
+            trainer.cut_logs({})
         (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
+        (run_dir / "machine.json").write_text(json.dumps({**machine_facts(), "updates": trainer.updates}, indent=2))
     except OSError as error:
         raise RunError(f"Cannot write to the run directory {run_dir}: {error.strerror}") from None
-    if checkpoint:
-        trainer.resume(checkpoint)
-        print(f"Resumed    {checkpoint}, update {trainer.update} of {trainer.updates}")
 
+    if config.log_jsonl:
+        trainer.after_evaluation = write_report
     with lock, stopping_on_signals(trainer):
         outcome = trainer.train()
-    if trainer.stop_signal:
+    if not outcome:
         print(f"Stopped at update {trainer.update} of {trainer.updates}. To continue, run the same command with --resume", file=sys.stderr)
         return 128 + trainer.stop_signal
     print_outcome(trainer, outcome)
@@ -2481,6 +2588,11 @@ def main(argv: list[str] | None = None) -> int:
 
             traceback.print_exception(error.__cause__, file=sys.stderr)  # of the user's reward function
         print(error, file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search("allocat|out of memory|insufficient memory", str(error), re.IGNORECASE):
+            raise
+        print(f"Out of memory: {' '.join(str(error).split())}. {LESS_MEMORY}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

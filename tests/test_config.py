@@ -329,7 +329,7 @@ def test_the_resolved_configuration_has_a_line_a_field_with_its_source(toml):
     values, sources = read_settings(toml("seed = 3"), ["delta=2.5"])
     lines = config_as_toml(MLXGRPOConfig(**values), sources).splitlines()
     assert len(lines) == len(FIELDS)
-    assert "seed = 3  # mine.toml" in lines and "delta = 2.5  # --set" in lines and "batch_size = 8  # default" in lines
+    assert "seed = 3  # mine.toml; default 0" in lines and "delta = 2.5  # --set; default null" in lines and "batch_size = 8  # default" in lines
     assert "# clip_eps_high is unset  # default" in lines
 
 

@@ -56,8 +56,9 @@ def completion_record(update: int, text: str, right: bool, prompt="What is 2 + 3
 def make_run(folder: Path, n: int = 50, change=lambda record: {}, evals=(0.3, 0.5, 0.7), completions=True, start=True, tail="") -> Path:
     """A run's directory with n updates, each changed by change(record), and held-out scores spread over them."""
     folder.mkdir(parents=True, exist_ok=True)
-    records = [{"event": "start", "update": 0, "updates": n, "command": "mlx-grpo.py", "chip": "A chip", "mlx": "1.0"}] if start else []
-    records += [evaluation_record(round(i * n / max(1, len(evals) - 1)), score) for i, score in enumerate(evals)]
+    if start:
+        (folder / "machine.json").write_text(json.dumps({"updates": n, "command": "mlx-grpo.py", "chip": "A chip", "mlx": "1.0"}))
+    records = [evaluation_record(round(i * n / max(1, len(evals) - 1)), score) for i, score in enumerate(evals)]
     records += [(record := update_record(i, n)) | change(record) for i in range(1, n + 1)]
     (folder / "training_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
     (folder / "config.resolved.toml").write_text(
@@ -219,8 +220,7 @@ def nasty_run(folder: Path) -> Path:
     rows = [completion_record(u, NASTY, True, NASTY) | {"answer": NASTY, "finish_reason": NASTY, "rewards": {NASTY: 1.0}} for u in (1, 2)]
     (folder / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "config.resolved.toml").write_text("model_name = '''<script>window.hacked=1</script>'''  # <script>window.hacked=1</script>; default 1\n")
-    log = folder / "training_log.jsonl"
-    log.write_text(json.dumps({"event": "start", "update": 0, "updates": 50, "chip": NASTY}) + "\n" + log.read_text().split("\n", 1)[1])
+    (folder / "machine.json").write_text(json.dumps({"updates": 50, "chip": NASTY}))
     return folder
 
 

@@ -197,8 +197,12 @@ def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path):
     assert trainer.train_on(groups)[0]["skipped"] == "non-finite gradient"
     for name, weight in trainer.trainable().items():
         assert (np.array(weight) == before[name]).all()
-    with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered:"):
-        trainer.train_on(groups)
+    trainer.collect = lambda seconds: (seconds.update(rollout=1.0, train=1.0), groups)[1]
+    trainer.build_step = lambda: None
+    trainer.probe_memory = lambda: None
+    with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered: 2 updates in a row"):
+        trainer.train()
+    assert [p.name for p in trainer.run_dir.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_the_reference_is_the_policy_at_first_and_stays_behind(tmp_path):

@@ -6,6 +6,7 @@ script in it only turns pages, and whatever a model wrote is escaped. The log's 
 """
 
 import argparse
+import contextlib
 import base64
 import fnmatch
 import hashlib
@@ -23,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 EXAMPLES = """examples:
-  uv run --extra report utils/report.py outputs/quickstart --png
-  uv run --extra report utils/report.py outputs/quickstart outputs/quickstart-2 --output comparison.html"""
+  uv run python utils/report.py outputs/quickstart --png
+  uv run python utils/report.py outputs/quickstart outputs/quickstart-2 --output comparison.html"""
 
 POINTS = 300  # of a curve; longer runs are drawn by the means of as many stretches
 SHOWN_UPDATES, SHOWN_COMPLETIONS, SHOWN_CHARACTERS = 40, 16, 4000  # in the table: updates, completions each, text each
@@ -72,7 +73,7 @@ class Run:
     name: str
     updates: list[dict]  # one an update, in order
     evals: list[dict]
-    start: dict  # the newest start record: machine, versions, command; {} in logs without
+    start: dict  # machine.json: machine, versions, command of the newest start; {} where there is none
     completions: list[dict]
     settings: dict[str, tuple[str, str, str]]  # name: value, where it came from, default ("" where not known)
     unreadable: int  # lines
@@ -119,6 +120,14 @@ def read_records(path: Path) -> tuple[list[dict], int]:
     return records, unreadable
 
 
+def read_machine(path: Path) -> dict:
+    """machine.json, {} where it is missing or cut."""
+    with contextlib.suppress(OSError, ValueError):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return facts if isinstance(facts, dict) else {}
+    return {}
+
+
 def read_settings(path: Path) -> dict[str, tuple[str, str, str]]:
     """config.resolved.toml: a line is `name = value  # source`, or `# name is unset  # source`, the source with `; default X`."""
     settings = {}
@@ -141,7 +150,7 @@ def read_run(path: Path) -> Run:
     of = lambda event: [r for r in records if r.get("event") == event]  # noqa: E731
     updates = {r["update"]: r for r in of(None)}  # a later record of the same update stands
     return Run(
-        path, path.resolve().name, [updates[u] for u in sorted(updates)], of("eval"), (of("start") or [{}])[-1], completions,
+        path, path.resolve().name, [updates[u] for u in sorted(updates)], of("eval"), read_machine(path / "machine.json"), completions,
         read_settings(path / "config.resolved.toml"), unreadable + cut,
     )  # fmt: skip
 
@@ -528,7 +537,7 @@ def tokens(run: Run) -> str:
 
 
 def progress(run: Run) -> str:
-    """How far the run is; the number of updates it will make is in the start record."""
+    """How far the run is; the number of updates it will make is in machine.json."""
     done, planned = (run.updates[-1]["update"] if run.updates else 0), run.start.get("updates")
     if not planned:
         return f"{done} updates"
@@ -638,9 +647,9 @@ def settings_tables(run: Run) -> str:
 
 
 def machine_table(run: Run) -> str:
-    facts = {k: v for k, v in run.start.items() if k not in ("event", "update", "updates", "time")}
+    facts = {k: v for k, v in run.start.items() if k != "updates"}
     rows = [[html.escape(k.replace("_", " ")), f"<code>{html.escape(text_of(v))}</code>"] for k, v in facts.items()]
-    return table(["", ""], rows) if rows else "<p class=soft>The log has no start record.</p>"
+    return table(["", ""], rows) if rows else "<p class=soft>There is no machine.json.</p>"
 
 
 def page(title: str, body: str) -> str:

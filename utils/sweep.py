@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 mlx_grpo = importlib.import_module("mlx-grpo")
 
 EXAMPLES = """examples:
-  uv run --extra report utils/sweep.py configs/quickstart.toml --grid learning_rate=1e-4,2e-4 --grid num_generations=4,8
-  uv run --extra report utils/sweep.py configs/prod.toml --grid kl_coeff=0,0.04 --set max_train_samples=200 --output outputs/kl"""
+  uv run python utils/sweep.py configs/quickstart.toml --grid learning_rate=1e-4,2e-4 --grid num_generations=4,8
+  uv run python utils/sweep.py configs/prod.toml --grid kl_coeff=0,0.04 --set max_train_samples=200 --output outputs/kl"""
 
 STOPPED = {-2: 130, 130: 130, -15: 143, 143: 143}  # the trainer's status after Ctrl-C and SIGTERM, and ours
 
