@@ -724,7 +724,7 @@ def write_report(paths: list[Path], output: Path | None = None, png: bool = Fals
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ReportError("The report needs matplotlib: uv sync --extra report") from None
+        raise ReportError("The report needs matplotlib, one of the project's dependencies: uv sync") from None
     runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
     for run in runs:
