@@ -534,7 +534,8 @@ def write_directory(folder: Path, model: Path, meta: dict, tokenizer: Path, dtyp
     except ValueError as error:
         raise Refused(str(error)) from None
     state = read_tokenizer_pickle(tokenizer)
-    if len(reference) != meta["vocab_size"]:
+    spare = meta["vocab_size"] - len(reference)
+    if not 0 <= spare < 64:  # some runs pad the vocabulary to a round number
         raise Refused(
             f"Tokenizer wrong: {tokenizer} has {len(reference)} tokens and the model {meta['vocab_size']}; "
             "use the tokenizer.pkl that the model was trained with"
@@ -568,6 +569,8 @@ def write_directory(folder: Path, model: Path, meta: dict, tokenizer: Path, dtyp
     if quantized:
         quantize(folder)
     load_model(folder, lazy=True, strict=True, trust_remote_code=True)  # every name and shape fits mlx-lm's model
+    if spare:
+        print(f"The model has {spare} more ids than {tokenizer} has tokens: they stand for no text")
     return "2026" if is_2026 else "October 2025"
 
 
@@ -575,7 +578,8 @@ def convert(cache_dir: str, output_dir: str, step: int | None = None, dtype: str
             overwrite: bool = False) -> Path:  # fmt: skip
     """Convert a checkpoint; the output directory is complete or absent. Raises Refused or BadArgument."""
     output = Path(output_dir).expanduser().absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+    taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if taken and not overwrite:
         raise BadArgument(
             f"Output exists: {output} is not an empty directory; give another --output-dir, or --overwrite"
         )
@@ -583,6 +587,10 @@ def convert(cache_dir: str, output_dir: str, step: int | None = None, dtype: str
     model, meta_file, tokenizer = find_files(source, step)
     if output.resolve() in (source.resolve(), *source.resolve().parents):
         raise BadArgument(f"Output wrong: {output} holds the checkpoint itself; give another --output-dir")
+    if taken and not (output / "config.json").is_file():
+        raise BadArgument(
+            f"Output wrong: --overwrite replaces model directories only, and {output} is none; give another --output-dir"
+        )
     meta = read_meta(meta_file)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:

@@ -46,6 +46,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import tomllib
 import types
@@ -223,6 +224,7 @@ class MLXGRPOConfig:
         yield weights and len(weights) != len(functions), (
             f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; give one for each"
         )
+        yield not all(map(math.isfinite, weights)), f"reward_weights must be finite numbers, not {weights}"
         yield self.max_new_tokens > self.max_completion_length, (
             f"max_new_tokens ({self.max_new_tokens}) is above max_completion_length ({self.max_completion_length})"
         )
@@ -358,7 +360,7 @@ def read_settings(path: str | Path | None, overrides: list[str]) -> tuple[dict, 
     values, sources = {}, {}
     for key, value, source, from_text in given:
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, 1, cutoff=0.5)
+            near = difflib.get_close_matches(key, kinds, 1)
             raise UserError(f"Unknown config key: {key}" + (f" (did you mean {near[0]}?)" if near else ""))
         values[key] = coerce(key, value, kinds[key], from_text)
         sources[key] = source
@@ -606,6 +608,8 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
             model.eval()
         if (path / "tokenizer.pkl").is_file() and not (path / "tokenizer.json").is_file():
             tokenizer = TiktokenTokenizerWrapper(path)
+            ends = model_config.get("eos_token_id")
+            tokenizer.eos_token_ids |= {ends} if isinstance(ends, int) else set(ends or ())
         else:
             tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=model_config.get("eos_token_id"))
     except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
@@ -639,6 +643,8 @@ def load_model(config: MLXGRPOConfig):
     kind = config.fine_tune_type if config.fine_tune_type != "auto" else "lora" if quantized else "full"
     if kind == "full" and quantized:
         raise UserError(f"{config.model_name} is quantised and cannot be trained in full; set fine_tune_type to lora")
+    if kind == "dora" and any(getattr(m, "bits", 0) in (3, 6) for m in model.modules()):
+        raise UserError(f"{config.model_name} has 3- or 6-bit layers, which mlx-lm's DoRA cannot train; set fine_tune_type to lora")
     if quantized and config.quantize_for_rollouts:
         raise UserError(f"{config.model_name} is quantised already; set quantize_for_rollouts to false")
     if kind != "full":
@@ -690,7 +696,7 @@ NUMBER = re.compile(r"(?:(?<![\w)%.$])[-+−])?(?:\$\s?)?(?:(?:\d{1,3}(?:,\d{3})
 
 def parse_number(text: str) -> Decimal | None:
     """The number that the whole text is, or None: "$1,080.00" is 1080, "12 apples" is none."""
-    text = re.sub(r"^([-+−]?)\s*", r"\1", text.strip()).rstrip(".").replace("−", "-")
+    text = re.sub(r"^(\$?)\s*([-+−]?)\s*", r"\2\1", text.strip()).rstrip(".").replace("−", "-")
     if not NUMBER.fullmatch(text):
         return None
     with contextlib.suppress(InvalidOperation):
@@ -752,9 +758,12 @@ def open_dataset(name: str, config_name: str, split: str):
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is in the one line below
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = file = local_path(name)
     try:
+        if path is None and Path(name).suffix in formats or not name:
+            raise UserError(f"Dataset not found: {name} is no file")
         if path is None:
             return datasets.load_dataset(name, config_name or None, split=split), f"{name} ({split})"
         if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
@@ -783,7 +792,7 @@ def open_dataset(name: str, config_name: str, split: str):
 
 
 def check_rows(config: MLXGRPOConfig, rows, source: str) -> list[dict]:
-    """Rows as {"prompt", "answer", and every other column}; the gold answer is read after ####.
+    """Rows with all their columns, and "prompt" and "answer", the gold one, which is read after ####.
 
     Raises UserError with file and row (counted from 1) where a field is missing, empty or of the wrong type.
     """
@@ -803,8 +812,7 @@ def check_rows(config: MLXGRPOConfig, rows, source: str) -> list[dict]:
         gold = extract_hash_answer(str(answer))
         if gold == "":
             raise UserError(f"{source}, row {number}: field {config.answer_field!r} is empty")
-        extra = {k: v for k, v in row.items() if k not in (config.prompt_field, config.answer_field, "prompt")}
-        checked.append({**extra, "prompt": question, "answer": str(answer).strip() if gold is None else gold})
+        checked.append({**row, "prompt": question, "answer": str(answer).strip() if gold is None else gold})
     if not checked:
         raise UserError(f"No rows in {source}")
     return checked
@@ -925,7 +933,11 @@ def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
             built_in = [n for n in globals() if n.endswith("_reward_func")]
             raise UserError(f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function")
         functions.append(function)
-        weights.append(float(getattr(module, "reward_weights", {}).get(attribute, 1.0)) if path else 1.0)
+        own = getattr(module, "reward_weights", {}) if path else {}
+        weight = own.get(attribute, 1.0) if isinstance(own, dict) else None
+        if type(weight) not in (int, float) or not math.isfinite(weight):
+            raise UserError(f"{path}: reward_weights must be a dict from function names to finite numbers")
+        weights.append(float(weight))
     return functions, list(config.reward_weights) or weights
 
 
@@ -1008,6 +1020,7 @@ def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndar
             row = next((n for n, again in alone if type(again) is type(result)), None)
             where = "" if row is None else f" on completion {row}, {texts[row][:80]!r}"
             raise RunError(f"Reward function {name} raised {type(result).__name__}: {result}{where}") from result
+        result = result.tolist() if isinstance(result, mx.array) else result
         if not isinstance(result, (list, tuple, np.ndarray)) or len(result) != len(texts):
             sized, kind = hasattr(result, "__len__"), type(result).__name__
             got = repr(result) if not sized else f"{len(result)} values" if kind in ("list", "tuple", "ndarray") else f"a {kind}"
@@ -1095,9 +1108,16 @@ def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> lis
     """
     from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
+    class PaddedKVCache(BatchKVCache):
+        """Padding sees itself: an attention row with nothing to see has a NaN gradient on CUDA."""
+
+        def make_mask(self, N, return_array=False, **kwargs):
+            mask = super().make_mask(N, return_array, **kwargs)
+            return mask | mx.eye(N, self._idx + N, k=self._idx, dtype=mx.bool_) if N > 1 else mask
+
     cache = make_prompt_cache(model)
     if pads is not None:
-        cache = [BatchKVCache([0]) for _ in cache]
+        cache = [PaddedKVCache([0]) for _ in cache]
         for layer in cache:
             layer.left_padding, layer.offset = pads, -pads
     length = tokens.shape[1] - 1
@@ -1277,6 +1297,8 @@ def group_advantages(rewards: mx.array, scale_rewards: str = "group") -> mx.arra
     ("batch"), or not at all ("none", Dr. GRPO, arXiv 2503.20783). Rows without a score, groups with fewer than two,
     and groups whose rewards are all equal get 0.
     """
+    if scale_rewards not in CHOICES["scale_rewards"]:
+        raise ValueError(f"Unknown scale_rewards: {scale_rewards!r}")
     valid = ~mx.isnan(rewards)
     count = valid.sum(axis=1, keepdims=True)  # (B, 1)
     known = mx.where(valid, rewards, 0.0)
@@ -1326,6 +1348,8 @@ def grpo_loss(
 
     GRPO 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, SAPO 2511.20347.
     """
+    if loss_type not in CHOICES["loss_type"] or importance_sampling_level not in CHOICES["importance_sampling_level"]:
+        raise ValueError(f"Unknown objective: loss_type {loss_type!r}, importance_sampling_level {importance_sampling_level!r}")
     mask = mask.astype(mx.float32)
     inside = mask > 0
     clean = lambda x: mx.where(inside, x, 0.0)  # noqa: E731  padding may hold anything, and inf * 0 is not 0
@@ -1487,7 +1511,8 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int):
     """
     chunk = max(1, HEAD_CHUNK_LOGITS // vocabulary)
     # Tied models keep their head's weight in the embedding, under the backbone.
-    holders = [head] if tree_flatten(head.parameters()) else [m for m in backbone.children().values() if hasattr(m, "as_linear")]
+    tied = not tree_flatten(head.parameters()) or getattr(head.args, "tie_word_embeddings", False)
+    holders = [head, *(m for m in backbone.children().values() if tied and hasattr(m, "as_linear"))]
 
     def stats(hidden, ids, *weights):
         current = [holder.trainable_parameters() for holder in holders]
@@ -1679,7 +1704,7 @@ def write_directory(folder: Path, write) -> None:
         sync_to_disk(folder.parent)
     except (OSError, RuntimeError, ValueError) as error:  # MLX's failed write is a RuntimeError, a name that leads outside a ValueError
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"Failed to save checkpoint: {error}") from error
+        raise RunError(f"Failed to save checkpoint: {error}") from None
 
 
 def damage(folder: Path) -> str:
@@ -1831,14 +1856,14 @@ class MLXGRPOTrainer:
         self.refresh_sampler()
 
     def drop_long_prompts(self, rows: list[dict], split: str) -> list[dict]:
-        """The rows whose prompt fits max_prompt_length and the model's context, with their token ids as "ids"."""
+        """The rows whose prompt fits max_prompt_length and the model's context, with their token ids as "prompt_ids"."""
         config, args = self.config, getattr(self.model, "args", None)
         context = getattr(args, "max_position_embeddings", None) or math.inf
         limit = min(config.max_prompt_length, context - config.rollout_tokens)
         if limit < 1:
             raise UserError(f"max_completion_length ({config.rollout_tokens}) leaves no room for a prompt in the model's context of {context}")
         ids = [build_prompt(self.tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
-        kept = [{**row, "ids": prompt} for row, prompt in zip(rows, ids) if len(prompt) <= limit]
+        kept = [{**row, "prompt_ids": prompt} for row, prompt in zip(rows, ids) if len(prompt) <= limit]
         if len(kept) < len(rows):
             print(f"{len(rows) - len(kept)} of {len(rows)} {split} prompts are longer than {limit} tokens and are dropped")
         if not kept:
@@ -1882,7 +1907,7 @@ class MLXGRPOTrainer:
         rows = [row for _, row in drawn]
         self.sampler.eval()
         rollout = generate(
-            self.sampler, self.tokenizer, [row["ids"] for row in rows],
+            self.sampler, self.tokenizer, [row["prompt_ids"] for row in rows],
             sampling=Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.repetition_penalty),
             max_new_tokens=config.rollout_tokens, num_generations=config.num_generations, stop_strings=config.stop_strings,
             keys=[random_key(config.seed, "rollout", number) for number, _ in drawn], kv_budget=int(config.kv_budget_gb * 2**30),
@@ -1890,7 +1915,7 @@ class MLXGRPOTrainer:
         seconds["rollout"] += time.perf_counter() - start
         start, g = time.perf_counter(), config.num_generations
         texts = [config.completion_prefix + text for text in rollout.texts]
-        names = set().union(*rows) - {"ids", "prompt"}
+        names = set().union(*rows) - {"prompt"}  # rewards know it as prompts
         columns = {name: [row.get(name) for row in rows for _ in range(g)] for name in names}
         columns |= {"prompts": [row["prompt"] for row in rows for _ in range(g)], "completion_ids": rollout.completions}
         columns["max_completion_length"] = config.max_completion_length
@@ -1898,7 +1923,7 @@ class MLXGRPOTrainer:
         seconds["reward"] += time.perf_counter() - start
         parts = [slice(i * g, (i + 1) * g) for i in range(count)]
         return [
-            Group(row, row["ids"], rollout.completions[p], rollout.sampler_logps[p], rollout.finish_reasons[p], texts[p], rewards[:, p])
+            Group(row, row["prompt_ids"], rollout.completions[p], rollout.sampler_logps[p], rollout.finish_reasons[p], texts[p], rewards[:, p])
             for row, p in zip(rows, parts)
         ]
 
@@ -1931,16 +1956,16 @@ class MLXGRPOTrainer:
         widest = max(len(groups[b].prompt) for b in used), max(len(c) for b in used for c in groups[b].completions)
         # Rows of a group that go together: all of them, unless one group alone is over the budget.
         k = next(k for k in range(g, 0, -1) if g % k == 0 and (k == 1 or cost(1, *widest, k) <= config.micro_batch_tokens))
-        batches, unit = [], []
-        for b, first in [(b, first) for b in used for first in range(0, g, k)] + [(None, 0)]:
-            grown = unit + [(b, first)]
-            if b is not None:
-                prompt = max(len(groups[i].prompt) for i, _ in grown)
-                longest = max(len(c) for i, f in grown for c in groups[i].completions[f : f + k])
-            if unit and (b is None or cost(len(grown), prompt, longest, k) > config.micro_batch_tokens):
-                batches.append(self.collate(groups, advantages, lengths, unit, k))
-                grown = [(b, first)]
-            unit = grown
+        def positions(unit):
+            longest = max(len(c) for b, first in unit for c in groups[b].completions[first : first + k])
+            return cost(len(unit), max(len(groups[b].prompt) for b, _ in unit), longest, k)
+
+        units = [[]]
+        for piece in [(b, first) for b in used for first in range(0, g, k)]:
+            if units[-1] and positions([*units[-1], piece]) > config.micro_batch_tokens:
+                units.append([])
+            units[-1].append(piece)
+        batches = [self.collate(groups, advantages, lengths, unit, k) for unit in units]
         for batch in batches:
             if config.loss_type in ("dapo", "cispo", "vespo"):
                 batch["weight"] = mx.array(1.0)
@@ -2007,7 +2032,7 @@ class MLXGRPOTrainer:
         self.totals, advantages = combine_rewards(rewards, self.reward_weights, config)  # (B, G) each
         advantages = np.array(advantages)
         if not advantages.any():  # no signal, no step: Adam would blow rounding noise up to a full one
-            return [{"loss": 0.0, "grad_norm": 0.0, "skipped": "no signal"} for _ in range(config.num_iterations)]
+            return [{**NO_METRICS, "skipped": "no signal"} for _ in range(config.num_iterations)]
         self.model.train()  # models with kernels for inference alone switch to what has a gradient
         batches = self.add_log_probs(self.micro_batches(groups, advantages))
         return [self.step(batches, self.update + i) for i in range(config.num_iterations)]
@@ -2041,14 +2066,22 @@ class MLXGRPOTrainer:
             mx.eval(grads, results[-1])  # frees this part's activations before the next begins
         norm = mx.sqrt(sum((g.astype(mx.float32) ** 2).sum() for _, g in tree_flatten(grads))).item()
         record = {"loss": sum(loss.item() for loss, _, _ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
-        tokens = np.array([n.item() for _, _, n in results])
+        tokens, rows = np.array([n.item() for _, _, n in results]), np.array([batch["ids"].shape[0] for batch in batches])
+        by_row = config.importance_sampling_level == "sequence" or config.loss_type == "vespo"
         for name in results[0][1]:
             values = np.array([metrics[name].item() for _, metrics, _ in results])
             merge = {"min": np.min, "max": np.max}.get(re.split("[_/]", name)[-1])
-            record[name] = float(merge(values) if merge else (values * tokens).sum() / max(1, tokens.sum()))
+            if merge:
+                record[name] = float(merge(values))
+            elif "clip" in name:  # rows left out for want of a signal count: they are never clipped
+                record[name] = float((values * rows).sum() / self.totals.size if by_row else (values * tokens).sum() / batches[0]["num_items"].item())
+            else:
+                record[name] = float((values * tokens).sum() / max(1, tokens.sum()))
         if not math.isfinite(norm) or not math.isfinite(record["loss"]):
             return self.skip_non_finite(record)
         self.nan_updates = 0
+        if norm == 0:  # every row with an advantage is masked
+            return record | {"skipped": "no signal"}
         scale = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
         self.optimizer.learning_rate = record["lr"]
         self.apply(grads, mx.array(scale))
@@ -2123,7 +2156,7 @@ class MLXGRPOTrainer:
         if crossed(previous, self.update, config.sync_every):
             self.synced = self.trainable()
             self.refresh_sampler()
-        if crossed(previous, self.update, config.log_completions_steps):
+        if config.log_completions_steps and (not previous or crossed(previous, self.update, config.log_completions_steps)):
             self.log_completions(groups)
         self.warn_of_mismatch(metrics[-1])
         shared = self.describe(groups, seconds, self.cursor - first)
@@ -2139,10 +2172,11 @@ class MLXGRPOTrainer:
         sampled = int(lengths.sum() * prompts_drawn / len(groups))  # groups that were replaced cost the same each
         self.tokens += sampled
         per_function = np.stack([group.rewards for group in groups], axis=1)
+        scored = self.totals[~np.isnan(self.totals)]
         record = {
             "epoch": round(self.cursor / len(self.rows), 4),
-            "reward_mean": float(np.nanmean(self.totals)),
-            "reward_std": float(np.nanstd(self.totals)),
+            "reward_mean": float(scored.mean()) if scored.size else None,
+            "reward_std": float(scored.std()) if scored.size else None,
             **{f"rewards/{name_of(f)}": nan_mean(r) for f, r in zip(self.reward_functions, per_function)},
             "completion_length_mean": float(lengths.mean()),
             "completion_length_max": int(lengths.max()),
@@ -2212,9 +2246,11 @@ class MLXGRPOTrainer:
         return record
 
     def evaluations(self, when: str) -> dict:
-        records = {split: self.evaluation(split) for split in self.eval_rows}
-        for record in records.values():
-            print(f"{when} training: {describe_evaluation(record)}", flush=True)
+        records = {}
+        for split, rows in self.eval_rows.items():
+            print(f"evaluating {len(rows)} problems {when} training", flush=True)
+            records[split] = self.evaluation(split)
+            print(f"{when} training: {describe_evaluation(records[split])}", flush=True)
         return records
 
     # Saving and resuming
@@ -2266,7 +2302,7 @@ class MLXGRPOTrainer:
         """
         try:
             state = json.loads((folder / "trainer_state.json").read_text())
-            then, sizes = state["config"], {name: int(size) for name, size in state["logs"].items()}
+            then, sizes = dict(state["config"]), {name: int(size) for name, size in state["logs"].items()}
             adapters, stale = folder / "adapters.safetensors", folder / "sampler.safetensors"
             weights = {}
             for file in [adapters] if adapters.is_file() else sorted(folder.glob("model*.safetensors")):
@@ -2309,7 +2345,7 @@ class MLXGRPOTrainer:
         config, args = self.config, self.model.args
         trained = [p for _, p in tree_flatten(self.model.trainable_parameters())]
         count = sum(p.size for p in trained)
-        prompt = max(len(row["ids"]) for row in self.rows)
+        prompt = max(len(row["prompt_ids"]) for row in self.rows)
         rows = min(self.prompts_per_update * config.num_generations, 2**30)
         budget = int(config.kv_budget_gb * 2**30) or memory_bytes() // 4
         kv = min(rows * (prompt + config.rollout_tokens) * kv_bytes_per_token(self.model), budget)
@@ -2370,11 +2406,11 @@ class MLXGRPOTrainer:
     def probe_memory(self) -> None:
         """One gradient at the largest micro-batch there can be: memory that will not suffice fails here, not in the night."""
         g, length = self.config.num_generations, self.config.rollout_tokens
-        row = max(self.rows, key=lambda row: len(row["ids"]))
-        group = Group(row, row["ids"], [[0] * length] * g, [[0.0] * length] * g, ["eos"] * g, [""] * g, np.zeros((1, g)))
+        row = max(self.rows, key=lambda row: len(row["prompt_ids"]))
+        group = Group(row, row["prompt_ids"], [[0] * length] * g, [[0.0] * length] * g, ["eos"] * g, [""] * g, np.zeros((1, g)))
         mx.eval(self.optimizer.state)
         self.trial_gradient([group] * self.prompts_per_update)
-        print(f"probe      {mx.get_peak_memory() / 2**30:.2f} GB at the peak for the longest batch: {len(row['ids'])} + {length} tokens a row", flush=True)
+        print(f"probe      {mx.get_peak_memory() / 2**30:.2f} GB at the peak for the longest batch: {len(row['prompt_ids'])} + {length} tokens a row", flush=True)
 
 
 OBJECTIVE_OPTIONS = (
@@ -2382,6 +2418,9 @@ OBJECTIVE_OPTIONS = (
     "use_bias_correction_kl", "top_entropy_quantile", "entropy_coef", "off_policy_mask_threshold", "sampler_correction_min",
     "sampler_correction_max", "sapo_temperature_pos", "sapo_temperature_neg",
 )  # fmt: skip
+NO_METRICS = {"loss": 0.0, "grad_norm": 0.0} | dict.fromkeys(  # of an update without a forward pass
+    "kl entropy clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean mismatch/mean mismatch/kl mismatch/max".split()
+)
 RESUMED_STATE = ("update", "cursor", "nan_updates", "best", "best_update", "tokens", "quantize_rollouts", "before")
 MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes
     "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps", "save_total_limit", "eval_steps",
@@ -2423,8 +2462,9 @@ def describe_evaluation(record: dict) -> str:
 def progress_text(record: dict) -> str:
     """The few numbers of an update that matter, in one line that fits a terminal beside the bar."""
     kl = f" kl {record['kl']:.3f}" if record.get("kl") else ""
+    reward = "none" if record["reward_mean"] is None else f"{record['reward_mean']:.2f}"
     return (
-        f"reward {record['reward_mean']:.2f} length {record['completion_length_mean']:.0f} cut {record['truncated_fraction']:.0%} "
+        f"reward {reward} length {record['completion_length_mean']:.0f} cut {record['truncated_fraction']:.0%} "
         f"flat {record['zero_signal_fraction']:.0%}{kl} lr {record['lr']:.0e}"
     )
 
@@ -2537,7 +2577,9 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml")
     values, sources = read_settings(path, arguments.set)
     config = MLXGRPOConfig(**values)
-    print("\n".join(line for line in config_as_toml(config, sources).splitlines() if not line.endswith("# default")))
+    lines = config_as_toml(config, sources).splitlines()
+    print("\n".join(line for line in lines if not line.endswith("# default")))
+    print(textwrap.fill("defaults: " + ", ".join(l.removesuffix("  # default") for l in lines if l.endswith("# default")), 100))
     if sys.platform == "linux" and mx.default_device() == mx.cpu and not BLAS:
         print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
     run_dir = choose_run_dir(config, path.stem, arguments.resume)

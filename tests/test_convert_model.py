@@ -47,6 +47,7 @@ MODELS = {
     "gemma3": ("Gemma3Text", dict(GEMMA, layer_types=["sliding_attention"] * 3 + ["full_attention"])),
     "smollm3": ("SmolLM3", dict(SIZES, rope_parameters=dict(THETA, rope_theta=3e6), tie_word_embeddings=True)),
     "gpt2": ("GPT2", GPT2),
+    "gpt_bigcode": ("GPTBigCode", GPT2),
     "starcoder2": ("Starcoder2", dict(SIZES, rope_parameters=THETA)),
     "narrow": ("Llama", dict(SIZES, intermediate_size=64)),
 }
@@ -247,6 +248,7 @@ SCALED_LOCALLY = {**LOCAL_AND_GLOBAL, "sliding_attention": dict(ROPE, rope_type=
         ("gemma3", {"final_logit_softcapping": 5.0}, "final_logit_softcapping"),
         ("gemma3", {"rope_parameters": SCALED_LOCALLY}, "rope_parameters"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt_bigcode", {}, "activation_function"),
         ("starcoder2", {}, "hidden_act"),  # mlx-lm has the exact gelu where starcoder2 has the tanh one
     ],
 )  # fmt: skip
@@ -280,6 +282,8 @@ def test_weights_that_do_not_match_are_named(change, named, altered, run, tmp_pa
 
 def test_unsupported_model_names_what_works(altered, run, tmp_path):
     assert_refused(run(altered("llama", model_type="bert")), 1, "bert", "not supported", "qwen2", tmp_path=tmp_path)
+    shutil.rmtree(tmp_path / "llama-altered")
+    assert_refused(run(altered("llama", model_type="olmo")), 1, "olmo needs a Python package that is not installed", tmp_path=tmp_path)
     shutil.rmtree(tmp_path / "llama-altered")
     assert_refused(run(altered("llama", model_type=None)), 2, "model_type", tmp_path=tmp_path)
     shutil.rmtree(tmp_path / "llama-altered")
@@ -443,19 +447,32 @@ def test_nanochat_directory_keeps_its_tokenizer(run, tmp_path):
 
     path = tmp_path / "nanochat"
     config = dict(model_type="nanochat", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-                  vocab_size=64, max_position_embeddings=64, intermediate_size=256)  # fmt: skip
+                  vocab_size=258, max_position_embeddings=64, intermediate_size=256)  # fmt: skip
     save_model(path, nanochat.Model(nanochat.ModelArgs(**config)))
     save_config(dict(config), path / "config.json")
-    ranks = {bytes([i]): i for i in range(50)}
-    encoding = tiktoken.Encoding("tiny", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|bos|>": 50, "<|assistant_end|>": 51})
+    special = {"<|bos|>": 256, "<|assistant_end|>": 257}
+    encoding = tiktoken.Encoding("tiny", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens=special)
     (path / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
     status, output, said, error = run(path, "-q", "--eos-token", "<|assistant_end|>")
     assert status == 0 and "no tokenizer" not in said, error
     assert (output / "tokenizer.pkl").read_bytes() == (path / "tokenizer.pkl").read_bytes()
-    assert config_of(output)["eos_token_id"] == 51
+    assert config_of(output)["eos_token_id"] == 257
     model, _ = load_model(output)
     assert np.isfinite(np.array(model(mx.array(IDS)))).all()
     assert_refused(run(path, "--eos-token", "<|end|>", out="no"), 2, "'<|end|>' is not in the vocabulary", tmp_path=tmp_path)
+
+
+def test_a_tokenizer_pickle_is_read_and_not_run(altered, run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    path = altered("llama")
+    for file in path.glob("*token*"):
+        file.unlink()
+    (path / "tokenizer.pkl").write_bytes(pickle.dumps(Evil()))
+    assert_refused(run(path, "--eos-token", "<|bos|>"), 1, "Failed to load tiktoken tokenizer", tmp_path=tmp_path)
+    assert not (tmp_path / "canary").exists()
 
 
 # --- Adapters ---------------------------------------------------------------------------------------------------------
@@ -563,6 +580,19 @@ def test_existing_output_is_refused_unless_overwritten(source, run, tmp_path):
     status, output, _, error = run(source(), "--overwrite")
     assert status == 0 and "quantization" not in config_of(output) and not (output / "stale.txt").exists(), error
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_cannot_be_made_is_one_line(source, run, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, _, error = run(source(), out="file/out")
+    assert status == 1 and error.startswith(f"Cannot write {tmp_path}/file/out") and error.count("\n") == 1
+
+
+def test_a_reader_that_leaves_sees_no_traceback(source, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--hf-path", str(source()), "--output-dir", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read() and "Broken" not in process.stderr.read() and process.wait() == 1
 
 
 def test_overwrite_spares_what_is_no_model(source, altered, run, tmp_path):

@@ -21,7 +21,7 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache, trim_prompt_cac
 from nanochat_reference import random_checkpoint  # noqa: E402
 from nanochat_tokenizer import REFERENCES, ROOT, SPECIAL, make_encoding  # noqa: E402
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "utils")]
 import convert_nanochat  # noqa: E402
 
 Wrapper = convert_nanochat.TiktokenTokenizerWrapper
@@ -205,6 +205,21 @@ def test_mlx_lm_converts_it_further(converted, ids, tmp_path):
     assert mx.abs(model(mx.array([ids])).astype(mx.float32) - whole).max().item() < 0.2
 
 
+def test_convert_model_converts_it_further(converted, ids, tmp_path, capsys):
+    import convert_model
+
+    trust = ["--trust-remote-code"] if converted.new else []
+    flags = ["--hf-path", str(converted.output), "--output-dir", str(tmp_path / "o"), "-q", "--bits", "8", "--group-size", "32", *trust]
+    assert convert_model.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "left out" not in said and ("smear_gate (width 24)" in said) == converted.new
+    model, tokenizer = converted.load(tmp_path / "o")
+    assert mx.abs(model(mx.array([ids])) - converted.model(mx.array([ids]))).max().item() < 0.2
+    assert tokenizer.eos_token_ids == converted.tokenizer.eos_token_ids
+    assert tokenizer.encode("<|bos|> the") == converted.encoding.encode_ordinary("<|bos|> the")
+    assert (tmp_path / "o" / "tokenizer.pkl").is_file()
+
+
 def test_dtype_and_quantize(converted, ids, tmp_path, capsys):
     whole = converted.model(mx.array([ids]))
     for arguments, dtype, limit in ((["--dtype", "bfloat16"], mx.bfloat16, 0.2), (["-q"], mx.uint32, 2.5)):
@@ -339,7 +354,9 @@ def test_steps(checkpoint, tmp_path, capsys):
         (lambda w, m: m.update(n_layer=10**9), "n_layer"),
         (lambda w, m: m.update(n_head="4"), "n_head"),
         (lambda w, m: m.update(n_head=5), "do not divide"),
-        (lambda w, m: m.update(vocab_size=300), "has 278 tokens and the model 300"),
+        (lambda w, m: m.update(vocab_size=400), "has 278 tokens and the model 400"),
+        (lambda w, m: m.update(vocab_size=277), "has 278 tokens and the model 277"),
+        (lambda w, m: m.update(vocab_size=300), "(278, 64); meta's model_config asks for (300, 64)"),
     ],
 )
 def test_what_does_not_fit_is_refused(checkpoint, tmp_path, capsys, change, reason):
@@ -349,6 +366,19 @@ def test_what_does_not_fit_is_refused(checkpoint, tmp_path, capsys, change, reas
     status, error = run(capsys, folder, tmp_path / "out")
     assert status == 1 and reason in error
     assert [f.name for f in tmp_path.iterdir()] == ["c"]  # nothing half-written
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizer(checkpoint, tmp_path, capsys):
+    folder, weights, meta = checkpoint
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], weights[name][:9] * 2])
+    rewrite(folder, weights, meta | {"vocab_size": 287})
+    assert convert_nanochat.main(["--cache-dir", str(folder), "--output-dir", str(tmp_path / "out")]) == 0
+    assert "9 more ids" in capsys.readouterr().out
+    model, tokenizer = mlx_lm.load(str(tmp_path / "out"))
+    got = np.array(model(mx.array([[1, 286, 3]]))[0])
+    assert np.abs(got - nanochat_reference.logits(weights, meta | {"vocab_size": 287}, [1, 286, 3]).numpy()).max() < 2e-4
+    assert tokenizer.decode([65, 286, 66]) == Wrapper(folder).decode([65, 286, 66]) == "AB"
 
 
 def test_pickles_in_the_checkpoint_are_not_run(checkpoint, tmp_path, capsys, monkeypatch):
@@ -436,6 +466,15 @@ def test_overwrite(checkpoint, tmp_path, capsys):
     assert run(capsys, folder, output, "--overwrite")[0] == 0
     assert {f.name for f in output.iterdir()} == FILES
     assert {f.name for f in tmp_path.iterdir()} == {"c", "out"}
+
+
+def test_overwrite_spares_what_is_no_model(checkpoint, tmp_path, capsys):
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("years of work")
+    for output in (tmp_path / "papers", tmp_path / "papers" / "thesis.tex"):
+        status, error = run(capsys, checkpoint[0], output, "--overwrite")
+        assert status == 2 and "model directories only" in error
+    assert (tmp_path / "papers" / "thesis.tex").read_text() == "years of work"
 
 
 def test_tokenizer_in_nanochats_own_cache(checkpoint, tmp_path, capsys):

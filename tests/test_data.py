@@ -77,7 +77,7 @@ def test_a_file_of_any_form_gives_the_same_rows(tmp_path, write, suffix):
     train, test = split("train", path), split("test", path)
     assert len(train) == 38 and len(test) == 2  # 5% set aside
     rows = {row["prompt"]: row for row in train + test}
-    assert rows["What is 1000 plus 1?"] == {"prompt": "What is 1000 plus 1?", "answer": "1001", "level": "L1"}
+    assert rows["What is 1000 plus 1?"] == {"prompt": "What is 1000 plus 1?", "question": "What is 1000 plus 1?", "answer": "1001", "level": "L1"}
     assert {row["answer"] for row in rows.values()} == {str(n + 1) for n in range(1000, 1040)}
 
 
@@ -105,7 +105,7 @@ def test_a_folder_written_by_save_to_disk(tmp_path):
     both["train"].save_to_disk(str(tmp_path / "one"))
     assert (len(split("train", tmp_path / "both")), len(split("test", tmp_path / "both"))) == (30, 10)
     assert (len(split("train", tmp_path / "one")), len(split("test", tmp_path / "one"))) == (28, 2)
-    assert split("test", tmp_path / "both")[0] == {"prompt": "What is 1030 plus 1?", "answer": "1031", "level": "L1"}
+    assert split("test", tmp_path / "both")[0] == {"prompt": "What is 1030 plus 1?", "question": "What is 1030 plus 1?", "answer": "1031", "level": "L1"}
 
 
 def test_a_path_is_found_from_the_working_directory_and_from_the_script(tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_fields_may_have_other_names(tmp_path):
     rows = [{"problem": "1+1?", "solution": "2", "question": "kept", "level": 1}, {"problem": "2+2?", "solution": "4", "question": "too", "level": 2}]
     path = write_jsonl(tmp_path / "math.jsonl", rows)
     found = split("train", path, prompt_field="problem", answer_field="solution", eval_dataset=str(path))
-    assert found == [{"prompt": "1+1?", "answer": "2", "question": "kept", "level": 1}, {"prompt": "2+2?", "answer": "4", "question": "too", "level": 2}]
+    assert found == [{**row, "prompt": row["problem"], "answer": row["solution"]} for row in rows]
 
 
 def test_the_prompt_field_may_be_called_prompt(tmp_path):
@@ -140,7 +140,7 @@ def test_chat_messages_are_prompts(tmp_path, tokenizer):
     chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "and 2+2?"}]
     path = write_jsonl(tmp_path / "chats.jsonl", [{"question": chat, "answer": "4"}] * 2)
     row = split("train", path)[0]
-    assert row == {"prompt": chat, "answer": "4"}
+    assert row == {"prompt": chat, "question": chat, "answer": "4"}
     text = tokenizer.decode(build_prompt(tokenizer, row["prompt"]))
     assert text.index("1+1?") < text.index("2", text.index("1+1?") + 4) < text.index("and 2+2?")
     assert build_prompt(tokenizer, [{"role": "user", "content": "1+1?"}]) == build_prompt(tokenizer, "1+1?")

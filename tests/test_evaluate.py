@@ -174,7 +174,7 @@ def test_files_of_questions_and_local_data(score, tmp_path):
         (["--model", STARTER, "--dataset", DATA, "--prompt-field", "x"], "no field 'x'"),
         (["--model", STARTER, "./absent/", "--dataset", DATA], "Model not found: ./absent/"),
         (["--model", STARTER, "--dataset", DATA, "--output", "absent/a.jsonl"], "Cannot write absent/a.jsonl: No such file or directory"),
-        (["--model", STARTER, "--dataset", DATA, "--adapter-path", "absent"], "absent"),
+        (["--model", STARTER, STARTER, "--dataset", DATA, "--adapter-path", "none", "absent"], "absent has no adapter_config.json"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(score, tmp_path, monkeypatch, arguments, said):

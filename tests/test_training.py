@@ -117,7 +117,7 @@ def groups_of(trainer, b=3, ragged=True):
         logps = [rng.uniform(-4, -0.1, n).tolist() for n in lengths]
         reasons = ["length" if n > 16 else "eos" for n in lengths]
         rewards = rng.normal(size=(5, g)) if i != 1 else np.ones((5, g))  # the second group has no signal
-        groups.append(Group(trainer.rows[i], trainer.rows[i]["ids"], completions, logps, reasons, [""] * g, rewards))
+        groups.append(Group(trainer.rows[i], trainer.rows[i]["prompt_ids"], completions, logps, reasons, [""] * g, rewards))
     return groups
 
 
@@ -314,7 +314,7 @@ def test_the_final_model_opens_in_mlx_lm_with_the_policys_logits(tmp_path, extra
 
     trainer, _ = run_and_read(tmp_path, "run", "max_train_samples=6", *extra)
     opened, tokenizer = load(str(tmp_path / "run" / "final"))
-    ids = mx.array([trainer.rows[0]["ids"]])
+    ids = mx.array([trainer.rows[0]["prompt_ids"]])
     trainer.model.eval()
     np.testing.assert_allclose(np.array(opened(ids)), np.array(trainer.model(ids)), atol=1e-3)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True)
@@ -341,7 +341,7 @@ def test_a_quantised_model_trains_through_adapters_only(tmp_path):
     from mlx_lm import load
 
     opened, _ = load(str(tmp_path / "qlora" / "final"))
-    ids = mx.array([trainer.rows[0]["ids"]])
+    ids = mx.array([trainer.rows[0]["prompt_ids"]])
     trainer.model.eval()
     np.testing.assert_allclose(np.array(opened(ids)), np.array(trainer.model(ids)), atol=2e-2)
 

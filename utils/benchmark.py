@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 EXAMPLES = """examples:
-  uv run python utils/benchmark.py objectives --updates 96 --seeds 0,1,2 --parallel 2
+  uv run python utils/benchmark.py objectives --updates 32 --seeds 0,1,2 --parallel 2
   uv run python utils/benchmark.py step --preset tiny --peer trl"""
 
 # --- Objectives -------------------------------------------------------------------------------------------------
@@ -63,14 +64,14 @@ VARIANTS = {  # name: settings over configs/quickstart.toml
 
 def objective_command(variant: str, seed: int, updates: int, output: Path, extra: list[str]) -> tuple[Path, list[str]]:
     """The run directory of one run and the command that fills it."""
-    settings = ["eval_samples=0", "log_completions_steps=0", "logging_steps=10", *VARIANTS[variant], *extra]
+    name = f"{variant}-seed{seed}"
+    settings = ["eval_samples=0", "log_completions_steps=0", "logging_steps=10", f"seed={seed}", *VARIANTS[variant], *extra]
     config = mlx_grpo.load_config(ROOT / "configs" / "quickstart.toml", settings)
     rollouts = math.ceil(updates / config.num_iterations)
     prompts = rollouts * config.batch_size * config.gradient_accumulation_steps
     with open(ROOT / "starter" / "data" / "train.jsonl", encoding="utf-8") as file:
         rows = min(prompts, sum(1 for _ in file))
-    name = f"{variant}-seed{seed}"
-    settings += [f"seed={seed}", f"output_dir={output}", f"run_name={name}", f"max_train_samples={rows}"]
+    settings += [f"output_dir={output}", f"run_name={name}", f"max_train_samples={rows}"]
     # The half keeps a quotient that rounding made too small from costing a rollout.
     settings += [f"num_epochs={(prompts + 0.5) / rows}", f"eval_steps={max(1, rollouts * config.num_iterations // 2)}"]
     command = ["mlx-grpo.py", "--config", "configs/quickstart.toml"]
@@ -104,34 +105,34 @@ def train_variant(folder: Path, command: list[str], threads: int) -> str:
 
 
 def read_run(folder: Path) -> dict:
-    """What the table says of one run: exact match before, half-way and after (%), the last rewards, seconds of training."""
+    """What the table says of one run: exact match before, half-way and after (%), the last rewards, seconds an update."""
     records = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     scores = [100 * r["em_strict"] for r in records if r.get("event") == "eval" and r["split"] == "test"]
     updates = [r for r in records if "event" not in r]
     phases = {tuple(r[f"seconds/{phase}"] for phase in ("rollout", "reward", "train")) for r in updates}  # once a rollout
     return {
         "before": scores[0],
-        "half": scores[1] if len(scores) > 2 else scores[0] if len(scores) < 2 else math.nan,
+        "half": scores[1] if len(scores) > 2 else math.nan,
         "after": scores[-1],
         "reward": fmean(r["reward_mean"] for r in updates[-5:]),
-        "seconds": sum(map(sum, phases)),
+        "seconds": median(map(sum, phases)) * len(phases) / len(updates),  # the median leaves compilation out
     }
 
 
 def spread(values: list[float], digits: int) -> str:
-    """The mean of the seeds with their range."""
+    """The mean of the seeds with their range: [1, 2, 6] -> "3 (1-6)"; "-" where one has no value."""
     if any(map(math.isnan, values)):
         return "-"
     mean, low, high = (f"{x:.{digits}f}" for x in (fmean(values), min(values), max(values)))
-    return f"{mean} ({low}-{high})"
+    return mean if low == high else f"{mean} ({low}-{high})"
 
 
 def objectives_table(results: dict[str, list[dict]]) -> list[list[str]]:
     """Rows of the table, one a variant, from its runs."""
-    header = ["variant", "before, %", "half-way, %", "after, %", "reward, last 5 updates", "seconds"]
+    header = ["variant", "before, %", "half-way, %", "after, %", "reward, last 5", "s/update"]
     columns = (("before", 1), ("half", 1), ("after", 1), ("reward", 2))
     return [header] + [
-        [name, *(spread([r[key] for r in runs], digits) for key, digits in columns), f"{fmean(r['seconds'] for r in runs):.0f}"]
+        [name, *(spread([r[key] for r in runs], digits) for key, digits in columns), f"{fmean(r['seconds'] for r in runs):.2f}"]
         for name, runs in results.items()
     ]
 
@@ -174,6 +175,11 @@ class Shape:
     wide: int
     vocabulary: int
 
+    @property
+    def kv_width(self) -> int:
+        """Numbers that one position of one row keeps in the KV cache, over all layers."""
+        return 2 * self.layers * self.kv_heads * self.hidden // self.heads
+
 
 PRESETS = {
     "tiny": Shape(256, 4, 4, 2, 704, 4096),
@@ -209,14 +215,14 @@ def model_folder(preset: str) -> Path:
     model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
     model.set_dtype(getattr(mx, dtype))
 
-    def write(target: Path) -> None:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(ROOT / "starter" / "model" / name, target)
-        (target / "config.json").write_text(json.dumps(config))
-        mx.save_safetensors(str(target / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "pt"})
-
     folder.parent.mkdir(parents=True, exist_ok=True)
-    mlx_grpo.write_directory(folder, write)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:  # complete or absent
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(ROOT / "starter" / "model" / file, name)
+        (Path(name) / "config.json").write_text(json.dumps(config))
+        mx.save_safetensors(f"{name}/model.safetensors", dict(tree_flatten(model.parameters())), {"format": "pt"})
+        shutil.copytree(name, f"{name}-done")
+    os.rename(f"{name}-done", folder)
     return folder
 
 
@@ -291,11 +297,10 @@ def own_runner(args: argparse.Namespace, trainer):
 
 def machine() -> str:
     """Versions and hardware, in one line."""
-    name = mx.device_info().get("device_name") if on_gpu() else ""
-    if not name and Path("/proc/cpuinfo").is_file():
-        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = models[0] if models else ""
-    name = name or platform.processor() or platform.machine()
+    name = mx.device_info().get("device_name") if on_gpu() else platform.processor()
+    if not on_gpu() and Path("/proc/cpuinfo").is_file():
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = found[1] if found else platform.machine()
     blas = f", {Path(mlx_grpo.BLAS).name}" if mlx_grpo.BLAS and not on_gpu() else ""
     return f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, Python {platform.python_version()}; {name}, {os.cpu_count()} CPU cores{blas}"
 
@@ -328,28 +333,33 @@ def costs(args: argparse.Namespace, model) -> dict[str, tuple[float, float]]:
     count, weights = sum(p.size for p in parameters), sum(p.nbytes for p in parameters)
     rows = args.prompts * args.completions
     positions = rows * args.tokens + args.prompts * args.prompt_tokens
-    kv = mlx_grpo.kv_bytes_per_token(model) * rows * (args.prompt_tokens + args.tokens / 2)
+    kv = PRESETS[args.preset].kv_width * parameters[0].itemsize * rows * (args.prompt_tokens + args.tokens / 2)
     return {"rollout": (2 * count * positions, args.tokens * (weights + kv)), "train": (6 * count * positions, math.nan)}
 
 
 def print_table(rows: list[list[str]]) -> None:
     """A Markdown table; the first row is its header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    line = lambda row: "| " + " | ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"  # noqa: E731
-    rule = "| " + " | ".join("-" * w if not i else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
-    print("\n".join([line(rows[0]), rule, *map(line, rows[1:])]), flush=True)
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    for first, *others in (rows[0], rule, *rows[1:]):
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 # --- Peers ------------------------------------------------------------------------------------------------------
 
 # A driver reads the work as one line of JSON, then does it once a line and answers with its seconds.
 DRIVER = """
-import ctypes, json, os, sys, time
+import ctypes, json, os, sys, threading, time
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what libraries print goes to the log
 work = json.loads(sys.stdin.readline())
 if work["blas"]: ctypes.CDLL(work["blas"], mode=ctypes.RTLD_GLOBAL)
-rows, seconds = work["prompts"] * work["completions"], {}
+rows, seconds, parent = work["prompts"] * work["completions"], {}, os.getppid()
+def watch():  # ends with the benchmark, however that ends
+    while os.getppid() == parent: time.sleep(1)
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
 def wait():
     if not sys.stdin.readline(): os._exit(0)
     return time.perf_counter()
@@ -438,9 +448,10 @@ def peer_python(peer: str) -> str:
     """The Python of the peer's own environment, made at its first use in the cache folder. Raises RunError."""
     packages = list(PEERS[peer][0])
     # MLX's compute library is a package of its own: the peer gets the one that this environment has.
-    backends = {d.name.removeprefix("mlx-").replace("-", "") for d in distributions() if d.name in ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")}
+    here = {d.name for d in distributions()} & {"mlx-cpu", "mlx-cuda-12", "mlx-cuda-13"}
     if peer != "trl":
-        packages.append(f"mlx[{backends.pop()}]=={version('mlx')}" if backends else f"mlx=={version('mlx')}")
+        extra = "".join(f"[{name.removeprefix('mlx-').replace('-', '')}]" for name in here)
+        packages.append(f"mlx{extra}=={version('mlx')}")
     folder = cache_folder() / "peers" / peer
     python, mark = folder / "bin" / "python", folder / "packages.json"
     if mark.is_file() and json.loads(mark.read_text()) == packages:
@@ -534,6 +545,8 @@ def speed(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         trainer, texts = prepare(args, Path(name), args.set)
         print(describe_work(args, trainer), flush=True)
+        if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
+            print(f"load average {os.getloadavg()[0]:.1f}: other programs are running, and every figure below may be off", file=sys.stderr)
         limits = ceilings()
         print(f"ceilings: {limits[0] / 1e12:.2f} TFLOP/s in a matrix product, {limits[1] / 1e9:.0f} GB/s read and written\n", flush=True)
         once, peer = own_runner(args, trainer), Peer(args, trainer, texts, Path(name)) if args.peer else None
@@ -637,10 +650,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     one = commands.add_parser("objectives", help="train the starter with each variant of the objective")
-    one.add_argument("--updates", type=positive, default=96, metavar="N", help="updates of each run (default: 96)")
+    one.add_argument("--updates", type=positive, default=32, metavar="N", help="updates of each run (default: 32)")
     one.add_argument("--seeds", type=seed_list, default=[0, 1, 2], metavar="N,..", help="one run a variant and seed (default: 0,1,2)")
-    one.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME", help=f"of {', '.join(VARIANTS)} (default: all)")
-    one.add_argument("--output", default="outputs/objectives", metavar="DIR", help="holds a directory a run; finished ones are kept (default: outputs/objectives)")
+    names = f"of {', '.join(VARIANTS)} (default: all)"
+    one.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME", help=names)
+    keeps = "holds a directory a run; finished ones are kept (default: outputs/objectives)"
+    one.add_argument("--output", default="outputs/objectives", metavar="DIR", help=keeps)
     one.add_argument("--parallel", type=positive, default=1, metavar="N", help="runs at a time, each with its share of the cores (default: 1)")
     helps = {"rollout": "sampling", "train": "an update", "step": "both, as the trainer does them", "memory": "the peak of an update"}
     gpu = on_gpu()

@@ -8,16 +8,13 @@ output directory is complete or absent.
 import argparse
 import collections
 import contextlib
-import copy
 import difflib
 import functools
-import importlib
 import inspect
 import io
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -25,10 +22,14 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-flatten_rope_parameters = importlib.import_module("mlx-grpo").flatten_rope_parameters  # before mlx: it loads a BLAS
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from inference import Parser, mlx_grpo  # noqa: E402  (before mlx: it loads a BLAS)
 
 import mlx.core as mx  # noqa: E402
+from convert_nanochat import read_tokenizer_pickle  # noqa: E402
+from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
+
+flatten_rope_parameters, is_quantized = mlx_grpo.flatten_rope_parameters, mlx_grpo.is_quantized
 
 EXAMPLES = """examples:
   uv run python utils/convert_model.py --hf-path Qwen/Qwen2.5-0.5B-Instruct --quantize --output-dir qwen-4bit
@@ -132,6 +133,8 @@ def adapt_config(config, checkpoint, longrope=None):
         text.setdefault("tie_word_embeddings", False)
     if text.get("model_type") == "gpt2":
         text.setdefault("n_ctx", text.get("n_positions", 1024))
+    if text.get("model_type") == "gpt_bigcode":
+        text["n_inner"] = text.get("n_inner") or 4 * text["n_embd"]  # null is transformers' way to say so
     types = text.get("layer_types") or []
     if "full_attention" in types and alternating(types, period := types.index("full_attention") + 1):
         # transformers 5 writes one type per layer; gemma3 and cohere2 in mlx-lm read the distance between full-attention layers.
@@ -279,6 +282,8 @@ def load_model(source, checkpoint, args):
     # SystemExit: mlx-lm's olmo leaves the process where its own dependency is absent.
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RuntimeError, SystemExit) as error:
         reason = f"{type(error).__name__}: {shorten(str(error), args.verbose)}"
+        if isinstance(error, SystemExit):
+            reason = f"its {config['model_type']} needs a Python package that is not installed"
         raise ConversionError(
             f"Cannot load {args.hf_path} ({config['model_type']}) with mlx-lm: {reason}. Models known to work: {KNOWN_TO_WORK}"
         ) from error
@@ -317,9 +322,10 @@ def set_eos_token(token, tokenizer, source, config):
     if tokenizer is not None:
         vocabulary = tokenizer.get_vocab()
     elif (source / "tokenizer.pkl").exists():
-        with open(source / "tokenizer.pkl", "rb") as file:
-            encoding = pickle.load(file)  # a tiktoken.Encoding; the trainer unpickles the same file
-        vocabulary = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+        try:
+            vocabulary = read_tokenizer_pickle(source / "tokenizer.pkl")["special_tokens"]
+        except ValueError as error:
+            raise ConversionError(f"Failed to load tiktoken tokenizer: {error}") from error
     else:
         raise ConversionError(f"--eos-token: {source} has no tokenizer to look {token!r} up in", 2)
     if token not in vocabulary:
@@ -335,8 +341,6 @@ def set_eos_token(token, tokenizer, source, config):
 
 def cast(model, dtype):
     """Floating-point parameters to `dtype`, but for those that the model wants as they are (a router's); returns the types cast."""
-    from mlx.utils import tree_flatten, tree_unflatten
-
     wanted = getattr(model, "cast_predicate", lambda name: True)
     dtype = getattr(mx, dtype)
     others = [
@@ -355,7 +359,6 @@ def plain_weight(layer):
 
 def fuse_adapters(model, adapter_path):
     """Fuse an mlx-lm adapter directory into `model` and say what that changed. Adapters of type "full" replace weights."""
-    from mlx.utils import tree_unflatten
     from mlx_lm.tuner.utils import load_adapters
 
     path = Path(adapter_path).expanduser()
@@ -408,8 +411,12 @@ def quantize(model, config, args):
     return model, config
 
 
-def is_quantized(model):
-    return any(hasattr(layer, "bits") for _, layer in model.named_modules())
+def check_quantization(args, quantized):
+    """Refuse to quantise what is quantised, and to dequantise what is not."""
+    if args.quantize and quantized:
+        raise ConversionError(f"--quantize: {args.hf_path} is already quantised; --dequantize it into a directory of its own first", 2)
+    if args.dequantize and not quantized:
+        raise ConversionError(f"--dequantize: {args.hf_path} is not quantised; leave the flag out", 2)
 
 
 def unquantized_layers(model):
@@ -419,7 +426,6 @@ def unquantized_layers(model):
 
 def bits_per_weight(model):
     """Bits stored for each weight, scales and biases of the quantised layers included."""
-    from mlx.utils import tree_flatten
     from mlx_lm.utils import get_total_parameters
 
     return 8 * sum(w.nbytes for _, w in tree_flatten(model.parameters())) / get_total_parameters(model)
@@ -446,14 +452,15 @@ def check_output(args):
 @contextlib.contextmanager
 def complete_or_absent(output):
     """A sibling directory to write into; it becomes `output` at the end, or vanishes with whatever stopped the writing."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (output.with_name(f".{output.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
-    aside.mkdir()
     try:
+        aside.mkdir(parents=True)
         yield aside
         if output.exists():
             output.rename(old)
         aside.rename(output)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConversionError(f"Cannot write {output}: {shorten(str(error))}; nothing was left behind") from error
     finally:
         if old.exists() and not output.exists():
             old.rename(output)
@@ -537,39 +544,43 @@ def convert(args):
     tokenizer = load_tokenizer(source, config, args.trust_remote_code)
     if args.eos_token:
         set_eos_token(args.eos_token, tokenizer, source, config)
-    if args.quantize and is_quantized(model):
-        raise ConversionError(f"--quantize: {args.hf_path} is already quantised; --dequantize it into a directory of its own first", 2)
-    if args.dequantize and not is_quantized(model):
-        raise ConversionError(f"--dequantize: {args.hf_path} is not quantised; leave the flag out", 2)
+    check_quantization(args, is_quantized(model))
 
     parameters, bits_before = get_total_parameters(model), bits_per_weight(model)
-    elements = 0 if is_quantized(model) else sum(math.prod(shape) for shape, _ in checkpoint.values())
+    # mlx-lm's own count leaves out what belongs to no layer.
+    there, used = sum(math.prod(shape) for shape, _ in checkpoint.values()), sum(w.size for _, w in tree_flatten(model.parameters()))
+    left_out = 0 if is_quantized(model) else there - used
     model, config = change_weights(model, config, args)
-    lines = [f"  bits per weight  {bits_before:.3f} -> {bits_per_weight(model):.3f}"]
-    if is_quantized(model) and (left := unquantized_layers(model)):
-        lines.append(f"  not quantised    {listed(left, args.verbose)}")
-    if elements > parameters:
-        lines.append(f"  left out         {(elements - parameters) / 1e6:.1f} M numbers that mlx-lm's text model does not use")
+    lines = quality_lines(model, bits_before, args)
+    if left_out > 0:
+        lines.append(f"  left out         {left_out / 1e6:.1f} M numbers that mlx-lm's text model does not use")
     if tokenizer is None and not (source / "tokenizer.pkl").exists():
         lines.append(f"  no tokenizer     {args.hf_path} has none: copy its tokenizer.json into {args.output_dir} before generating")
     lines += verbose_lines(model, config) if args.verbose else []
     trained_through = " --set fine_tune_type=lora" if is_quantized(model) else ""
 
     print(f"Saving to {args.output_dir}")
-    try:
-        with complete_or_absent(output) as directory:
-            write_directory(directory, source, model, config, tokenizer, args)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConversionError(f"Cannot write {args.output_dir}: {shorten(str(error))}; nothing was left behind") from error
-    before = sum(size for _, size in checkpoint.values())
-    after = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    print(f"Converted {config['model_type']}, {parameters / 1e6:.1f} M parameters")
-    print(f"  size             {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB", *lines, sep="\n")
+    with complete_or_absent(output) as directory:
+        write_directory(directory, source, model, config, tokenizer, args)
+    print(f"Converted {config['model_type']}, {parameters / 1e6:.1f} M parameters", size_line(checkpoint, output), *lines, sep="\n")
     if args.upload_repo:
         upload(output, args.upload_repo)
     name = shlex.quote(args.output_dir)
     print(f"Next:\n  uv run python utils/inference.py --model {name} --chat")
     print(f"  uv run mlx-grpo.py --set model_name={name}{trained_through}")
+
+
+def size_line(checkpoint, output):
+    before, after = sum(size for _, size in checkpoint.values()), sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    return f"  size             {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB"
+
+
+def quality_lines(model, bits_before, args, unquantized=unquantized_layers):
+    """What the summary says of the weights: their bits, and the layers that could not be quantised."""
+    lines = [f"  bits per weight  {bits_before:.3f} -> {bits_per_weight(model):.3f}"]
+    if is_quantized(model) and (left := unquantized(model)):
+        lines.append(f"  not quantised    {listed(left, args.verbose)}")
+    return lines
 
 
 def listed(layers, everything):
@@ -589,11 +600,6 @@ def verbose_lines(model, config):
     for name in ("eos_token_id", *ROPE_SETTINGS):
         if name in config:
             yield f"  {name} = {json.dumps(config[name])}"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{message.removeprefix('argument ')}; see --help\n")
 
 
 def parse_args(argv=None):
@@ -635,12 +641,10 @@ def parse_args(argv=None):
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    if not args.verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on settings comes before our one line
+def exit_status(run, args):
+    """Run run(args); an error is one line on stderr, after its traceback under --verbose, and a status."""
     try:
-        convert(args)
+        run(args)
     except ConversionError as error:
         if args.verbose:
             traceback.print_exc()
@@ -649,7 +653,17 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
+        return 1
     return 0
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if not args.verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on settings comes before our one line
+    return exit_status(convert, args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import convert_model
@@ -165,11 +164,7 @@ def change_weights(model, config, args):
 
     # mlx-vlm rewrites the weights of GPTQ, FP8 and their like as it reads them: their configuration no longer describes them.
     foreign = "quantization" not in config and (config.get("quantization_config") or {}).get("quant_method")
-    quantized = is_quantized(model) or foreign
-    if args.dequantize and not quantized:
-        raise ConversionError(f"--dequantize: {args.hf_path} is not quantised; leave the flag out", 2)
-    if args.quantize and quantized:
-        raise ConversionError(f"--quantize: {args.hf_path} is already quantised; --dequantize it into a directory of its own first", 2)
+    convert_model.check_quantization(args, is_quantized(model) or foreign)
     if foreign and not args.dequantize:
         raise ConversionError(f"{args.hf_path} is quantised with {foreign}; add --dequantize", 2)
     if args.dequantize:
@@ -193,25 +188,17 @@ def convert(args):
     output = convert_model.check_output(args)
     print(f"Loading {args.hf_path}")
     source = convert_model.find_source(args.hf_path, args.revision)
-    size_before = sum(size for _, size in convert_model.read_checkpoint(source).values())
+    checkpoint = convert_model.read_checkpoint(source)
     with adapted(source) as (directory, config):
         model = load_vision_model(directory, config, args.hf_path, args.trust_remote_code, lazy=True)
     bits_before = bits_per_weight(model)
     model, config = change_weights(model, config, args)
-    bits_after, left = bits_per_weight(model), unquantized_layers(model) if is_quantized(model) else []
-    details = list(convert_model.verbose_lines(model, config)) if args.verbose else []
+    lines = convert_model.quality_lines(model, bits_before, args, unquantized_layers)
+    lines += convert_model.verbose_lines(model, config) if args.verbose else []
     print(f"Saving to {args.output_dir}")
-    try:
-        with convert_model.complete_or_absent(output) as aside:
-            write_directory(aside, source, model, config, args)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConversionError(f"Cannot write {args.output_dir}: {shorten(str(error))}; nothing was left behind") from error
-    size_after = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    print(*details, f"Converted {config['model_type']}", sep="\n")
-    print(f"  size             {size_before / 1e6:.1f} MB -> {size_after / 1e6:.1f} MB")
-    print(f"  bits per weight  {bits_before:.3f} -> {bits_after:.3f}")
-    if left:
-        print(f"  not quantised    {', '.join(f'{name} (width {width})' for name, width in left)}")
+    with convert_model.complete_or_absent(output) as aside:
+        write_directory(aside, source, model, config, args)
+    print(f"Converted {config['model_type']}", convert_model.size_line(checkpoint, output), *lines, sep="\n")
     if args.upload_repo:
         convert_model.upload(output, args.upload_repo)
     print(f"Next:\n  uv run python utils/inference_vision.py --model {shlex.quote(args.output_dir)} --chat")
@@ -242,24 +229,18 @@ def parse_args(argv=None):
 
 
 def run_script(args, run):
-    """The exit status of run(args); an error is one line on stderr, after its traceback under --verbose."""
-    if not args.verbose:
-        logging.disable(logging.ERROR)  # mlx-vlm and transformers log what they raise as well
-    try:
+    """The exit status of run(args), with mlx-vlm at hand."""
+
+    def run_with_mlx_vlm(args):
         try:
             import mlx_vlm  # noqa: F401
         except ImportError as error:
             raise ConversionError(f"The vision scripts need mlx-vlm ({error}): install it with uv sync --extra vision") from error
         run(args)
-    except ConversionError as error:
-        if args.verbose:
-            traceback.print_exc()
-        print(error, file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print("Interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    if not args.verbose:
+        logging.disable(logging.ERROR)  # mlx-vlm and transformers log what they raise as well
+    return convert_model.exit_status(run_with_mlx_vlm, args)
 
 
 def main(argv=None):

@@ -9,7 +9,6 @@ in "#### answer", and lines without are answered and not graded.
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import itertools
 import json
 import math
@@ -20,8 +19,8 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-mlx_grpo = importlib.import_module("mlx-grpo")  # ahead of MLX: it loads a fast BLAS first
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from inference import Parser, exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
 
 import mlx.core as mx  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -212,11 +211,6 @@ def print_pairs(pairs: list[dict], console: Console) -> None:
 # --- Command line -----------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{message.removeprefix('argument ')}; see --help\n")
-
-
 FLAGS = (  # flag, the setting of mlx-grpo.py that it replaces, its type, help
     ("--dataset", "dataset", str, "hub name, local file or folder, or .txt file of questions (default: openai/gsm8k)"),
     ("--dataset-config", "dataset_config", str, "configuration of a hub dataset (default: main)"),
@@ -274,8 +268,10 @@ def run(args: argparse.Namespace) -> None:
     config = settings(args)
     rows = read_rows(config, args.split)[: args.max_samples or None]
     adapters = [None if adapter == "none" else adapter for adapter in args.adapter_path or ["none"] * len(args.model)]
-    for name in args.model:
-        mlx_grpo.resolve_model(name)  # a misspelt second model is found before the first one's hours of work
+    for name, adapter in zip(args.model, adapters):  # a misspelt second model is found before the first one's hours of work
+        mlx_grpo.resolve_model(name)
+        if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+            raise mlx_grpo.UserError(f"Not an adapter directory: {adapter} has no adapter_config.json")
     results, answers = [], []
     with open_output(args.output) as output:
         for name, adapter in zip(args.model, adapters):
@@ -304,14 +300,7 @@ def open_output(path: str | None):
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(parse_arguments(argv))
-    except (mlx_grpo.UserError, mlx_grpo.RunError) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, mlx_grpo.UserError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

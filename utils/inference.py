@@ -296,6 +296,8 @@ def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
 
 
 class Parser(argparse.ArgumentParser):
+    """What the user wrote wrong is one line, without the usage above it."""
+
     def error(self, message):
         self.exit(2, f"{message.removeprefix('argument ')}; see --help\n")
 
@@ -358,15 +360,20 @@ def run(args: argparse.Namespace) -> None:
         answer_one(Session(model, tokenizer, sampling, args.max_tokens), args)
 
 
-def main(argv: list[str] | None = None) -> int:
+def exit_status(script) -> int:
+    """Run a script built on mlx-grpo.py; its errors are one line on stderr and a status."""
     try:
-        run(parse_arguments(argv))
+        script()
     except (mlx_grpo.UserError, mlx_grpo.RunError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, mlx_grpo.UserError) else 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_status(lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":
