@@ -2021,6 +2021,8 @@ class MLXGRPOTrainer:
             self.optimizer.update(self.model, tree_map(lambda g: g * scale.astype(g.dtype), grads))
 
         if config.use_compile and compile_works():
+            if mx.default_device() == mx.gpu and not mx.metal.is_available():
+                print("compiling the training step: on CUDA the first update may take minutes, or set use_compile to false", flush=True)
             model, optimizer = [self.model.state], [self.model.state, self.optimizer.state]
             gradient, apply = mx.compile(gradient, model, model), mx.compile(apply, optimizer, optimizer)
         self.gradient, self.apply = gradient, apply
@@ -2409,8 +2411,10 @@ class MLXGRPOTrainer:
         row = max(self.rows, key=lambda row: len(row["prompt_ids"]))
         group = Group(row, row["prompt_ids"], [[0] * length] * g, [[0.0] * length] * g, ["eos"] * g, [""] * g, np.zeros((1, g)))
         mx.eval(self.optimizer.state)
+        # Said first: where memory is short, Linux ends the process without another word.
+        print(f"probe      the longest batch, {len(row['prompt_ids'])} + {length} tokens a row: ", end="", flush=True)
         self.trial_gradient([group] * self.prompts_per_update)
-        print(f"probe      {mx.get_peak_memory() / 2**30:.2f} GB at the peak for the longest batch: {len(row['prompt_ids'])} + {length} tokens a row", flush=True)
+        print(f"{mx.get_peak_memory() / 2**30:.2f} GB at the peak", flush=True)
 
 
 OBJECTIVE_OPTIONS = (
