@@ -37,3 +37,8 @@ def test_no_page_has_emoji_or_this_machines_paths():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert not re.search("[\U0001f300-\U0001faff✅❌⚠]", text) and "/work/" not in text, page
+
+
+def test_no_page_has_a_placeholder_left():
+    for page in [*PAGES, *ROOT.glob("configs/*.toml")]:
+        assert not re.search(r"@\w+@|TODO|FIXME", page.read_text(encoding="utf-8")), page
