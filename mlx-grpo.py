@@ -1096,9 +1096,9 @@ def can_pad(model) -> bool:
 
 
 def map_rows(cache: list, change) -> None:
-    """Apply `change` to every array of a cache; all have the rows as their first axis."""
+    """Apply `change` to every array of a cache; all that are not scalars have the rows as their first axis."""
     for layer in cache:
-        layer.state = tree_map(lambda x: change(x) if isinstance(x, mx.array) else x, layer.state)
+        layer.state = tree_map(lambda x: change(x) if isinstance(x, mx.array) and x.ndim else x, layer.state)
 
 
 def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> list:
@@ -1196,12 +1196,18 @@ def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], unif
 
     tokens: (P, L), pads: (P,) or None, uniforms: (P*G, T) in [0, 1), one a position.
     """
+    from mlx_lm.models.cache import make_prompt_cache
+
     repeats = len(rows) // tokens.shape[0]
+    # A cache whose state cannot be set has its prompts computed once a row, and keeps finished rows to the end.
+    settable = all(type(layer).state.fset for layer in make_prompt_cache(model))
+    if not settable:
+        tokens, repeats = mx.repeat(tokens, repeats, axis=0), 1
     cache = prefill(model, tokens, pads, repeats)
     last = mx.repeat(tokens[:, -1:], repeats, axis=0)  # (N, 1)
     seen = None
     position = 0
-    while rows:
+    while not all(row.finish_reason for row in rows):
         ids, logps = [], []
         for _ in range(min(DECODE_BLOCK, uniforms.shape[1] - position)):
             logits = model(last, cache=cache)[:, -1]  # (N, V)
@@ -1219,13 +1225,13 @@ def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], unif
             position += 1
         # The one host sync of the block.
         for row, row_ids, row_logps in zip(rows, mx.stack(ids, axis=1).tolist(), mx.stack(logps, axis=1).tolist()):
-            row.take(row_ids, row_logps)
+            if not row.finish_reason:
+                row.take(row_ids, row_logps)
         going = [i for i, row in enumerate(rows) if not row.finish_reason]
-        if len(going) < len(rows):
+        if settable and 0 < len(going) < len(rows):
             rows, keep = [rows[i] for i in going], mx.array(going, dtype=mx.int32)
-            if going:
-                map_rows(cache, lambda x: x[keep])
-                last, uniforms, seen = last[keep], uniforms[keep], None if seen is None else seen[keep]
+            map_rows(cache, lambda x: x[keep])
+            last, uniforms, seen = last[keep], uniforms[keep], None if seen is None else seen[keep]
 
 
 def kv_bytes_per_token(model) -> int:

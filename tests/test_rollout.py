@@ -134,3 +134,18 @@ def test_a_prompt_of_one_id_works():
     rollout = roll(tiny_model("qwen2"), [[7], [8, 9, 10]])
     for n, ids in enumerate(rollout.completions):
         np.testing.assert_allclose(rollout.sampler_logps[n], full_logps(tiny_model("qwen2"), [[7], [8, 9, 10]][n // 3], ids), atol=2e-4)
+
+
+def test_a_cache_whose_state_cannot_be_set_gives_the_same_completions():
+    from mlx_lm.models.cache import KVCache
+
+    class Sealed(KVCache):
+        state = property(lambda self: (self.keys, self.values))
+
+    model = tiny_model("qwen2")
+    expected = roll(model)
+    type(model).make_cache = lambda self: [Sealed() for _ in self.layers]
+    try:
+        assert roll(model).completions == expected.completions
+    finally:
+        del type(model).make_cache
