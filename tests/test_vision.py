@@ -23,7 +23,6 @@ import pytest
 
 UTILS = Path(__file__).parents[1] / "utils"
 sys.path.insert(0, str(UTILS))
-import convert_model  # noqa: E402
 import convert_vision_model  # noqa: E402
 import inference_vision  # noqa: E402
 
