@@ -587,18 +587,25 @@ def resolve_model(name: str) -> Path:
     return path
 
 
+def read_model_config(path: Path) -> dict:
+    """A model directory's config.json, with generation_config.json's end ids, as mlx-lm's classes need it."""
+    from mlx_lm.utils import load_config as read
+
+    return flatten_rope_parameters(read(path))
+
+
 def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
     """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
 
     Raises UserError where the directory holds no model that fits its tokenizer.
     """
-    from mlx_lm.utils import load_adapters, load_config as read_model_config, load_model as mlx_load_model, load_tokenizer
+    from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
 
     path = resolve_model(name)
     if trust_remote_code:
         print(f"trust_remote_code: Python files that come with {name} run on this machine with all your rights", file=sys.stderr)
     try:
-        model_config = flatten_rope_parameters(read_model_config(path))
+        model_config = read_model_config(path)
         own_code = path / model_config["model_file"] if "model_file" in model_config else None
         # The one model file that needs no trust is the one this project ships, byte for byte.
         known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "nanochat_2026.py").read_bytes()
@@ -1831,6 +1838,9 @@ class MLXGRPOTrainer:
         self.reward_functions, self.reward_weights = load_rewards(config)
         train_rows, test_rows = load_dataset_split(config, "train"), load_dataset_split(config, "test")
         self.model, self.tokenizer = load_model(config)
+        # Looked up once: a save must not depend on the hub.
+        self.source = resolve_model(config.model_name)
+        self.model_config = read_model_config(self.source)
         self.rows = self.drop_long_prompts(train_rows, "training")
         self.eval_rows = {"test": fixed_subset(self.drop_long_prompts(test_rows, "held-out"), config.eval_samples, config.seed)}
         if config.eval_every_updates:
@@ -2038,7 +2048,7 @@ class MLXGRPOTrainer:
         config = self.config
         rewards = np.stack([group.rewards for group in groups], axis=1)  # (F, B, G)
         self.totals, advantages = combine_rewards(rewards, self.reward_weights, config)  # (B, G) each
-        advantages = np.array(advantages)
+        self.advantages = advantages = np.array(advantages)
         if not advantages.any():  # no signal, no step: Adam would blow rounding noise up to a full one
             return [{**NO_METRICS, "skipped": "no signal"} for _ in range(config.num_iterations)]
         self.model.train()  # models with kernels for inference alone switch to what has a gradient
@@ -2189,7 +2199,7 @@ class MLXGRPOTrainer:
             "completion_length_mean": float(lengths.mean()),
             "completion_length_max": int(lengths.max()),
             "truncated_fraction": float(np.mean([r == "length" for group in groups for r in group.finish_reasons])),
-            "zero_signal_fraction": float(np.mean([not group.has_signal(self.reward_weights, config) for group in groups])),
+            "zero_signal_fraction": float(np.mean(~self.advantages.any(axis=1))),
             "prompts_drawn": prompts_drawn,
             "rollout_tokens_per_s": sampled / seconds["rollout"],
             "train_tokens_per_s": int(lengths.sum()) * config.num_iterations / seconds["train"],
@@ -2264,10 +2274,7 @@ class MLXGRPOTrainer:
     # Saving and resuming
 
     def write_model(self, folder: Path) -> None:
-        source = resolve_model(self.config.model_name)
-        from mlx_lm.utils import load_config as read_model_config
-
-        save_model(folder, self.model, self.tokenizer, flatten_rope_parameters(read_model_config(source)), source, self.config)
+        save_model(folder, self.model, self.tokenizer, self.model_config, self.source, self.config)
 
     def save_checkpoint(self) -> None:
         """Write checkpoint-UPDATE, with all that an exact resume needs; a failure is fatal only the third time in a row."""

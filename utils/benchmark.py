@@ -8,7 +8,6 @@ peer does the same work.
 
 import argparse
 import gc
-import importlib
 import json
 import math
 import os
@@ -26,8 +25,8 @@ from pathlib import Path
 from statistics import fmean, median
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-mlx_grpo = importlib.import_module("mlx-grpo")  # ahead of MLX: it loads a fast BLAS first
+sys.path.insert(0, str(ROOT / "utils"))
+from inference import exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -681,16 +680,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def run(args: argparse.Namespace) -> None:
+    {"objectives": objectives, "memory": memory}.get(args.command, speed)(args)
+
+
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_arguments(argv)
-        {"objectives": objectives, "memory": memory}.get(args.command, speed)(args)
-    except (mlx_grpo.UserError, mlx_grpo.RunError) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, mlx_grpo.UserError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

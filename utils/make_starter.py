@@ -7,8 +7,7 @@ a Llama of 0.67M parameters pre-trained on solved problems. It wants a GPU: 2 mi
 reading, 101 s for 8000 steps of 512 documents, 4 s to measure). Two CPU cores with OpenBLAS take 1.3 s for a step of 64 documents, so a
 full run would take about a day there; `--steps 500` gives a rougher model (it gets 92% of the test sums right, not all).
 
-The same seed gives the same data and tokenizer anywhere; the weights agree only as far as the backend's arithmetic does. On Linux CPU
-load a BLAS first (LD_PRELOAD=libopenblas.so.0).
+The same seed gives the same data and tokenizer anywhere; the weights agree only as far as the backend's arithmetic does.
 
 The model is meant to be what a base model is. It has read solutions in many styles, most of them not the form that the prompt asks for,
 and one sum in twelve of its reading was wrong. So it can do the sums, but seldom answers in the form and is careless when sampled: that
@@ -16,24 +15,25 @@ is left for GRPO to mend. No problem of train.jsonl or test.jsonl is in its read
 """
 
 import argparse
+import importlib
 import json
 import random
 import re
+import sys
 import time
 from pathlib import Path
 
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_flatten
-from mlx_lm.models import llama
-from mlx_lm.models.cache import make_prompt_cache
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+SYSTEM_PROMPT = importlib.import_module("mlx-grpo").SYSTEM_PROMPT  # ahead of MLX: it loads a fast BLAS first
 
-SYSTEM_PROMPT = (
-    "Think step by step between <reasoning> and </reasoning>, then write only the final number between <answer> and </answer>."
-)
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+import numpy as np  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm.models import llama  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 # The word problems. A step is a sentence with one sum in brackets: [a+b=s] prints as 3+4=7 and names its result s for later steps.
 # `habit` is how the place the problem was found in writes its solutions (STYLES below): text from one source looks alike.
