@@ -22,20 +22,17 @@ checkpoints, trainer, command line. Shapes are written where an array is born:
 """
 
 import argparse
-import asyncio
 import contextlib
 import copy
 import ctypes
 import ctypes.util
 import dataclasses
 import difflib
-import fcntl
 import functools
 import glob
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -44,7 +41,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -80,19 +76,17 @@ import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
+from monitoring import describe_evaluation, print_outcome, progress_text, write_report  # noqa: E402
+from run_directory import (  # noqa: E402
+    RunError, RunLogs, UserError, checkpoints, choose_run_dir, find_checkpoint, lock_directory, write_directory,
+)  # fmt: skip
+from scoring import name_of, score  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent
 SYSTEM_PROMPT = (
     "Think step by step between <reasoning> and </reasoning>, "
     "then write only the final number between <answer> and </answer>."
 )
-
-
-class UserError(Exception):
-    """What the user wrote cannot be done; the message is the one line they see. Exit status 2."""
-
-
-class RunError(Exception):
-    """Something failed while running; the message is the one line the user sees. Exit status 1."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -948,99 +942,6 @@ def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
     return functions, list(config.reward_weights) or weights
 
 
-class OutOfTime(BaseException):
-    """A reward function took too long. No Exception, so that a function's own `except Exception` does not swallow it."""
-
-
-@contextlib.contextmanager
-def alarm(seconds: float):
-    """Raise OutOfTime in whatever Python code is running after so many seconds, and each second from then on."""
-
-    def ring(signum, frame):
-        raise OutOfTime
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def call_rewards(functions, timeout: float, arguments: dict) -> list:
-    """What each function returned or raised: plain ones in turn, async ones beside each other, each within `timeout` s."""
-
-    async def in_time(awaitable):
-        try:
-            async with asyncio.timeout(timeout) as limit:
-                return await awaitable
-        except TimeoutError:
-            if limit.expired():
-                raise OutOfTime from None
-            raise  # the function's own
-
-    async def all_of(places):
-        found = await asyncio.gather(*(in_time(results[i]) for i in places), return_exceptions=True)
-        for i, result in zip(places, found):
-            results[i] = result
-
-    results = []
-    for function in functions:
-        try:
-            with alarm(timeout):
-                results.append(function(**arguments))
-        except (Exception, OutOfTime, SystemExit) as error:  # the user's code: reported with its name by the caller
-            results.append(error)
-    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
-    if waiting:
-        # The alarm is for a coroutine that blocks and so never meets its own limit, or whose threads outlive it.
-        with contextlib.suppress(OutOfTime), alarm(timeout + 0.5):
-            asyncio.run(all_of(waiting))
-    return [OutOfTime() if inspect.isawaitable(result) else result for result in results]
-
-
-def name_of(function) -> str:
-    """A reward function's name, also of a partial or of an object with __call__."""
-    return getattr(getattr(function, "func", function), "__name__", type(function).__name__)
-
-
-def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndarray:
-    """Rewards (F, N) of N texts by F functions, NaN where a function abstained. `columns` hold N values each.
-
-    Raises RunError with the function's name, and the row where one is to blame; a failure is never a zero.
-    """
-
-    def call(functions, rows):
-        chats = [[{"role": "assistant", "content": text}] for text in texts[rows]]
-        given = {name: values[rows] if isinstance(values, list) else values for name, values in columns.items()}
-        return call_rewards(functions, timeout, {**given, "completions": chats})
-
-    rewards = np.full((len(functions), len(texts)), np.nan)
-    for f, (function, result) in enumerate(zip(functions, call(functions, slice(None)))):
-        name = name_of(function)
-        if isinstance(result, OutOfTime):
-            raise RunError(f"Reward function {name} took longer than reward_timeout = {timeout:g} s")
-        if isinstance(result, BaseException):
-            until = time.monotonic() + timeout
-            alone = ((n, call([function], slice(n, n + 1))[0]) for n in range(len(texts)) if time.monotonic() < until)
-            row = next((n for n, again in alone if type(again) is type(result)), None)
-            where = "" if row is None else f" on completion {row}, {texts[row][:80]!r}"
-            raise RunError(f"Reward function {name} raised {type(result).__name__}: {result}{where}") from result
-        result = result.tolist() if isinstance(result, mx.array) else result
-        if not isinstance(result, (list, tuple, np.ndarray)) or len(result) != len(texts):
-            sized, kind = hasattr(result, "__len__"), type(result).__name__
-            got = repr(result) if not sized else f"{len(result)} values" if kind in ("list", "tuple", "ndarray") else f"a {kind}"
-            raise RunError(f"Reward function {name} returned {got} for {len(texts)} completions")
-        for row, value in enumerate(result):
-            if value is None:
-                continue
-            if isinstance(value, (str, bytes)) or not np.isscalar(value) or not math.isfinite(value):
-                raise RunError(f"Reward function {name} returned {value!r} for completion {row}: {texts[row][:80]!r}")
-            rewards[f, row] = value
-    return rewards
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Rollout
 # ---------------------------------------------------------------------------------------------------------------
@@ -1683,87 +1584,6 @@ def save_model(folder: Path, model, tokenizer, model_config: dict, source: Path,
             shutil.copy(source / name, folder)
 
 
-def file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_directory(folder: Path, write) -> None:
-    """Make `folder` by write(path): complete or absent. Written aside with a manifest, synced, then renamed.
-
-    Raises RunError("Failed to save checkpoint: REASON"); what stood at `folder` is then untouched.
-    """
-    aside = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write(aside)
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        for path in [*files, aside / "manifest.json", aside]:
-            sync_to_disk(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-        sync_to_disk(folder.parent)
-    except (OSError, RuntimeError, ValueError) as error:  # MLX's failed write is a RuntimeError, a name that leads outside a ValueError
-        shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"Failed to save checkpoint: {error}") from None
-
-
-def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint against its manifest, or ""."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        return "no readable manifest.json"
-    for name in ["trainer_state.json", *expected]:
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (path.stat().st_size, file_digest(path)) != expected.get(name):
-            return f"{name} is damaged"
-    return ""
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoint directories, oldest first."""
-    found = [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
-
-
-def find_checkpoint(run_dir: Path, given: str) -> Path | None:
-    """The checkpoint to resume from: the one given, or the newest of the run that is whole. Raises UserError.
-
-    None for a run that was stopped before its first one: it starts again, and its seed makes it the same run.
-    """
-    if given:
-        folder = Path(given)
-        if not folder.is_dir():
-            raise UserError(f"Checkpoint not found: {folder}")
-        if fault := damage(folder):
-            raise UserError(f"Checkpoint not found: {folder} is not complete ({fault}); resume from an earlier one")
-        return folder
-    for folder in reversed(checkpoints(run_dir)):
-        if not (fault := damage(folder)):
-            return folder
-        print(f"Checkpoint {folder} is skipped: {fault}", file=sys.stderr)
-    if (run_dir / "config.resolved.toml").is_file() and not checkpoints(run_dir) and not (run_dir / "final").exists():
-        print(f"No checkpoint yet in {run_dir}: the run starts again")
-        return None
-    raise UserError(f"Checkpoint not found: {run_dir} has none to resume from")
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------
@@ -1865,7 +1685,7 @@ class MLXGRPOTrainer:
         self.best, self.best_update = -1.0, 0  # em_strict on held-out rows, and when
         self.tokens = 0  # completion tokens sampled
         self.before = {}  # the evaluations before the first update
-        self.unlogged = []  # (log, line) that the disk has refused so far
+        self.logs = RunLogs(self.run_dir)
         self.warned = set()
         self.stop_signal = 0
         self.synced = self.trainable()
@@ -2222,24 +2042,8 @@ class MLXGRPOTrainer:
     # Records
 
     def log(self, name: str, record: dict) -> None:
-        """Append one line to NAME.jsonl, out of the process when this returns; what a full disk refuses waits in memory."""
         if self.config.log_jsonl:
-            self.unlogged.append((self.run_dir / f"{name}.jsonl", json.dumps(record) + "\n"))
-            with contextlib.suppress(OSError):  # the next save meets it too, and says so
-                self.write_logs()
-
-    def write_logs(self) -> None:
-        while self.unlogged:
-            path, line = self.unlogged[0]
-            size = path.stat().st_size if path.exists() else 0
-            try:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(line)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.truncate(path, size)  # half a line would spoil the next
-                raise
-            del self.unlogged[0]
+            self.logs.add(name, record)
 
     def log_completions(self, groups: list[Group]) -> None:
         names = list(map(name_of, self.reward_functions))
@@ -2283,14 +2087,11 @@ class MLXGRPOTrainer:
             return
 
         def write(folder: Path) -> None:
-            self.write_logs()
+            logs = self.logs.sync()
             self.write_model(folder)
             mx.save_safetensors(str(folder / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
             if self.config.sync_every > 1:
                 mx.save_safetensors(str(folder / "sampler.safetensors"), self.synced)
-            logs = {p.name: p.stat().st_size for p in self.run_dir.glob("*.jsonl")}
-            for name in logs:
-                sync_to_disk(self.run_dir / name)
             state = {name: getattr(self, name) for name in RESUMED_STATE}
             state |= {"config": dataclasses.asdict(self.config), "logs": logs}
             (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
@@ -2344,14 +2145,9 @@ class MLXGRPOTrainer:
                 shutil.rmtree(newer.with_name(f"superseded-{newer.name}"), ignore_errors=True)
                 newer.rename(newer.with_name(f"superseded-{newer.name}"))
                 print(f"{newer} is now superseded-{newer.name}")
-        self.cut_logs(sizes)
+        self.logs.cut(sizes)
         if changed:
             self.log("training_log", {"event": "resume", "update": self.update, "changed": changed})
-
-    def cut_logs(self, sizes: dict[str, int]) -> None:
-        """Cut each log to the whole lines a checkpoint has seen, by name: what came after will be logged again."""
-        for path in self.run_dir.glob("*.jsonl"):
-            os.truncate(path, path.read_bytes()[: sizes.get(path.name, 0)].rfind(b"\n") + 1)
 
     # Before the first update
 
@@ -2470,52 +2266,9 @@ def compile_works() -> bool:
     return False
 
 
-def describe_evaluation(record: dict) -> str:
-    low, high = (100 * x for x in record["em_strict_ci"])
-    split = "held-out" if record["split"] == "test" else "training subset"
-    return f"{split} exact match {100 * record['em_strict']:.1f}% ({low:.1f} to {high:.1f}), lenient {100 * record['em_lenient']:.1f}%, n = {record['n']}"
-
-
-def progress_text(record: dict) -> str:
-    """The few numbers of an update that matter, in one line that fits a terminal beside the bar."""
-    kl = f" kl {record['kl']:.3f}" if record.get("kl") else ""
-    reward = "none" if record["reward_mean"] is None else f"{record['reward_mean']:.2f}"
-    return (
-        f"reward {reward} length {record['completion_length_mean']:.0f} cut {record['truncated_fraction']:.0%} "
-        f"flat {record['zero_signal_fraction']:.0%}{kl} lr {record['lr']:.0e}"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def choose_run_dir(config: MLXGRPOConfig, name: str, resume: str | None) -> Path:
-    """The run's directory: the one to resume, a given run_name that is still free, or the next free number of `name`."""
-    if resume:
-        return Path(resume).resolve().parent
-    base = Path(config.output_dir) / (config.run_name or name)
-    taken = lambda path: any(path.glob("*.jsonl")) or any(path.glob("checkpoint-*")) or (path / "final").exists()  # noqa: E731
-    numbered = [base] + [base.with_name(f"{base.name}-{n}") for n in range(2, 10000)]
-    free = next(i for i, path in enumerate(numbered) if not taken(path))
-    if resume is not None:
-        if config.run_name or not free:
-            return base
-        return numbered[free - 1]
-    if config.run_name and free:
-        raise UserError(f"Run directory holds a run already: {base}. Continue it with --resume, or choose another run_name")
-    return numbered[free]
-
-
-def lock_directory(path: Path):
-    """Hold `path` for this process; the lock goes when the process does, however it ends. Raises UserError when taken."""
-    file = open(path / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"Run directory is in use by another process: {path}. Wait for it, or choose another run_name") from None
-    return file
 
 
 @contextlib.contextmanager
@@ -2546,36 +2299,6 @@ def machine_facts() -> dict:
     }  # fmt: skip
 
 
-def write_report(run_dir: Path) -> None:
-    """Rewrite report.html, in a process of its own: whatever goes wrong with it, the run goes on."""
-    command = [sys.executable, str(ROOT / "utils" / "report.py"), str(run_dir)]
-    result = subprocess.run(command, capture_output=True, text=True, start_new_session=True)  # Ctrl-C is for the trainer
-    if result.returncode:
-        print(f"Warning: no report.html: {(result.stderr.strip() or 'stopped').splitlines()[-1]}", file=sys.stderr)
-
-
-def print_outcome(trainer: MLXGRPOTrainer, outcome: dict) -> None:
-    """The table of held-out scores before and after, and where the model is."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Held-out problems, greedy answers")
-    for column in ("", "before", "after"):
-        table.add_column(column, justify="left" if not column else "right")
-    for label, key in (("exact match, tags required", "em_strict"), ("exact match, last number", "em_lenient")):
-        cells = []
-        for when in ("before", "after"):
-            record = outcome[when].get("test")
-            low, high = (100 * x for x in record[f"{key}_ci"]) if record else (0, 0)
-            cells.append(f"{100 * record[key]:.1f}% ({low:.1f}-{high:.1f})" if record else "not evaluated")
-        table.add_row(label, *cells)
-    Console().print(table)
-    final = trainer.run_dir / "final"
-    if (trainer.run_dir / "report.html").is_file():
-        print(f"Report     {trainer.run_dir / 'report.html'}")
-    print(f"Model      {final}\nTry it     uv run python utils/inference.py --model {final} --chat")
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mlx-grpo.py",
@@ -2599,7 +2322,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(textwrap.fill("defaults: " + ", ".join(l.removesuffix("  # default") for l in lines if l.endswith("# default")), 100))
     if sys.platform == "linux" and mx.default_device() == mx.cpu and not BLAS:
         print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
-    run_dir = choose_run_dir(config, path.stem, arguments.resume)
+    run_dir = choose_run_dir(Path(config.output_dir), config.run_name, path.stem, arguments.resume)
     if links := [entry for entry in run_dir.glob("*") if entry.is_symlink()]:
         raise UserError(f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. Put in its place what it points to")
     checkpoint = find_checkpoint(run_dir, arguments.resume) if arguments.resume is not None else None
@@ -2618,7 +2341,7 @@ def run(arguments: argparse.Namespace) -> int:
             trainer.resume(checkpoint, {name for name, source in sources.items() if source == "--set"})
             print(f"Resumed    {checkpoint}, update {trainer.update} of {trainer.updates}")
         elif arguments.resume is not None:
-            trainer.cut_logs({})
+            trainer.logs.cut({})
         (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
         (run_dir / "machine.json").write_text(json.dumps({**machine_facts(), "updates": trainer.updates}, indent=2))
     except OSError as error:
@@ -2631,7 +2354,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not outcome:
         print(f"Stopped at update {trainer.update} of {trainer.updates}. To continue, run the same command with --resume", file=sys.stderr)
         return 128 + trainer.stop_signal
-    print_outcome(trainer, outcome)
+    print_outcome(run_dir, outcome)
     return 0
 
 

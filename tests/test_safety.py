@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import mlx_grpo
-from mlx_grpo import MLXGRPOTrainer, checkpoints, damage, load_config
+from mlx_grpo import MLXGRPOTrainer, checkpoints, load_config
+from run_directory import damage, file_digest
 
 ROOT = Path(mlx_grpo.__file__).parent
 REWARD = """
@@ -694,7 +695,7 @@ def forge(checkpoint, **changes):
     path = checkpoint / "trainer_state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest[path.name] = {"bytes": path.stat().st_size, "sha256": mlx_grpo.file_digest(path)}
+    manifest[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -726,7 +727,7 @@ def test_a_checkpoint_of_another_model_is_refused(finished_run, stopped, capsys)
     mx.save_safetensors(str(checkpoint / "model.safetensors"), {k: v for k, v in weights.items() if "layers.3" not in k})
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     path = checkpoint / "model.safetensors"
-    manifest[path.name] = {"bytes": path.stat().st_size, "sha256": mlx_grpo.file_digest(path)}
+    manifest[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     assert resume(finished_run, stopped) == 2
     assert "is not a checkpoint of this model" in capsys.readouterr().err
