@@ -1056,21 +1056,21 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
     if seen is not None:  # (N, V): ids of the prompt and of the completion so far (CTRL, arXiv 1909.05858)
         penalty = sampling.repetition_penalty
         logits = mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
-    logps = logits / (sampling.temperature or 1.0)
-    logps = logps - mx.logsumexp(logps, axis=-1, keepdims=True)
-    if not sampling.temperature:
-        ids = mx.argmax(logps, axis=-1)
-    else:
+    logits = logits / (sampling.temperature or 1.0)
+    if sampling.temperature:
         top_k = sampling.top_k if sampling.top_k < logits.shape[-1] else 0
         filters = ((top_k, apply_top_k), (sampling.top_p % 1.0, apply_top_p), (sampling.min_p, apply_min_p))
         for value, keep_likely in filters:
             if value:
-                logps = keep_likely(logps, value)
-                logps = logps - mx.logsumexp(logps, axis=-1, keepdims=True)
-        cumulative = mx.cumsum(mx.exp(logps), axis=-1)
-        ids = mx.sum(cumulative <= uniforms[:, None] * cumulative[:, -1:], axis=-1)
-        ids = mx.minimum(ids, logits.shape[-1] - 1)
-    return ids, mx.take_along_axis(logps, ids[:, None], axis=-1)[:, 0]
+                logits = keep_likely(logits - mx.logsumexp(logits, axis=-1, keepdims=True), value)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    cumulative = mx.cumsum(mx.exp(shifted), axis=-1)  # one pass of exponentials both draws and normalises
+    total = cumulative[:, -1:]
+    if sampling.temperature:
+        ids = mx.minimum(mx.sum(cumulative <= uniforms[:, None] * total, axis=-1), logits.shape[-1] - 1)
+    else:
+        ids = mx.argmax(logits, axis=-1)
+    return ids, (mx.take_along_axis(shifted, ids[:, None], axis=-1) - mx.log(total))[:, 0]
 
 
 class Row:
@@ -1417,18 +1417,20 @@ def split_head(model):
     return (backbone, head) if same else None
 
 
-def make_head_stats(head, backbone, temperature: float, vocabulary: int):
+def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy_gradient: bool):
     """f(hidden (M, D), ids (M,)) -> log-probs (M,), entropies (M,) in float32, without an (M, V) tensor.
 
     Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the backward
-    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are.
+    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are. Where
+    all positions are one chunk, its probabilities are kept for the backward pass instead. The gradient is written
+    out: of log p_id it is onehot - p, of the entropy H -p (log p + H), the latter only where `entropy_gradient`.
     """
     chunk = max(1, HEAD_CHUNK_LOGITS // vocabulary)
     # Tied models keep their head's weight in the embedding, under the backbone.
     tied = not tree_flatten(head.parameters()) or getattr(head.args, "tie_word_embeddings", False)
     holders = [head, *(m for m in backbone.children().values() if tied and hasattr(m, "as_linear"))]
 
-    def stats(hidden, ids, *weights):
+    def logits_of(hidden, *weights):
         current = [holder.trainable_parameters() for holder in holders]
         names = [[n for n, _ in tree_flatten(tree)] for tree in current]
         given = iter(weights)
@@ -1437,10 +1439,22 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int):
         logits = head(hidden[None])[0].astype(mx.float32) / temperature  # (C, V)
         for holder, tree in zip(holders, current):
             holder.update(tree)
-        normaliser = mx.logsumexp(logits, axis=-1, keepdims=True)
-        logps = (mx.take_along_axis(logits, ids[:, None], axis=-1) - normaliser)[:, 0]
-        entropies = normaliser[:, 0] - (mx.exp(logits - normaliser) * logits).sum(axis=-1)
-        return logps, entropies
+        return logits
+
+    def stats(logits, ids):
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        exps = mx.exp(shifted)  # the one pass of exponentials: on CPUs they are what the head costs
+        total = exps.sum(axis=-1, keepdims=True)
+        logps = (mx.take_along_axis(shifted, ids[:, None], axis=-1) - mx.log(total))[:, 0]
+        entropies = (mx.log(total) - (exps * shifted).sum(axis=-1, keepdims=True) / total)[:, 0]
+        return logps, entropies, exps / total
+
+    def logit_gradient(logits, probs, ids, entropies, logp_grad, entropy_grad):
+        grad = -logp_grad[:, None] * probs
+        if entropy_gradient:
+            log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            grad = grad - entropy_grad[:, None] * probs * (log_probs + entropies[:, None])
+        return grad.at[mx.arange(ids.shape[0]), ids].add(logp_grad)
 
     def chunks(total):
         return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
@@ -1449,20 +1463,24 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int):
     def chunked(hidden, ids, *weights):
         parts = []
         for part in chunks(ids.shape[0]):
-            here = mx.depends([hidden[part]], list(parts[-1]))[0] if parts else hidden[part]
-            parts.append(stats(here, ids[part], *weights))
-        return tuple(mx.concatenate(column) for column in zip(*parts))
+            here = mx.depends([hidden[part]], list(parts[-1][:2]))[0] if parts else hidden[part]
+            parts.append(stats(logits_of(here, *weights), ids[part]))
+        kept = parts[0][2] if len(parts) == 1 else mx.zeros((0,))
+        return *(mx.concatenate(column) for column in list(zip(*parts))[:2]), kept
 
     @chunked.vjp
     def chunked_vjp(primals, cotangents, outputs):
         hidden, ids, *weights = primals
+        entropies, kept = outputs[1:]
         hidden_grads, weight_grads = [], None
         for part in chunks(ids.shape[0]):
             here = hidden[part]
             if hidden_grads:
                 here = mx.depends([here], [hidden_grads[-1], *weight_grads])[0]
-            wanted = [here, *weights]
-            grads = mx.vjp(lambda h, *w: stats(h, ids[part], *w), wanted, [c[part] for c in cotangents])[1]
+            logits = logits_of(here, *weights)
+            probs = kept if kept.size else stats(logits, ids[part])[2]
+            grad = logit_gradient(logits, probs, ids[part], entropies[part], cotangents[0][part], cotangents[1][part])
+            grads = mx.vjp(logits_of, [here, *weights], [grad])[1]
             hidden_grads.append(grads[0])
             exact = [g.astype(mx.float32) for g in grads[1:]]  # many chunks add up: not in half precision
             weight_grads = exact if weight_grads is None else [a + b for a, b in zip(weight_grads, exact)]
@@ -1471,7 +1489,8 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int):
 
     def head_stats(hidden, ids):
         weights = [w for holder in holders for _, w in tree_flatten(holder.trainable_parameters())]
-        return chunked(hidden, mx.stop_gradient(ids), *weights)
+        logps, entropies, _ = chunked(hidden, mx.stop_gradient(ids), *weights)
+        return logps, entropies
 
     return head_stats
 
@@ -1483,13 +1502,13 @@ class CompletionLogProbs:
     plain KV caches and models with gradient checkpointing take whole sequences instead, with the same result.
     """
 
-    def __init__(self, model, temperature: float, share_prompts: bool):
+    def __init__(self, model, temperature: float, share_prompts: bool, entropy_gradient: bool = True):
         self.model, self.temperature = model, temperature
         self.share_prompts = share_prompts and can_pad(model)
         self.split = split_head(model)
         if self.split:
             vocabulary = model(mx.array([[0]])).shape[-1]
-            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, vocabulary)
+            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, vocabulary, entropy_gradient)
 
     def __call__(self, batch: dict) -> tuple[mx.array, mx.array]:
         """batch: prompts (P, L) left-padded by pads (P,), ids (N, T) right-padded, N a multiple of P -> (N, T) each."""
@@ -1670,7 +1689,7 @@ class MLXGRPOTrainer:
         self.updates = rollouts * config.num_iterations
 
         share = not config.grad_checkpoint
-        self.log_probs = CompletionLogProbs(self.model, config.temperature, share)
+        self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0)
         self.reference = None
         if config.kl_coeff > 0:
             frozen = without_adapters(self.model) if adapter_layers(self.model) else shared_copy(self.model)
@@ -1902,7 +1921,7 @@ class MLXGRPOTrainer:
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
             results.append((loss, metrics, batch["mask"].sum()))
             mx.eval(grads, results[-1])  # frees this part's activations before the next begins
-        norm = mx.sqrt(sum((g.astype(mx.float32) ** 2).sum() for _, g in tree_flatten(grads))).item()
+        norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(grads))).item()
         record = {"loss": sum(loss.item() for loss, _, _ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
         tokens, rows = np.array([n.item() for _, _, n in results]), np.array([batch["ids"].shape[0] for batch in batches])
         by_row = config.importance_sampling_level == "sequence" or config.loss_type == "vespo"
