@@ -1113,8 +1113,8 @@ def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], unif
         tokens, repeats = mx.repeat(tokens, repeats, axis=0), 1
     cache = prefill(model, tokens, pads, repeats)
     last = mx.repeat(tokens[:, -1:], repeats, axis=0)  # (N, 1)
-    seen = None
-    position = 0
+    seen, position, unread = None, 0, []
+    ahead = int(mx.default_device() == mx.gpu)  # blocks a GPU decodes while the host reads the one before
     while not all(row.finish_reason for row in rows):
         ids, logps = [], []
         for _ in range(min(DECODE_BLOCK, uniforms.shape[1] - position)):
@@ -1131,8 +1131,13 @@ def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], unif
             ids.append(token)
             logps.append(logp)
             position += 1
-        # The one host sync of the block.
-        for row, row_ids, row_logps in zip(rows, mx.stack(ids, axis=1).tolist(), mx.stack(logps, axis=1).tolist()):
+        if ids:
+            unread.append((rows, mx.stack(ids, axis=1), mx.stack(logps, axis=1)))
+            mx.async_eval(unread[-1][1:])
+        if len(unread) <= ahead and position < uniforms.shape[1]:
+            continue
+        block_rows, block_ids, block_logps = unread.pop(0)
+        for row, row_ids, row_logps in zip(block_rows, block_ids.tolist(), block_logps.tolist()):  # the one host sync of the block
             if not row.finish_reason:
                 row.take(row_ids, row_logps)
         going = [i for i, row in enumerate(rows) if not row.finish_reason]
@@ -1417,7 +1422,7 @@ def split_head(model):
     return (backbone, head) if same else None
 
 
-def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy_gradient: bool):
+def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy_gradient: bool, compiled):
     """f(hidden (M, D), ids (M,)) -> log-probs (M,), entropies (M,) in float32, without an (M, V) tensor.
 
     Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the backward
@@ -1436,25 +1441,31 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy
         given = iter(weights)
         for holder, holder_names in zip(holders, names):
             holder.update(tree_unflatten([(n, next(given)) for n in holder_names]))
-        logits = head(hidden[None])[0].astype(mx.float32) / temperature  # (C, V)
+        logits = head(hidden[None])[0]  # (C, V)
         for holder, tree in zip(holders, current):
             holder.update(tree)
         return logits
 
+    # What runs over all logits is compiled by itself too: each pass over them costs what the arithmetic does not.
+    @compiled
     def stats(logits, ids):
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        exps = mx.exp(shifted)  # the one pass of exponentials: on CPUs they are what the head costs
+        top = logits.max(axis=-1, keepdims=True).astype(mx.float32) / temperature
+        shifted = logits.astype(mx.float32) / temperature - top
+        exps = mx.exp(shifted)  # on CPUs the one pass of exponentials is most of what the head costs
         total = exps.sum(axis=-1, keepdims=True)
-        logps = (mx.take_along_axis(shifted, ids[:, None], axis=-1) - mx.log(total))[:, 0]
-        entropies = (mx.log(total) - (exps * shifted).sum(axis=-1, keepdims=True) / total)[:, 0]
-        return logps, entropies, exps / total
+        entropies = mx.log(total) - (exps * shifted).sum(axis=-1, keepdims=True) / total
+        normaliser = top + mx.log(total)
+        picked = mx.take_along_axis(logits, ids[:, None], axis=-1).astype(mx.float32) / temperature
+        return (picked - normaliser)[:, 0], entropies[:, 0], normaliser, exps / total
 
-    def logit_gradient(logits, probs, ids, entropies, logp_grad, entropy_grad):
-        grad = -logp_grad[:, None] * probs
+    @compiled
+    def logit_gradient(logits, ids, normaliser, probs, entropies, logp_grad, entropy_grad):
+        logps = logits.astype(mx.float32) / temperature - normaliser
+        probs = mx.exp(logps) if probs is None else probs
+        grad = logp_grad[:, None] * ((mx.arange(logits.shape[-1]) == ids[:, None]) - probs)
         if entropy_gradient:
-            log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            grad = grad - entropy_grad[:, None] * probs * (log_probs + entropies[:, None])
-        return grad.at[mx.arange(ids.shape[0]), ids].add(logp_grad)
+            grad = grad - entropy_grad[:, None] * probs * (logps + entropies[:, None])
+        return (grad / temperature).astype(logits.dtype)
 
     def chunks(total):
         return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
@@ -1465,21 +1476,21 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy
         for part in chunks(ids.shape[0]):
             here = mx.depends([hidden[part]], list(parts[-1][:2]))[0] if parts else hidden[part]
             parts.append(stats(logits_of(here, *weights), ids[part]))
-        kept = parts[0][2] if len(parts) == 1 else mx.zeros((0,))
-        return *(mx.concatenate(column) for column in list(zip(*parts))[:2]), kept
+        logps, entropies, normalisers, probs = zip(*parts)
+        keep = probs[0] if len(parts) == 1 else mx.zeros((0,))
+        return *(mx.concatenate(column) for column in (logps, entropies, normalisers)), keep
 
     @chunked.vjp
     def chunked_vjp(primals, cotangents, outputs):
         hidden, ids, *weights = primals
-        entropies, kept = outputs[1:]
+        _, entropies, normalisers, kept = outputs
         hidden_grads, weight_grads = [], None
         for part in chunks(ids.shape[0]):
             here = hidden[part]
             if hidden_grads:
                 here = mx.depends([here], [hidden_grads[-1], *weight_grads])[0]
-            logits = logits_of(here, *weights)
-            probs = kept if kept.size else stats(logits, ids[part])[2]
-            grad = logit_gradient(logits, probs, ids[part], entropies[part], cotangents[0][part], cotangents[1][part])
+            known = ids[part], normalisers[part], kept if kept.size else None, entropies[part]
+            grad = logit_gradient(logits_of(here, *weights), *known, cotangents[0][part], cotangents[1][part])
             grads = mx.vjp(logits_of, [here, *weights], [grad])[1]
             hidden_grads.append(grads[0])
             exact = [g.astype(mx.float32) for g in grads[1:]]  # many chunks add up: not in half precision
@@ -1489,8 +1500,7 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy
 
     def head_stats(hidden, ids):
         weights = [w for holder in holders for _, w in tree_flatten(holder.trainable_parameters())]
-        logps, entropies, _ = chunked(hidden, mx.stop_gradient(ids), *weights)
-        return logps, entropies
+        return chunked(hidden, mx.stop_gradient(ids), *weights)[:2]
 
     return head_stats
 
@@ -1502,13 +1512,13 @@ class CompletionLogProbs:
     plain KV caches and models with gradient checkpointing take whole sequences instead, with the same result.
     """
 
-    def __init__(self, model, temperature: float, share_prompts: bool, entropy_gradient: bool = True):
+    def __init__(self, model, temperature: float, share_prompts: bool, entropy_gradient=True, compiled=lambda f: f):
         self.model, self.temperature = model, temperature
         self.share_prompts = share_prompts and can_pad(model)
         self.split = split_head(model)
         if self.split:
             vocabulary = model(mx.array([[0]])).shape[-1]
-            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, vocabulary, entropy_gradient)
+            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, vocabulary, entropy_gradient, compiled)
 
     def __call__(self, batch: dict) -> tuple[mx.array, mx.array]:
         """batch: prompts (P, L) left-padded by pads (P,), ids (N, T) right-padded, N a multiple of P -> (N, T) each."""
@@ -1689,11 +1699,12 @@ class MLXGRPOTrainer:
         self.updates = rollouts * config.num_iterations
 
         share = not config.grad_checkpoint
-        self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0)
+        self.compiled = mx.compile if config.use_compile and compile_works() else lambda function, *state: function
+        self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0, self.compiled)
         self.reference = None
         if config.kl_coeff > 0:
             frozen = without_adapters(self.model) if adapter_layers(self.model) else shared_copy(self.model)
-            self.reference = CompletionLogProbs(frozen, config.temperature, share)
+            self.reference = CompletionLogProbs(frozen, config.temperature, share, False, self.compiled)
         self.optimizer = MasterAdamW(config)
         self.optimizer.init(self.model.trainable_parameters())
         self.quantize_rollouts = config.quantize_for_rollouts
