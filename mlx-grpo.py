@@ -28,17 +28,13 @@ import ctypes
 import ctypes.util
 import dataclasses
 import difflib
-import functools
 import glob
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
-import platform
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -76,7 +72,9 @@ import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
-from monitoring import describe_evaluation, print_outcome, progress_text, write_report  # noqa: E402
+from monitoring import (  # noqa: E402
+    TRACKERS, Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, write_report,
+)  # fmt: skip
 from run_directory import (  # noqa: E402
     RunError, RunLogs, UserError, checkpoints, choose_run_dir, find_checkpoint, lock_directory, write_directory,
 )  # fmt: skip
@@ -189,7 +187,8 @@ class MLXGRPOConfig:
     run_name: str = ""  # that directory; empty: the config's name, numbered when taken
     logging_steps: int = 1  # updates between progress lines; the log file has every update
     log_jsonl: bool = True  # write training_log.jsonl and completions.jsonl
-    log_completions_steps: int = 10  # updates between samples written to completions.jsonl; 0 for never
+    log_completions_steps: int = 10  # updates between samples that are shown and written to completions.jsonl; 0 for never
+    report_to: list[str] = field(default_factory=list)  # trackers: tensorboard, wandb, trackio, swanlab; each is a package to install
     save_steps: int = 50  # updates between checkpoints; 0: only the final model
     save_total_limit: int = 3  # newest checkpoints kept, besides the best on held-out data; 0 for all
     seed: int = 0  # of the data order, the sampling and the adapters
@@ -248,6 +247,9 @@ class MLXGRPOConfig:
         yield self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group", (
             "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
         )
+        strange = [name for name in self.report_to if name not in TRACKERS]
+        near = [f" (did you mean {n}?)" for name in strange for n in difflib.get_close_matches(name, TRACKERS, 1)]
+        yield strange, f"Invalid report_to: {', '.join(strange)}; choose from {', '.join(TRACKERS)}{''.join(near)}"
         yield "/" in self.run_name or self.run_name in (".", ".."), (
             f"run_name must be a plain name, not a path: {self.run_name!r}; use output_dir for the folder"
         )
@@ -1697,6 +1699,7 @@ class MLXGRPOTrainer:
         self.prompts_per_update = config.batch_size * config.gradient_accumulation_steps
         rollouts = max(1, int(config.num_epochs * len(self.rows) / self.prompts_per_update))
         self.updates = rollouts * config.num_iterations
+        self.monitor = Monitor(self.updates, config.logging_steps)
 
         share = not config.grad_checkpoint
         self.compiled = mx.compile if config.use_compile and compile_works() else lambda function, *state: function
@@ -1969,24 +1972,17 @@ class MLXGRPOTrainer:
 
     def train(self) -> dict:
         """Train to the end: evaluate, update, log, save. Returns the evaluations before and after, {} when stopped."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        config, live = self.config, sys.stdout.isatty()
+        config = self.config
         self.build_step()
         self.probe_memory()
-        self.before = self.before or self.evaluations("before")
-        columns = BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-        with Progress(*columns, disable=not live) as bar:
-            task = bar.add_task("", total=self.updates, completed=self.update)
-            say = bar.console.print if live else functools.partial(print, flush=True)
+        with self.monitor as monitor:
+            monitor.begin(self.update, self.before.get("test"))
+            self.before = self.before or self.evaluations()
             while self.update < self.updates and not self.stop_signal:
                 previous, records = self.update, self.one_rollout()
                 for record in records:
                     self.log("training_log", record)
-                    text = progress_text(record)
-                    bar.update(task, completed=record["update"], description=text)
-                    if not live and (crossed(record["update"] - 1, record["update"], config.logging_steps)):
-                        say(f"{record['update']}/{self.updates} {text}")
+                    monitor.update(record)
                 if self.nan_updates >= config.max_nan_updates:
                     self.save_checkpoint()
                     raise RunError(
@@ -1996,20 +1992,22 @@ class MLXGRPOTrainer:
                 if self.update < self.updates:  # the last update's are made below
                     for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
                         if crossed(previous, self.update, every):
-                            say(f"update {self.update}: {describe_evaluation(self.evaluation(split))}")
+                            self.evaluation(split)
                     if crossed(previous, self.update, config.save_steps) or (config.save_steps and self.best_update == self.update):
                         self.save_checkpoint()
-        if self.stop_signal:
-            self.save_checkpoint()
-            return {}
-        after = self.evaluations("after")
-        write_directory(self.run_dir / "final", self.write_model)
+            if self.stop_signal:
+                self.save_checkpoint()
+                return {}
+            after = self.evaluations()
+            monitor.phase("saving")
+            write_directory(self.run_dir / "final", self.write_model)
         return {"before": self.before, "after": after}
 
     def one_rollout(self) -> list[dict]:
         """Sample, score, and update num_iterations times; the log records of those updates."""
         config, first = self.config, self.cursor
         seconds = dict.fromkeys(("rollout", "reward", "train"), 0.0)
+        self.monitor.phase("sampling")
         try:
             groups = self.collect(seconds)
         except RunError:  # a reward failed: what is learnt so far is kept, and a resume scores the same prompts
@@ -2017,6 +2015,7 @@ class MLXGRPOTrainer:
             if self.update:
                 self.save_checkpoint()
             raise
+        self.monitor.phase("training")
         start = time.perf_counter()
         metrics = self.train_on(groups)
         seconds["train"] = time.perf_counter() - start
@@ -2025,7 +2024,10 @@ class MLXGRPOTrainer:
             self.synced = self.trainable()
             self.refresh_sampler()
         if config.log_completions_steps and (not previous or crossed(previous, self.update, config.log_completions_steps)):
-            self.log_completions(groups)
+            records = completion_records(self.update, groups, list(map(name_of, self.reward_functions)))
+            for record in records:
+                self.log("completions", record)
+            self.monitor.completions(records, self.totals)
         self.warn_of_mismatch(metrics[-1])
         shared = self.describe(groups, seconds, self.cursor - first)
         return [
@@ -2075,35 +2077,24 @@ class MLXGRPOTrainer:
         if self.config.log_jsonl:
             self.logs.add(name, record)
 
-    def log_completions(self, groups: list[Group]) -> None:
-        names = list(map(name_of, self.reward_functions))
-        for group in groups:
-            for text, reason, rewards, length in zip(group.texts, group.finish_reasons, group.rewards.T, map(len, group.completions)):
-                per_function = {n: None if np.isnan(r) else float(r) for n, r in zip(names, rewards)}
-                self.log("completions", {
-                    "update": self.update, "prompt": group.row["prompt"], "answer": group.row["answer"], "completion": text,
-                    "rewards": per_function, "finish_reason": reason, "length": length,
-                })  # fmt: skip
-
     def evaluation(self, split: str) -> dict:
-        """Evaluate on a fixed part of a split, log it, and keep the best held-out score."""
-        start = time.perf_counter()
+        """Evaluate on a fixed part of a split, log and show it, and keep the best held-out score."""
+        start, rows = time.perf_counter(), self.eval_rows[split]
+        when = {0: "before training", self.updates: "after training"}.get(self.update, f"update {self.update}")
+        self.monitor.evaluating(len(rows), when)
         self.model.eval()
-        result = evaluate(self.model, self.tokenizer, self.eval_rows[split], self.config)
+        result = evaluate(self.model, self.tokenizer, rows, self.config)
         record = {"event": "eval", "update": self.update, "split": split, **{k: v for k, v in result.items() if k != "texts"}}
-        self.log("training_log", {**record, "seconds": time.perf_counter() - start})
+        timed = {**record, "seconds": time.perf_counter() - start}
+        self.log("training_log", timed)
         if split == "test" and record["em_strict"] > self.best:
             self.best, self.best_update = record["em_strict"], self.update
+        self.monitor.evaluation(timed, when)
         self.after_evaluation(self.run_dir)
         return record
 
-    def evaluations(self, when: str) -> dict:
-        records = {}
-        for split, rows in self.eval_rows.items():
-            print(f"evaluating {len(rows)} problems {when} training", flush=True)
-            records[split] = self.evaluation(split)
-            print(f"{when} training: {describe_evaluation(records[split])}", flush=True)
-        return records
+    def evaluations(self) -> dict:
+        return {split: self.evaluation(split) for split in self.eval_rows}
 
     # Saving and resuming
 
@@ -2267,7 +2258,7 @@ NO_METRICS = {"loss": 0.0, "grad_norm": 0.0} | dict.fromkeys(  # of an update wi
 RESUMED_STATE = ("update", "cursor", "nan_updates", "best", "best_update", "tokens", "quantize_rollouts", "before")
 MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes
     "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps", "save_total_limit", "eval_steps",
-    "eval_every_updates", "max_nan_updates", "reward_timeout", "trust_remote_code",
+    "eval_every_updates", "max_nan_updates", "reward_timeout", "trust_remote_code", "report_to",
 }  # fmt: skip
 MAY_BE_SET = {  # and those that alter it, but only by --set: rate, lengths, and what makes it fit into memory
     "learning_rate", "num_epochs", "max_completion_length", "max_new_tokens", "micro_batch_tokens", "grad_checkpoint", "kv_budget_gb",
@@ -2307,9 +2298,10 @@ def stopping_on_signals(trainer: MLXGRPOTrainer):
 
     def on_signal(number, frame):
         if trainer.stop_signal:
+            trainer.monitor.abandon()
             os._exit(128 + number)
         trainer.stop_signal = number
-        print("Stopping after this update; once more to stop at once", file=sys.stderr)
+        trainer.monitor.stopping()
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -2317,16 +2309,6 @@ def stopping_on_signals(trainer: MLXGRPOTrainer):
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def machine_facts() -> dict:
-    """What the report says of the machine, the versions and the command."""
-    versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")}
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "chip": mx.device_info().get("device_name", "unknown"),
-        "device": mx.default_device().type.name, "cores": os.cpu_count(), "memory_gb": round(memory_bytes() / 2**30, 1),
-        "platform": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), **versions,
-    }  # fmt: skip
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -2347,9 +2329,11 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml")
     values, sources = read_settings(path, arguments.set)
     config = MLXGRPOConfig(**values)
+    check_trackers(config.report_to)
     lines = config_as_toml(config, sources).splitlines()
     print("\n".join(line for line in lines if not line.endswith("# default")))
-    print(textwrap.fill("defaults: " + ", ".join(l.removesuffix("  # default") for l in lines if l.endswith("# default")), 100))
+    defaults = "defaults: " + ", ".join(l.removesuffix("  # default") for l in lines if l.endswith("# default"))
+    print(textwrap.fill(defaults, min(100, shutil.get_terminal_size((100, 24)).columns)))
     if sys.platform == "linux" and mx.default_device() == mx.cpu and not BLAS:
         print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
     run_dir = choose_run_dir(Path(config.output_dir), config.run_name, path.stem, arguments.resume)
@@ -2373,13 +2357,14 @@ def run(arguments: argparse.Namespace) -> int:
         elif arguments.resume is not None:
             trainer.logs.cut({})
         (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
-        (run_dir / "machine.json").write_text(json.dumps({**machine_facts(), "updates": trainer.updates}, indent=2))
+        (run_dir / "machine.json").write_text(json.dumps({**machine_facts(memory_bytes()), "updates": trainer.updates}, indent=2))
     except OSError as error:
         raise RunError(f"Cannot write to the run directory {run_dir}: {error.strerror}") from None
 
     if config.log_jsonl:
         trainer.after_evaluation = write_report
-    with lock, stopping_on_signals(trainer):
+    trainer.monitor.trackers = start_trackers(config.report_to, run_dir, dataclasses.asdict(config), trainer.update)
+    with lock, trainer.monitor.trackers, stopping_on_signals(trainer):
         outcome = trainer.train()
     if not outcome:
         print(f"Stopped at update {trainer.update} of {trainer.updates}. To continue, run the same command with --resume", file=sys.stderr)
