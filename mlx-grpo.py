@@ -1065,14 +1065,14 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
         for value, keep_likely in filters:
             if value:
                 logits = keep_likely(logits - mx.logsumexp(logits, axis=-1, keepdims=True), value)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    cumulative = mx.cumsum(mx.exp(shifted), axis=-1)  # one pass of exponentials both draws and normalises
-    total = cumulative[:, -1:]
+    probs = mx.softmax(logits, axis=-1)
     if sampling.temperature:
-        ids = mx.minimum(mx.sum(cumulative <= uniforms[:, None] * total, axis=-1), logits.shape[-1] - 1)
+        cumulative = mx.cumsum(probs, axis=-1)
+        # The first id that reaches a threshold in (0, total]: never one whose probability is 0.
+        ids = mx.sum(cumulative < (1 - uniforms[:, None]) * cumulative[:, -1:], axis=-1)
     else:
         ids = mx.argmax(logits, axis=-1)
-    return ids, (mx.take_along_axis(shifted, ids[:, None], axis=-1) - mx.log(total))[:, 0]
+    return ids, mx.log(mx.take_along_axis(probs, ids[:, None], axis=-1)[:, 0])
 
 
 class Row:
@@ -1157,6 +1157,10 @@ def kv_bytes_per_token(model) -> int:
     model(mx.zeros((1, 1), mx.int32), cache=cache)
     arrays = [x for layer in cache for _, x in tree_flatten(layer.state) if isinstance(x, mx.array) and x.ndim == 4]
     return sum(x.nbytes // x.shape[2] for x in arrays) or 1
+
+
+def on_cuda() -> bool:
+    return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
 def memory_bytes() -> int:
@@ -1424,7 +1428,7 @@ def split_head(model):
     return (backbone, head) if same else None
 
 
-def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy_gradient: bool, compiled):
+def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy_gradient: bool):
     """f(hidden (M, D), ids (M,)) -> log-probs (M,), entropies (M,) in float32, without an (M, V) tensor.
 
     Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the backward
@@ -1448,26 +1452,25 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy
             holder.update(tree)
         return logits
 
-    # What runs over all logits is compiled by itself too: each pass over them costs what the arithmetic does not.
-    @compiled
-    def stats(logits, ids):
-        top = logits.max(axis=-1, keepdims=True).astype(mx.float32) / temperature
-        shifted = logits.astype(mx.float32) / temperature - top
-        exps = mx.exp(shifted)  # on CPUs the one pass of exponentials is most of what the head costs
-        total = exps.sum(axis=-1, keepdims=True)
-        entropies = mx.log(total) - (exps * shifted).sum(axis=-1, keepdims=True) / total
-        normaliser = top + mx.log(total)
-        picked = mx.take_along_axis(logits, ids[:, None], axis=-1).astype(mx.float32) / temperature
-        return (picked - normaliser)[:, 0], entropies[:, 0], normaliser, exps / total
+    def scaled(logits):
+        logits = logits.astype(mx.float32)
+        return logits if temperature == 1.0 else logits / temperature
 
-    @compiled
-    def logit_gradient(logits, ids, normaliser, probs, entropies, logp_grad, entropy_grad):
-        logps = logits.astype(mx.float32) / temperature - normaliser
-        probs = mx.exp(logps) if probs is None else probs
-        grad = logp_grad[:, None] * ((mx.arange(logits.shape[-1]) == ids[:, None]) - probs)
+    def stats(logits, ids):
+        logits = scaled(logits)
+        # One pass of exponentials, in the kernel that has the least memory traffic; the largest p gives the normaliser.
+        probs = mx.softmax(logits, axis=-1)
+        normaliser = logits.max(axis=-1) - mx.log(probs.max(axis=-1))
+        entropies = normaliser - (probs * logits).sum(axis=-1)
+        return mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - normaliser, entropies, probs
+
+    def logit_gradient(logits, ids, probs, entropies, logp_grad, entropy_grad):
+        probs = mx.softmax(scaled(logits), axis=-1) if probs is None else probs
+        grad = (-logp_grad[:, None] * probs).at[mx.arange(ids.shape[0]), ids].add(logp_grad)
         if entropy_gradient:
+            logps = mx.log(mx.maximum(probs, 1e-38))  # p log p is 0 at 0
             grad = grad - entropy_grad[:, None] * probs * (logps + entropies[:, None])
-        return (grad / temperature).astype(logits.dtype)
+        return (grad if temperature == 1.0 else grad / temperature).astype(logits.dtype)
 
     def chunks(total):
         return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
@@ -1478,20 +1481,19 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy
         for part in chunks(ids.shape[0]):
             here = mx.depends([hidden[part]], list(parts[-1][:2]))[0] if parts else hidden[part]
             parts.append(stats(logits_of(here, *weights), ids[part]))
-        logps, entropies, normalisers, probs = zip(*parts)
-        keep = probs[0] if len(parts) == 1 else mx.zeros((0,))
-        return *(mx.concatenate(column) for column in (logps, entropies, normalisers)), keep
+        logps, entropies, probs = zip(*parts)
+        return mx.concatenate(logps), mx.concatenate(entropies), probs[0] if len(parts) == 1 else mx.zeros((0,))
 
     @chunked.vjp
     def chunked_vjp(primals, cotangents, outputs):
         hidden, ids, *weights = primals
-        _, entropies, normalisers, kept = outputs
+        _, entropies, kept = outputs
         hidden_grads, weight_grads = [], None
         for part in chunks(ids.shape[0]):
             here = hidden[part]
             if hidden_grads:
                 here = mx.depends([here], [hidden_grads[-1], *weight_grads])[0]
-            known = ids[part], normalisers[part], kept if kept.size else None, entropies[part]
+            known = ids[part], kept if kept.size else None, entropies[part]
             grad = logit_gradient(logits_of(here, *weights), *known, cotangents[0][part], cotangents[1][part])
             grads = mx.vjp(logits_of, [here, *weights], [grad])[1]
             hidden_grads.append(grads[0])
@@ -1514,31 +1516,36 @@ class CompletionLogProbs:
     plain KV caches and models with gradient checkpointing take whole sequences instead, with the same result.
     """
 
-    def __init__(self, model, temperature: float, share_prompts: bool, entropy_gradient=True, compiled=lambda f: f):
+    def __init__(self, model, temperature: float, share_prompts: bool, entropy_gradient: bool = True):
         self.model, self.temperature = model, temperature
         self.share_prompts = share_prompts and can_pad(model)
         self.split = split_head(model)
         if self.split:
             vocabulary = model(mx.array([[0]])).shape[-1]
-            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, vocabulary, entropy_gradient, compiled)
+            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, vocabulary, entropy_gradient)
 
     def __call__(self, batch: dict) -> tuple[mx.array, mx.array]:
-        """batch: prompts (P, L) left-padded by pads (P,), ids (N, T) right-padded, N a multiple of P -> (N, T) each."""
-        prompts, pads, ids = batch["prompts"], batch["pads"], batch["ids"]
+        """batch: prompts (P, L), left-padded by pads (P,) where that is given, ids (N, T) right-padded, N a multiple
+        of P -> (N, T) each."""
+        prompts, pads, ids = batch["prompts"], batch.get("pads"), batch["ids"]
         repeats = ids.shape[0] // prompts.shape[0]
         run = self.split[0] if self.split else self.model
-        if self.share_prompts:
+        # CUDA's fused attention takes no mask: there a padded prompt costs more than it saves.
+        if self.share_prompts and (pads is None or not on_cuda()):
             cache = prefill(self.model, prompts, pads, repeats)
             # The last prompt id predicts the first of the completion, and so on: T inputs for T ids.
             inputs = mx.concatenate([mx.repeat(prompts[:, -1:], repeats, axis=0), ids[:, :-1]], axis=1)
             out = run(inputs, cache=cache)  # (N, T, D), or (N, T, V) from a model without a split head
         else:
             rows = mx.concatenate([mx.repeat(prompts, repeats, axis=0), ids], axis=1)  # (N, L+T)
-            shift = mx.repeat(pads, repeats)[:, None]
-            places = mx.minimum(mx.arange(rows.shape[1]) + shift, rows.shape[1] - 1)
-            out = run(mx.take_along_axis(rows, places, axis=1))  # padding moved from the left to the right
+            shift = 0 if pads is None else mx.repeat(pads, repeats)[:, None]
+            if pads is not None:  # padding moved from the left to the right: then attention needs no mask
+                places = mx.minimum(mx.arange(rows.shape[1]) + shift, rows.shape[1] - 1)
+                rows = mx.take_along_axis(rows, places, axis=1)
+            out = run(rows)
             first = prompts.shape[1] - 1 - shift  # where the first completion id is predicted
-            out = mx.take_along_axis(out, (first + mx.arange(ids.shape[1]))[..., None], axis=1)
+            places = mx.broadcast_to(first + mx.arange(ids.shape[1]), ids.shape)
+            out = mx.take_along_axis(out, places[..., None], axis=1)
         if self.split:
             logps, entropies = self.head_stats(out.reshape(-1, out.shape[-1]), ids.reshape(-1))
             return logps.reshape(ids.shape), entropies.reshape(ids.shape)
@@ -1702,12 +1709,11 @@ class MLXGRPOTrainer:
         self.monitor = Monitor(self.updates, config.logging_steps)
 
         share = not config.grad_checkpoint
-        self.compiled = mx.compile if config.use_compile and compile_works() else lambda function, *state: function
-        self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0, self.compiled)
+        self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0)
         self.reference = None
         if config.kl_coeff > 0:
             frozen = without_adapters(self.model) if adapter_layers(self.model) else shared_copy(self.model)
-            self.reference = CompletionLogProbs(frozen, config.temperature, share, False, self.compiled)
+            self.reference = CompletionLogProbs(frozen, config.temperature, share)
         self.optimizer = MasterAdamW(config)
         self.optimizer.init(self.model.trainable_parameters())
         self.quantize_rollouts = config.quantize_for_rollouts
@@ -1850,8 +1856,10 @@ class MLXGRPOTrainer:
         rows = [(b, i) for b, first in unit for i in range(first, first + k)]
         count = bucket(len(unit), 1)
         width = bucket(max(len(groups[b].completions[i]) for b, i in rows))
-        prompts = [groups[b].prompt for b, _ in unit] + [[0]] * (count - len(unit))
-        tokens, pads = left_pad(prompts, bucket(max(map(len, prompts))))
+        prompts = [groups[b].prompt for b, _ in unit]
+        prompts += prompts[:1] * (count - len(unit))
+        equal = len(set(map(len, prompts))) == 1  # without padding attention needs no mask
+        tokens, pads = left_pad(prompts, len(prompts[0]) if equal else bucket(max(map(len, prompts))))
         arrays = {name: np.zeros((count * k, width), kind) for name, kind in
                   (("ids", np.int32), ("mask", np.float32), ("sampler_logps", np.float32))}  # fmt: skip
         for n, (b, i) in enumerate(rows):
@@ -1861,7 +1869,8 @@ class MLXGRPOTrainer:
             arrays["sampler_logps"][n, : len(ids)] = groups[b].sampler_logps[i]
         flat = np.zeros(count * k, np.float32)
         flat[: len(rows)] = [advantages[b, i] for b, i in rows]
-        return {"prompts": tokens, "pads": pads, "advantages": mx.array(flat), **{n: mx.array(a) for n, a in arrays.items()}}
+        batch = {"prompts": tokens, "advantages": mx.array(flat), **{n: mx.array(a) for n, a in arrays.items()}}
+        return batch if equal else {**batch, "pads": pads}
 
     def build_step(self) -> None:
         """The two functions of an update, compiled once with the state they read and write."""
@@ -1890,7 +1899,7 @@ class MLXGRPOTrainer:
             self.optimizer.update(self.model, tree_map(lambda g: g * scale.astype(g.dtype), grads))
 
         if config.use_compile and compile_works():
-            if mx.default_device() == mx.gpu and not mx.metal.is_available():
+            if on_cuda():
                 print("compiling the training step: on CUDA the first update may take minutes, or set use_compile to false", flush=True)
             model, optimizer = [self.model.state], [self.model.state, self.optimizer.state]
             gradient, apply = mx.compile(gradient, model, model), mx.compile(apply, optimizer, optimizer)
