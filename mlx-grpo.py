@@ -2009,6 +2009,7 @@ class MLXGRPOTrainer:
         """Sample, score, and update num_iterations times; the log records of those updates."""
         config, first = self.config, self.cursor
         seconds = dict.fromkeys(("rollout", "reward", "train"), 0.0)
+        self.ranks.waited = self.ranks.communicated = 0.0
         try:
             groups = self.collect(seconds)
         except RunError:  # a reward failed: what is learnt so far is kept, and a resume scores the same prompts

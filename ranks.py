@@ -54,8 +54,8 @@ class Ranks:
     Every rank must call the same methods in the same order. Used as a context: its end waits for all ranks.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0):
-        self.rank, self.size, self.timeout = rank, size, timeout
+    def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0, group=None):
+        self.rank, self.size, self.timeout, self.group = rank, size, timeout, group
         self.waited = self.communicated = 0.0  # seconds: for slower ranks, and of the exchange itself
         self.waiting_since = None  # when the exchange in progress began
         self.quiet, self.watch = contextlib.ExitStack(), None
@@ -99,11 +99,11 @@ class Ranks:
         if self.size == 1:
             return [value]
         data, start = np.frombuffer(pickle.dumps(value), np.uint8), time.perf_counter()
-        sizes = self.exchange(lambda: mx.distributed.all_gather(mx.array([data.size]))).tolist()
+        sizes = self.exchange(lambda: mx.distributed.all_gather(mx.array([data.size]), group=self.group)).tolist()
         self.waited += time.perf_counter() - start
         padded = np.zeros(max(sizes), np.uint8)
         padded[: data.size] = data
-        rows = np.array(self.exchange(lambda: mx.distributed.all_gather(mx.array(padded)))).reshape(self.size, -1)
+        rows = np.array(self.exchange(lambda: mx.distributed.all_gather(mx.array(padded), group=self.group))).reshape(self.size, -1)
         return [PlainData(io.BytesIO(row[:size].tobytes())).load() for row, size in zip(rows, sizes)]
 
     def merge(self, part: list | RunError) -> list:
@@ -122,29 +122,30 @@ class Ranks:
 
     def sum(self, tree):
         """The sum over the ranks of a tree of gradients, added in float32: in half precision small parts would be lost."""
-        return self.add_up(tree, mx.float32) if self.size > 1 else tree
+        if self.size == 1:
+            return tree
+        flat, summed = [(name, a.astype(mx.float32)) for name, a in sorted(tree_flatten(tree), key=lambda item: item[0])], []
+        mx.eval(flat)
+        self.gather(None)  # so that waiting for slower ranks is not counted as communication
+        start = time.perf_counter()
+        while flat:
+            piece = [flat.pop(0)]
+            while flat and sum(a.nbytes for _, a in piece) + flat[0][1].nbytes <= PIECE:
+                piece.append(flat.pop(0))
+            names, arrays = zip(*piece)
+            # One collective an evaluation: the order of several is not the same on all ranks. The factor makes the
+            # average a sum, exactly for 2, 4, 8 ... ranks.
+            total = self.exchange(lambda: [a * self.size for a in nn.average_gradients(list(arrays), self.group, PIECE)])  # noqa: B023
+            summed += zip(names, total)
+        self.communicated += time.perf_counter() - start
+        return tree_unflatten(summed)
 
     def from_first(self, tree):
         """Rank 0's values of a tree of arrays that has the same names and shapes on every rank."""
         if self.size == 1:
             return tree
-        return self.add_up(tree if self.rank == 0 else tree_unflatten([(n, mx.zeros_like(a)) for n, a in tree_flatten(tree)]))
-
-    def add_up(self, tree, dtype=None):
-        self.gather(None)  # so that waiting for slower ranks is not counted as communication
-        start, flat, summed = time.perf_counter(), tree_flatten(tree), []
-        while flat:
-            piece = [flat.pop(0)]
-            while flat and sum(a.nbytes for _, a in piece) + flat[0][1].nbytes <= PIECE:
-                piece.append(flat.pop(0))
-            arrays = [a.astype(dtype) if dtype else a for _, a in piece]
-            if dtype:  # small arrays go together; the factor makes the average a sum, exactly for 2, 4, 8 ... ranks
-                arrays = self.exchange(lambda: [a * self.size for a in nn.average_gradients(arrays)])  # noqa: B023
-            else:
-                arrays = self.exchange(lambda: [mx.distributed.all_sum(a) for a in arrays])  # noqa: B023
-            summed += [(name, array) for (name, _), array in zip(piece, arrays)]
-        self.communicated += time.perf_counter() - start
-        return tree_unflatten(summed)
+        flat = [(name, a if self.rank == 0 else mx.zeros_like(a)) for name, a in sorted(tree_flatten(tree), key=lambda item: item[0])]  # a file has an order of its own
+        return tree_unflatten([(name, self.exchange(lambda: mx.distributed.all_sum(a, group=self.group))) for name, a in flat])  # noqa: B023
 
     # Agreement
 
@@ -165,11 +166,10 @@ class Ranks:
                 raise UserError(f"Ranks 0 and {rank} differ in {', '.join(different)}: every rank needs the same settings, model and data")
 
     def timing(self, seconds: dict) -> tuple[dict, dict]:
-        """`seconds` by phase, each the slowest rank's, and what the log says of the exchanges since the last call."""
+        """`seconds` by phase, each the slowest rank's, and what the log says of this update's exchanges."""
         if self.size == 1:
             return seconds, {}
         found = self.gather([seconds, self.waited, self.communicated])
-        self.waited = self.communicated = 0.0
         slowest = {phase: max(each[phase] for each, _, _ in found) for phase in seconds}
         return slowest, {"wait_by_rank": [wait for _, wait, _ in found], "communication_time": max(time for _, _, time in found)}
 
@@ -247,15 +247,14 @@ def start_ranks(timeout: float) -> Ranks:
     timer.start()
     try:
         group = mx.distributed.init(strict=True, backend=backend)
-        found = group.size()
-        mx.eval(mx.distributed.all_sum(mx.array(1)))  # some backends connect only now
+        if group.size() != size:
+            raise RunError(f"Rank {rank}: {size} ranks were asked for, and MLX's {backend} backend found {group.size()}")
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=group))  # some backends connect only now
     except RuntimeError as error:
         raise RunError(f"Rank {rank}: the {backend} backend did not start: {error}") from None
     finally:
         timer.cancel()
-    if found != size:
-        raise RunError(f"Rank {rank}: {size} ranks were asked for, and MLX's {backend} backend found {found}")
-    return Ranks(group.rank(), size, timeout)
+    return Ranks(group.rank(), size, timeout, group)
 
 
 # ---------------------------------------------------------------------------------------------------------------
