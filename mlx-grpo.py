@@ -2241,7 +2241,7 @@ class MLXGRPOTrainer:
         print(f"updates    {self.updates} of {self.prompts_per_update} prompts x {config.num_generations} completions")
         print(f"tokens     at most {rows * config.rollout_tokens * self.updates // config.num_iterations:,} sampled")
         if self.ranks.size > 1:
-            print(f"ranks      {self.ranks.size}, each with the whole model and its share of the prompts")
+            print(f"ranks      {self.ranks.size}, each with the whole model and its share of the prompts: the memory below is one rank's")
         plan = self.memory_plan()
         if plan["peak"] * 2**30 > memory_bytes():
             print(f"Warning: memory may not suffice: about {plan['peak']:.1f} GB at the peak of {memory_bytes() / 2**30:.1f} GB. {LESS_MEMORY}", file=sys.stderr)
