@@ -6,6 +6,7 @@ each has its share of the gradient, and the sum over the ranks is the whole batc
 """
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -238,13 +239,10 @@ def start_ranks(timeout: float) -> Ranks:
         return ALONE
     rank = os.environ.get("MLX_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "?"))
 
-    def give_up():
-        print(f"Rank {rank}: not all of {size} ranks came up on {backend} within distributed_timeout = {timeout:g} s", file=sys.__stderr__, flush=True)
-        os._exit(1)
-
-    timer = threading.Timer(timeout, give_up)  # MLX waits without an end
-    timer.daemon = True
-    timer.start()
+    if rank == "0":
+        print(f"ranks      waiting at most {timeout:g} s for {size} of them to come up on {backend}", flush=True)
+    # MLX waits without an end and holds the interpreter, so that no thread of Python's could end it. Exit status 1.
+    faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
     try:
         group = mx.distributed.init(strict=True, backend=backend)
         if group.size() != size:
@@ -253,7 +251,7 @@ def start_ranks(timeout: float) -> Ranks:
     except RuntimeError as error:
         raise RunError(f"Rank {rank}: the {backend} backend did not start: {error}") from None
     finally:
-        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
     return Ranks(group.rank(), size, timeout, group)
 
 

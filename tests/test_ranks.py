@@ -343,6 +343,15 @@ def test_a_rank_that_dies_or_hangs_ends_the_run(tmp_path, fate, said):
 
 
 @pytest.mark.slow
+def test_a_rank_that_stays_alone_gives_up(tmp_path):
+    (tmp_path / "hosts.json").write_text(json.dumps([["127.0.0.1:20000"], ["127.0.0.1:20001"]]))
+    own = [sys.executable, str(ROOT / "mlx-grpo.py"), *command(tmp_path, "distributed_timeout=2")]
+    environment = {**os.environ, **LIMITS, "MLX_HOSTFILE": str(tmp_path / "hosts.json"), "MLX_RANK": "0"}
+    result = subprocess.run(own, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "waiting at most 2 s for 2" in result.stdout and "Timeout" in result.stderr
+
+
+@pytest.mark.slow
 def test_the_launcher_starts_ranks(tmp_path):
     launch = Path(sys.executable).with_name("mlx.launch")
     own = ["--", sys.executable, str(ROOT / "mlx-grpo.py"), *command(tmp_path, "distributed_timeout=60", more=["--dry-run"])]
