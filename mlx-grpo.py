@@ -28,17 +28,13 @@ import ctypes
 import ctypes.util
 import dataclasses
 import difflib
-import functools
 import glob
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
-import platform
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -76,7 +72,9 @@ import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
-from monitoring import describe_evaluation, print_outcome, progress_text, write_report  # noqa: E402
+from monitoring import (  # noqa: E402
+    TRACKERS, Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, write_report,
+)  # fmt: skip
 from ranks import ALONE, Ranks, start_ranks  # noqa: E402
 from run_directory import (  # noqa: E402
     RunError, RunLogs, UserError, checkpoints, choose_run_dir, find_checkpoint, lock_directory, write_directory,
@@ -190,7 +188,8 @@ class MLXGRPOConfig:
     run_name: str = ""  # that directory; empty: the config's name, numbered when taken
     logging_steps: int = 1  # updates between progress lines; the log file has every update
     log_jsonl: bool = True  # write training_log.jsonl and completions.jsonl
-    log_completions_steps: int = 10  # updates between samples written to completions.jsonl; 0 for never
+    log_completions_steps: int = 10  # updates between samples that are shown and written to completions.jsonl; 0 for never
+    report_to: list[str] = field(default_factory=list)  # trackers: tensorboard, wandb, trackio, swanlab; each is a package to install
     save_steps: int = 50  # updates between checkpoints; 0: only the final model
     save_total_limit: int = 3  # newest checkpoints kept, besides the best on held-out data; 0 for all
     seed: int = 0  # of the data order, the sampling and the adapters
@@ -252,6 +251,9 @@ class MLXGRPOConfig:
         yield self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group", (
             "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
         )
+        strange = [name for name in self.report_to if name not in TRACKERS]
+        near = [f" (did you mean {n}?)" for name in strange for n in difflib.get_close_matches(name, TRACKERS, 1)]
+        yield strange, f"Invalid report_to: {', '.join(strange)}; choose from {', '.join(TRACKERS)}{''.join(near)}"
         yield "/" in self.run_name or self.run_name in (".", ".."), (
             f"run_name must be a plain name, not a path: {self.run_name!r}; use output_dir for the folder"
         )
@@ -1060,21 +1062,21 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
     if seen is not None:  # (N, V): ids of the prompt and of the completion so far (CTRL, arXiv 1909.05858)
         penalty = sampling.repetition_penalty
         logits = mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
-    logps = logits / (sampling.temperature or 1.0)
-    logps = logps - mx.logsumexp(logps, axis=-1, keepdims=True)
-    if not sampling.temperature:
-        ids = mx.argmax(logps, axis=-1)
-    else:
+    logits = logits / (sampling.temperature or 1.0)
+    if sampling.temperature:
         top_k = sampling.top_k if sampling.top_k < logits.shape[-1] else 0
         filters = ((top_k, apply_top_k), (sampling.top_p % 1.0, apply_top_p), (sampling.min_p, apply_min_p))
         for value, keep_likely in filters:
             if value:
-                logps = keep_likely(logps, value)
-                logps = logps - mx.logsumexp(logps, axis=-1, keepdims=True)
-        cumulative = mx.cumsum(mx.exp(logps), axis=-1)
-        ids = mx.sum(cumulative <= uniforms[:, None] * cumulative[:, -1:], axis=-1)
-        ids = mx.minimum(ids, logits.shape[-1] - 1)
-    return ids, mx.take_along_axis(logps, ids[:, None], axis=-1)[:, 0]
+                logits = keep_likely(logits - mx.logsumexp(logits, axis=-1, keepdims=True), value)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    cumulative = mx.cumsum(mx.exp(shifted), axis=-1)  # one pass of exponentials both draws and normalises
+    total = cumulative[:, -1:]
+    if sampling.temperature:
+        ids = mx.minimum(mx.sum(cumulative <= uniforms[:, None] * total, axis=-1), logits.shape[-1] - 1)
+    else:
+        ids = mx.argmax(logits, axis=-1)
+    return ids, (mx.take_along_axis(shifted, ids[:, None], axis=-1) - mx.log(total))[:, 0]
 
 
 class Row:
@@ -1117,8 +1119,8 @@ def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], unif
         tokens, repeats = mx.repeat(tokens, repeats, axis=0), 1
     cache = prefill(model, tokens, pads, repeats)
     last = mx.repeat(tokens[:, -1:], repeats, axis=0)  # (N, 1)
-    seen = None
-    position = 0
+    seen, position, unread = None, 0, []
+    ahead = int(mx.default_device() == mx.gpu)  # blocks a GPU decodes while the host reads the one before
     while not all(row.finish_reason for row in rows):
         ids, logps = [], []
         for _ in range(min(DECODE_BLOCK, uniforms.shape[1] - position)):
@@ -1135,8 +1137,13 @@ def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], unif
             ids.append(token)
             logps.append(logp)
             position += 1
-        # The one host sync of the block.
-        for row, row_ids, row_logps in zip(rows, mx.stack(ids, axis=1).tolist(), mx.stack(logps, axis=1).tolist()):
+        if ids:
+            unread.append((rows, mx.stack(ids, axis=1), mx.stack(logps, axis=1)))
+            mx.async_eval(unread[-1][1:])
+        if len(unread) <= ahead and position < uniforms.shape[1]:
+            continue
+        block_rows, block_ids, block_logps = unread.pop(0)
+        for row, row_ids, row_logps in zip(block_rows, block_ids.tolist(), block_logps.tolist()):  # the one host sync of the block
             if not row.finish_reason:
                 row.take(row_ids, row_logps)
         going = [i for i, row in enumerate(rows) if not row.finish_reason]
@@ -1421,30 +1428,50 @@ def split_head(model):
     return (backbone, head) if same else None
 
 
-def make_head_stats(head, backbone, temperature: float, vocabulary: int):
+def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy_gradient: bool, compiled):
     """f(hidden (M, D), ids (M,)) -> log-probs (M,), entropies (M,) in float32, without an (M, V) tensor.
 
     Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the backward
-    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are.
+    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are. Where
+    all positions are one chunk, its probabilities are kept for the backward pass instead. The gradient is written
+    out: of log p_id it is onehot - p, of the entropy H -p (log p + H), the latter only where `entropy_gradient`.
     """
     chunk = max(1, HEAD_CHUNK_LOGITS // vocabulary)
     # Tied models keep their head's weight in the embedding, under the backbone.
     tied = not tree_flatten(head.parameters()) or getattr(head.args, "tie_word_embeddings", False)
     holders = [head, *(m for m in backbone.children().values() if tied and hasattr(m, "as_linear"))]
 
-    def stats(hidden, ids, *weights):
+    def logits_of(hidden, *weights):
         current = [holder.trainable_parameters() for holder in holders]
         names = [[n for n, _ in tree_flatten(tree)] for tree in current]
         given = iter(weights)
         for holder, holder_names in zip(holders, names):
             holder.update(tree_unflatten([(n, next(given)) for n in holder_names]))
-        logits = head(hidden[None])[0].astype(mx.float32) / temperature  # (C, V)
+        logits = head(hidden[None])[0]  # (C, V)
         for holder, tree in zip(holders, current):
             holder.update(tree)
-        normaliser = mx.logsumexp(logits, axis=-1, keepdims=True)
-        logps = (mx.take_along_axis(logits, ids[:, None], axis=-1) - normaliser)[:, 0]
-        entropies = normaliser[:, 0] - (mx.exp(logits - normaliser) * logits).sum(axis=-1)
-        return logps, entropies
+        return logits
+
+    # What runs over all logits is compiled by itself too: each pass over them costs what the arithmetic does not.
+    @compiled
+    def stats(logits, ids):
+        top = logits.max(axis=-1, keepdims=True).astype(mx.float32) / temperature
+        shifted = logits.astype(mx.float32) / temperature - top
+        exps = mx.exp(shifted)  # on CPUs the one pass of exponentials is most of what the head costs
+        total = exps.sum(axis=-1, keepdims=True)
+        entropies = mx.log(total) - (exps * shifted).sum(axis=-1, keepdims=True) / total
+        normaliser = top + mx.log(total)
+        picked = mx.take_along_axis(logits, ids[:, None], axis=-1).astype(mx.float32) / temperature
+        return (picked - normaliser)[:, 0], entropies[:, 0], normaliser, exps / total
+
+    @compiled
+    def logit_gradient(logits, ids, normaliser, probs, entropies, logp_grad, entropy_grad):
+        logps = logits.astype(mx.float32) / temperature - normaliser
+        probs = mx.exp(logps) if probs is None else probs
+        grad = logp_grad[:, None] * ((mx.arange(logits.shape[-1]) == ids[:, None]) - probs)
+        if entropy_gradient:
+            grad = grad - entropy_grad[:, None] * probs * (logps + entropies[:, None])
+        return (grad / temperature).astype(logits.dtype)
 
     def chunks(total):
         return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
@@ -1453,20 +1480,24 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int):
     def chunked(hidden, ids, *weights):
         parts = []
         for part in chunks(ids.shape[0]):
-            here = mx.depends([hidden[part]], list(parts[-1]))[0] if parts else hidden[part]
-            parts.append(stats(here, ids[part], *weights))
-        return tuple(mx.concatenate(column) for column in zip(*parts))
+            here = mx.depends([hidden[part]], list(parts[-1][:2]))[0] if parts else hidden[part]
+            parts.append(stats(logits_of(here, *weights), ids[part]))
+        logps, entropies, normalisers, probs = zip(*parts)
+        keep = probs[0] if len(parts) == 1 else mx.zeros((0,))
+        return *(mx.concatenate(column) for column in (logps, entropies, normalisers)), keep
 
     @chunked.vjp
     def chunked_vjp(primals, cotangents, outputs):
         hidden, ids, *weights = primals
+        _, entropies, normalisers, kept = outputs
         hidden_grads, weight_grads = [], None
         for part in chunks(ids.shape[0]):
             here = hidden[part]
             if hidden_grads:
                 here = mx.depends([here], [hidden_grads[-1], *weight_grads])[0]
-            wanted = [here, *weights]
-            grads = mx.vjp(lambda h, *w: stats(h, ids[part], *w), wanted, [c[part] for c in cotangents])[1]
+            known = ids[part], normalisers[part], kept if kept.size else None, entropies[part]
+            grad = logit_gradient(logits_of(here, *weights), *known, cotangents[0][part], cotangents[1][part])
+            grads = mx.vjp(logits_of, [here, *weights], [grad])[1]
             hidden_grads.append(grads[0])
             exact = [g.astype(mx.float32) for g in grads[1:]]  # many chunks add up: not in half precision
             weight_grads = exact if weight_grads is None else [a + b for a, b in zip(weight_grads, exact)]
@@ -1475,7 +1506,7 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int):
 
     def head_stats(hidden, ids):
         weights = [w for holder in holders for _, w in tree_flatten(holder.trainable_parameters())]
-        return chunked(hidden, mx.stop_gradient(ids), *weights)
+        return chunked(hidden, mx.stop_gradient(ids), *weights)[:2]
 
     return head_stats
 
@@ -1487,13 +1518,13 @@ class CompletionLogProbs:
     plain KV caches and models with gradient checkpointing take whole sequences instead, with the same result.
     """
 
-    def __init__(self, model, temperature: float, share_prompts: bool):
+    def __init__(self, model, temperature: float, share_prompts: bool, entropy_gradient=True, compiled=lambda f: f):
         self.model, self.temperature = model, temperature
         self.share_prompts = share_prompts and can_pad(model)
         self.split = split_head(model)
         if self.split:
             vocabulary = model(mx.array([[0]])).shape[-1]
-            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, vocabulary)
+            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, vocabulary, entropy_gradient, compiled)
 
     def __call__(self, batch: dict) -> tuple[mx.array, mx.array]:
         """batch: prompts (P, L) left-padded by pads (P,), ids (N, T) right-padded, N a multiple of P -> (N, T) each."""
@@ -1676,13 +1707,15 @@ class MLXGRPOTrainer:
             raise UserError(f"{ranks.size} ranks share {self.prompts_per_update} prompts an update; raise batch_size, or start fewer")
         rollouts = max(1, int(config.num_epochs * len(self.rows) / self.prompts_per_update))
         self.updates = rollouts * config.num_iterations
+        self.monitor = Monitor(self.updates, config.logging_steps)
 
         share = not config.grad_checkpoint
-        self.log_probs = CompletionLogProbs(self.model, config.temperature, share)
+        self.compiled = mx.compile if config.use_compile and compile_works() else lambda function, *state: function
+        self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0, self.compiled)
         self.reference = None
         if config.kl_coeff > 0:
             frozen = without_adapters(self.model) if adapter_layers(self.model) else shared_copy(self.model)
-            self.reference = CompletionLogProbs(frozen, config.temperature, share)
+            self.reference = CompletionLogProbs(frozen, config.temperature, share, False, self.compiled)
         self.optimizer = MasterAdamW(config)
         self.optimizer.init(self.model.trainable_parameters())
         self.quantize_rollouts = config.quantize_for_rollouts
@@ -1926,7 +1959,7 @@ class MLXGRPOTrainer:
             mx.eval(grads, results[-1])  # frees this part's activations before the next begins
         grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))  # a rank may have no part
         results = [r for part in self.ranks.gather(tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, results)) for r in part]
-        norm = mx.sqrt(sum((g.astype(mx.float32) ** 2).sum() for _, g in tree_flatten(grads))).item()
+        norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(grads))).item()
         record = {"loss": sum(loss for loss, *_ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
         tokens, rows = np.array([n for _, _, n, _, _ in results]), np.array([n for *_, n, _ in results])
         by_row = config.importance_sampling_level == "sequence" or config.loss_type == "vespo"
@@ -1963,24 +1996,17 @@ class MLXGRPOTrainer:
 
     def train(self) -> dict:
         """Train to the end: evaluate, update, log, save. Returns the evaluations before and after, {} when stopped."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        config, live = self.config, sys.stdout.isatty()
+        config = self.config
         self.build_step()
         self.probe_memory()
-        self.before = self.before or self.evaluations("before")
-        columns = BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-        with Progress(*columns, disable=not live) as bar:
-            task = bar.add_task("", total=self.updates, completed=self.update)
-            say = bar.console.print if live else functools.partial(print, flush=True)
+        with self.monitor as monitor:
+            monitor.begin(self.update, self.before.get("test"))
+            self.before = self.before or self.evaluations()
             while self.update < self.updates and not self.is_stopped():
                 previous, records = self.update, self.one_rollout()
                 for record in records:
                     self.log("training_log", record)
-                    text = progress_text(record)
-                    bar.update(task, completed=record["update"], description=text)
-                    if not live and (crossed(record["update"] - 1, record["update"], config.logging_steps)):
-                        say(f"{record['update']}/{self.updates} {text}")
+                    monitor.update(record)
                 if self.nan_updates >= config.max_nan_updates:
                     self.save_checkpoint()
                     raise RunError(
@@ -1990,14 +2016,15 @@ class MLXGRPOTrainer:
                 if self.update < self.updates:  # the last update's are made below
                     for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
                         if crossed(previous, self.update, every):
-                            say(f"update {self.update}: {describe_evaluation(self.evaluation(split))}")
+                            self.evaluation(split)
                     if crossed(previous, self.update, config.save_steps) or (config.save_steps and self.best_update == self.update):
                         self.save_checkpoint()
-        if self.is_stopped():
-            self.save_checkpoint()
-            return {}
-        after = self.evaluations("after")
-        self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.write_model))
+            if self.is_stopped():
+                self.save_checkpoint()
+                return {}
+            after = self.evaluations()
+            monitor.phase("saving")
+            self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.write_model))
         return {"before": self.before, "after": after}
 
     def is_stopped(self) -> bool:
@@ -2010,6 +2037,7 @@ class MLXGRPOTrainer:
         config, first = self.config, self.cursor
         seconds = dict.fromkeys(("rollout", "reward", "train"), 0.0)
         self.ranks.waited = self.ranks.communicated = 0.0
+        self.monitor.phase("sampling")
         try:
             groups = self.collect(seconds)
         except RunError:  # a reward failed: what is learnt so far is kept, and a resume scores the same prompts
@@ -2017,6 +2045,7 @@ class MLXGRPOTrainer:
             if self.update:
                 self.save_checkpoint()
             raise
+        self.monitor.phase("training")
         start = time.perf_counter()
         metrics = self.train_on(groups)
         seconds["train"] = time.perf_counter() - start
@@ -2027,7 +2056,10 @@ class MLXGRPOTrainer:
         if crossed(previous, self.update, config.check_weights_steps):
             self.check_weights()
         if config.log_completions_steps and (not previous or crossed(previous, self.update, config.log_completions_steps)):
-            self.log_completions(groups)
+            records = completion_records(self.update, groups, list(map(name_of, self.reward_functions)))
+            for record in records:
+                self.log("completions", record)
+            self.monitor.completions(records, self.totals)
         self.warn_of_mismatch(metrics[-1])
         seconds, exchanges = self.ranks.timing(seconds)
         shared = self.describe(groups, seconds, self.cursor - first) | exchanges
@@ -2078,35 +2110,24 @@ class MLXGRPOTrainer:
         if self.config.log_jsonl and self.ranks.rank == 0:
             self.logs.add(name, record)
 
-    def log_completions(self, groups: list[Group]) -> None:
-        names = list(map(name_of, self.reward_functions))
-        for group in groups:
-            for text, reason, rewards, length in zip(group.texts, group.finish_reasons, group.rewards.T, map(len, group.completions)):
-                per_function = {n: None if np.isnan(r) else float(r) for n, r in zip(names, rewards)}
-                self.log("completions", {
-                    "update": self.update, "prompt": group.row["prompt"], "answer": group.row["answer"], "completion": text,
-                    "rewards": per_function, "finish_reason": reason, "length": length,
-                })  # fmt: skip
-
     def evaluation(self, split: str) -> dict:
-        """Evaluate on a fixed part of a split, log it, and keep the best held-out score."""
-        start = time.perf_counter()
+        """Evaluate on a fixed part of a split, log and show it, and keep the best held-out score."""
+        start, rows = time.perf_counter(), self.eval_rows[split]
+        when = {0: "before training", self.updates: "after training"}.get(self.update, f"update {self.update}")
+        self.monitor.evaluating(len(rows), when)
         self.model.eval()
-        result = evaluate(self.model, self.tokenizer, self.eval_rows[split], self.config, ranks=self.ranks)
+        result = evaluate(self.model, self.tokenizer, rows, self.config, ranks=self.ranks)
         record = {"event": "eval", "update": self.update, "split": split, **{k: v for k, v in result.items() if k != "texts"}}
-        self.log("training_log", {**record, "seconds": time.perf_counter() - start})
+        timed = {**record, "seconds": time.perf_counter() - start}
+        self.log("training_log", timed)
         if split == "test" and record["em_strict"] > self.best:
             self.best, self.best_update = record["em_strict"], self.update
+        self.monitor.evaluation(timed, when)
         self.after_evaluation(self.run_dir)
         return record
 
-    def evaluations(self, when: str) -> dict:
-        records = {}
-        for split, rows in self.eval_rows.items():
-            print(f"evaluating {len(rows)} problems {when} training", flush=True)
-            records[split] = self.evaluation(split)
-            print(f"{when} training: {describe_evaluation(records[split])}", flush=True)
-        return records
+    def evaluations(self) -> dict:
+        return {split: self.evaluation(split) for split in self.eval_rows}
 
     # Saving and resuming
 
@@ -2292,7 +2313,7 @@ NO_METRICS = {"loss": 0.0, "grad_norm": 0.0} | dict.fromkeys(  # of an update wi
 RESUMED_STATE = ("update", "cursor", "nan_updates", "best", "best_update", "tokens", "quantize_rollouts", "before")
 MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes
     "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps", "save_total_limit", "eval_steps",
-    "eval_every_updates", "max_nan_updates", "reward_timeout", "trust_remote_code",
+    "eval_every_updates", "max_nan_updates", "reward_timeout", "trust_remote_code", "report_to",
     "distributed_timeout", "check_weights_steps",
 }  # fmt: skip
 MAY_BE_SET = {  # and those that alter it, but only by --set: rate, lengths, and what makes it fit into memory
@@ -2334,12 +2355,13 @@ def stopping_on_signals(trainer: MLXGRPOTrainer):
 
     def on_signal(number, frame):
         if received:
+            trainer.monitor.abandon()
             os._exit(128 + number)
         received.append(number)
         if number == signal.SIGHUP:  # the launcher's connection is gone, and the terminal with it
             sys.stdout = sys.stderr = open(os.devnull, "w")
         trainer.stop_signal = number
-        print("Stopping after this update; once more to stop at once", file=sys.stderr)
+        trainer.monitor.stopping()
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[: 2 if trainer.ranks.size == 1 else 3]
     previous = {number: signal.signal(number, on_signal) for number in numbers}
@@ -2348,16 +2370,6 @@ def stopping_on_signals(trainer: MLXGRPOTrainer):
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def machine_facts() -> dict:
-    """What the report says of the machine, the versions and the command."""
-    versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")}
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "chip": mx.device_info().get("device_name", "unknown"),
-        "device": mx.default_device().type.name, "cores": os.cpu_count(), "memory_gb": round(memory_bytes() / 2**30, 1),
-        "platform": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), **versions,
-    }  # fmt: skip
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -2378,6 +2390,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml")
     values, sources = read_settings(path, arguments.set)
     config = MLXGRPOConfig(**values)
+    check_trackers(config.report_to)
     with start_ranks(config.distributed_timeout) as ranks:
         return run_on(ranks, arguments, path, config, sources)
 
@@ -2386,7 +2399,8 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     """The same as one of `ranks`, of which the first has the run's directory."""
     lines = config_as_toml(config, sources).splitlines()
     print("\n".join(line for line in lines if not line.endswith("# default")))
-    print(textwrap.fill("defaults: " + ", ".join(l.removesuffix("  # default") for l in lines if l.endswith("# default")), 100))
+    defaults = "defaults: " + ", ".join(l.removesuffix("  # default") for l in lines if l.endswith("# default"))
+    print(textwrap.fill(defaults, min(100, shutil.get_terminal_size((100, 24)).columns)))
     if sys.platform == "linux" and mx.default_device() == mx.cpu and not BLAS:
         print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
     held = contextlib.ExitStack()
@@ -2407,7 +2421,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
 
     def describe() -> None:
         (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
-        (run_dir / "machine.json").write_text(json.dumps({**machine_facts(), "updates": trainer.updates}, indent=2))
+        (run_dir / "machine.json").write_text(json.dumps({**machine_facts(memory_bytes()), "updates": trainer.updates}, indent=2))
 
     run_dir, checkpoint = ranks.on_first(find)
     run_dir = Path(run_dir)
@@ -2428,7 +2442,9 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
 
     if config.log_jsonl and ranks.rank == 0:
         trainer.after_evaluation = write_report
-    with held, stopping_on_signals(trainer):
+    if ranks.rank == 0:
+        trainer.monitor.trackers = start_trackers(config.report_to, run_dir, dataclasses.asdict(config), trainer.update)
+    with held, trainer.monitor.trackers, stopping_on_signals(trainer):
         outcome = trainer.train()
     if not outcome:
         print(f"Stopped at update {trainer.update} of {trainer.updates}. To continue, run the same command with --resume", file=sys.stderr)

@@ -233,11 +233,12 @@ def weights(folder: Path, pattern="model*.safetensors") -> dict:
     return {k: np.array(v) for file in folder.glob(pattern) for k, v in mx.load(str(file)).items()}
 
 
-def assert_same_weights(a: dict, b: dict) -> None:
-    """But for rounding: where a gradient is nothing but rounding, Adam makes a visible step of it, so a few may differ more."""
+def assert_same_weights(a: dict, b: dict, rate=1e-3) -> None:
+    """But for rounding: where a gradient is nothing but rounding, Adam makes a visible step of it, so a few may differ by a
+    part of a step, which is about the learning rate."""
     assert a.keys() == b.keys()
     gaps = np.concatenate([np.abs(a[name] - b[name]).ravel() for name in a])
-    assert np.mean(gaps) < 1e-6 and np.mean(gaps > 1e-4) < 1e-4
+    assert np.mean(gaps) < rate / 1000 and np.mean(gaps > rate / 10) < 1e-4
 
 
 @pytest.mark.slow
@@ -252,7 +253,7 @@ def test_two_ranks_learn_what_one_learns(pair, tmp_path, name):
     close(ranks[0]["scores"], json.loads(json.dumps(alone["scores"])))
     found = [weights(folder, f"{name} {rank}.safetensors") for rank in (0, 1)]
     assert all((found[0][k] == found[1][k]).all() for k in found[0])  # the ranks to the bit
-    assert_same_weights(found[0], {k: np.array(v) for k, v in alone["weights"].items()})
+    assert_same_weights(found[0], {k: np.array(v) for k, v in alone["weights"].items()}, rate=1e-2 if "adapters" in name else 1e-3)
 
 
 @pytest.mark.slow

@@ -44,7 +44,8 @@ def largest_gap(a, b):
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_log_probs_entropies_and_gradients_equal_plain_sequences(name, share, monkeypatch):
-    monkeypatch.setattr(mlx_grpo, "HEAD_CHUNK_LOGITS", 97 * 7)  # seven positions a chunk: several chunks, one ragged
+    if share:  # seven positions a chunk: several chunks, one ragged; else one chunk, whose probabilities are kept
+        monkeypatch.setattr(mlx_grpo, "HEAD_CHUNK_LOGITS", 97 * 7)
     model = tiny_model(name)
     model.train()
     forward, batch = CompletionLogProbs(model, 0.8, share), batch_of()
