@@ -75,6 +75,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 from monitoring import (  # noqa: E402
     TRACKERS, Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, write_report,
 )  # fmt: skip
+from ranks import ALONE, Ranks, start_ranks  # noqa: E402
 from run_directory import (  # noqa: E402
     RunError, RunLogs, UserError, checkpoints, choose_run_dir, find_checkpoint, lock_directory, write_directory,
 )  # fmt: skip
@@ -192,6 +193,9 @@ class MLXGRPOConfig:
     save_steps: int = 50  # updates between checkpoints; 0: only the final model
     save_total_limit: int = 3  # newest checkpoints kept, besides the best on held-out data; 0 for all
     seed: int = 0  # of the data order, the sampling and the adapters
+    # Several processes
+    distributed_timeout: float = 120.0  # seconds a rank may be silent before the run ends; a reward that holds the interpreter is silent
+    check_weights_steps: int = 50  # updates between checks that all ranks hold the same weights; 0: only at the start and before a save
 
     def __post_init__(self):
         """Refuse what cannot work, before anything is loaded."""
@@ -293,7 +297,7 @@ AT_LEAST_ONE = (
     "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations", "logging_steps",
     "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size",
 )  # fmt: skip
-ABOVE_ZERO = ("temperature", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile",
+ABOVE_ZERO = ("temperature", "distributed_timeout", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile",
               "sapo_temperature_pos", "sapo_temperature_neg")  # fmt: skip
 AT_MOST_ONE = ("top_p", "min_p", "warmup_ratio", "top_entropy_quantile")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "eval_fraction")
@@ -1183,7 +1187,7 @@ def generate(
     rows = [[row() for _ in range(num_generations)] for _ in prompts]
     padded = can_pad(model)
     budget = kv_budget or memory_bytes() // 4
-    most = max(num_generations, int(budget / kv_bytes_per_token(model)) // (max(map(len, prompts)) + max_new_tokens))
+    most = max(num_generations, int(budget / kv_bytes_per_token(model)) // (max(map(len, prompts), default=0) + max_new_tokens))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours need little padding
     while order:
         batch = order[: max(1, most // num_generations)]
@@ -1643,21 +1647,23 @@ def fixed_subset(rows: list, size: int, seed: int) -> list:
     return [rows[i] for i in sorted(np.random.default_rng([seed, 1]).choice(len(rows), size, replace=False))]
 
 
-def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None) -> dict:
+def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None, ranks: Ranks = ALONE) -> dict:
     """Greedy exact match over `rows` ({"prompt", "answer"}): em_strict, em_lenient, their intervals and every text."""
-    prompts = [build_prompt(tokenizer, r["prompt"], config.system_prompt, config.completion_prefix) for r in rows]
+    mine = ranks.share(rows)
+    prompts = [build_prompt(tokenizer, r["prompt"], config.system_prompt, config.completion_prefix) for r in mine]
     rollout = generate(
         model, tokenizer, prompts, sampling=Sampling(temperature=0.0), stop_strings=config.stop_strings, progress=progress,
         max_new_tokens=config.eval_max_new_tokens or config.max_completion_length, kv_budget=int(config.kv_budget_gb * 2**30),
     )
-    texts = [config.completion_prefix + text for text in rollout.texts]
+    answers = [[config.completion_prefix + text, len(ids)] for text, ids in zip(rollout.texts, rollout.completions)]
+    texts, lengths = zip(*ranks.merge(answers))
     hits = np.array([grade(text, row["answer"]) for text, row in zip(texts, rows)])  # (n, 2)
     strict, lenient = (int(h) for h in hits.sum(axis=0))
     n = len(rows)
     return {
         "em_strict": strict / n, "em_strict_ci": wilson_interval(strict, n),
         "em_lenient": lenient / n, "em_lenient_ci": wilson_interval(lenient, n),
-        "n": n, "completion_length": float(np.mean([len(c) for c in rollout.completions])), "texts": texts,
+        "n": n, "completion_length": float(np.mean(lengths)), "texts": list(texts),
     }  # fmt: skip
 
 
@@ -1684,15 +1690,15 @@ class Group:
 
 
 class MLXGRPOTrainer:
-    """Trains the policy of `config` into the directory `run_dir`.
+    """Trains the policy of `config` into the directory `run_dir`, as one of `ranks`: each rolls out its share of the prompts.
 
     model: the policy. sampler: what writes the completions, the policy itself unless it is to be quantised or stale.
     reference: the policy as it was, for the KL, where kl_coeff asks for one.
     """
 
-    def __init__(self, config: MLXGRPOConfig, run_dir: Path):
+    def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
         self.after_evaluation = lambda run_dir: None  # the command line puts the report here
-        self.config, self.run_dir = config, Path(run_dir)
+        self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
         self.reward_functions, self.reward_weights = load_rewards(config)
         train_rows, test_rows = load_dataset_split(config, "train"), load_dataset_split(config, "test")
         self.model, self.tokenizer = load_model(config)
@@ -1704,6 +1710,8 @@ class MLXGRPOTrainer:
         if config.eval_every_updates:
             self.eval_rows["train"] = fixed_subset(self.rows, config.eval_subset_size, config.seed)
         self.prompts_per_update = config.batch_size * config.gradient_accumulation_steps
+        if self.prompts_per_update < ranks.size:
+            raise UserError(f"{ranks.size} ranks share {self.prompts_per_update} prompts an update; raise batch_size, or start fewer")
         rollouts = max(1, int(config.num_epochs * len(self.rows) / self.prompts_per_update))
         self.updates = rollouts * config.num_iterations
         self.monitor = Monitor(self.updates, config.logging_steps)
@@ -1729,6 +1737,9 @@ class MLXGRPOTrainer:
         self.stop_signal = 0
         self.synced = self.trainable()
         self.refresh_sampler()
+        data = [[row["prompt_ids"], row["answer"]] for rows in (self.rows, *self.eval_rows.values()) for row in rows]
+        ranks.must_agree(settings=dataclasses.asdict(config), data=hashlib.sha256(json.dumps(data).encode()).hexdigest())
+        ranks.check_equal(dict(tree_flatten(self.model.parameters())), "as loaded")
 
     def drop_long_prompts(self, rows: list[dict], split: str) -> list[dict]:
         """The rows whose prompt fits max_prompt_length and the model's context, with their token ids as "prompt_ids"."""
@@ -1776,9 +1787,19 @@ class MLXGRPOTrainer:
         return drawn
 
     def sample_groups(self, count: int, seconds: dict) -> list[Group]:
-        """Roll out and score the next `count` prompts."""
-        config, start = self.config, time.perf_counter()
+        """Roll out and score the next `count` prompts, each rank its share; every rank gets all the groups."""
         drawn = self.next_rows(count)
+        try:
+            mine = self.complete(self.ranks.share(drawn), seconds)
+        except RunError as error:  # a reward failed, on one rank
+            mine = error
+        return [Group(row, row["prompt_ids"], *parts, np.array(rewards)) for (_, row), (*parts, rewards) in zip(drawn, self.ranks.merge(mine))]
+
+    def complete(self, drawn: list[tuple[int, dict]], seconds: dict) -> list[list]:
+        """Of each (number, row): its completions, sampler_logps, finish_reasons, texts and rewards, as in Group."""
+        if not drawn:  # fewer prompts than ranks
+            return []
+        config, start = self.config, time.perf_counter()
         rows = [row for _, row in drawn]
         self.sampler.eval()
         rollout = generate(
@@ -1796,11 +1817,8 @@ class MLXGRPOTrainer:
         columns["max_completion_length"] = config.max_completion_length
         rewards = score(self.reward_functions, config.reward_timeout, texts, columns)  # (F, N)
         seconds["reward"] += time.perf_counter() - start
-        parts = [slice(i * g, (i + 1) * g) for i in range(count)]
-        return [
-            Group(row, row["prompt_ids"], rollout.completions[p], rollout.sampler_logps[p], rollout.finish_reasons[p], texts[p], rewards[:, p])
-            for row, p in zip(rows, parts)
-        ]
+        parts = [slice(i * g, (i + 1) * g) for i in range(len(rows))]
+        return [[rollout.completions[p], rollout.sampler_logps[p], rollout.finish_reasons[p], texts[p], rewards[:, p].tolist()] for p in parts]
 
     def collect(self, seconds: dict) -> list[Group]:
         """The groups of one update. Groups without signal make way for fresh prompts, up to the cap (DAPO)."""
@@ -1815,7 +1833,7 @@ class MLXGRPOTrainer:
     # The update
 
     def micro_batches(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
-        """The update's arrays, cut into batches of at most micro_batch_tokens positions; advantages: (B, G).
+        """This rank's share of the update's arrays, in batches of at most micro_batch_tokens positions; advantages: (B, G).
 
         Each has prompts (P, L), pads (P,), ids and mask (P*K, T), sampler_logps (P*K, T), advantages (P*K,), and what
         makes the parts add up to the whole: `weight` of its loss, and num_items.
@@ -1828,6 +1846,9 @@ class MLXGRPOTrainer:
         used = [b for b in range(len(groups)) if not plain or np.any(advantages[b])]
         used.sort(key=lambda b: max(map(len, groups[b].completions)))
         cost = lambda count, prompt, longest, rows: bucket(count, 1) * (bucket(prompt) + rows * bucket(longest))  # noqa: E731
+        used = self.ranks.balanced(used, lambda b: cost(1, len(groups[b].prompt), max(map(len, groups[b].completions)), g))
+        if not used:
+            return []
         widest = max(len(groups[b].prompt) for b in used), max(len(c) for b in used for c in groups[b].completions)
         # Rows of a group that go together: all of them, unless one group alone is over the budget.
         k = next(k for k in range(g, 0, -1) if g % k == 0 and (k == 1 or cost(1, *widest, k) <= config.micro_batch_tokens))
@@ -1928,8 +1949,9 @@ class MLXGRPOTrainer:
             mx.eval(batch)
         entropies = [(batch.pop("entropies"), batch["mask"] > 0) for batch in batches if "entropies" in batch]
         if config.top_entropy_quantile < 1:
-            values, inside = (mx.concatenate([x.reshape(-1) for x in column]) for column in zip(*entropies))
-            threshold = masked_quantile(values, inside, 1 - config.top_entropy_quantile)
+            mine = [value for values, inside in entropies for value in np.array(values)[np.array(inside)].tolist()]
+            values = mx.array([value for part in self.ranks.gather(mine) for value in part])
+            threshold = masked_quantile(values, mx.ones_like(values) > 0, 1 - config.top_entropy_quantile)
             for batch in batches:
                 batch["entropy_threshold"] = threshold
         return batches
@@ -1942,19 +1964,21 @@ class MLXGRPOTrainer:
             loss, metrics, part = self.gradient(batch)
             # Parts are added in float32: in half precision small ones would be lost.
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
-            results.append((loss, metrics, batch["mask"].sum()))
+            results.append((loss, metrics, batch["mask"].sum(), batch["ids"].shape[0], batch["num_items"]))
             mx.eval(grads, results[-1])  # frees this part's activations before the next begins
+        grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))  # a rank may have no part
+        results = [r for part in self.ranks.gather(tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, results)) for r in part]
         norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(grads))).item()
-        record = {"loss": sum(loss.item() for loss, _, _ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
-        tokens, rows = np.array([n.item() for _, _, n in results]), np.array([batch["ids"].shape[0] for batch in batches])
+        record = {"loss": sum(loss for loss, *_ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
+        tokens, rows = np.array([n for _, _, n, _, _ in results]), np.array([n for *_, n, _ in results])
         by_row = config.importance_sampling_level == "sequence" or config.loss_type == "vespo"
         for name in results[0][1]:
-            values = np.array([metrics[name].item() for _, metrics, _ in results])
+            values = np.array([metrics[name] for _, metrics, *_ in results])
             merge = {"min": np.min, "max": np.max}.get(re.split("[_/]", name)[-1])
             if merge:
                 record[name] = float(merge(values))
             elif "clip" in name:  # rows left out for want of a signal count: they are never clipped
-                record[name] = float((values * rows).sum() / self.totals.size if by_row else (values * tokens).sum() / batches[0]["num_items"].item())
+                record[name] = float((values * rows).sum() / self.totals.size if by_row else (values * tokens).sum() / results[0][-1])
             else:
                 record[name] = float((values * tokens).sum() / max(1, tokens.sum()))
         if not math.isfinite(norm) or not math.isfinite(record["loss"]):
@@ -1987,7 +2011,7 @@ class MLXGRPOTrainer:
         with self.monitor as monitor:
             monitor.begin(self.update, self.before.get("test"))
             self.before = self.before or self.evaluations()
-            while self.update < self.updates and not self.stop_signal:
+            while self.update < self.updates and not self.is_stopped():
                 previous, records = self.update, self.one_rollout()
                 for record in records:
                     self.log("training_log", record)
@@ -2004,18 +2028,24 @@ class MLXGRPOTrainer:
                             self.evaluation(split)
                     if crossed(previous, self.update, config.save_steps) or (config.save_steps and self.best_update == self.update):
                         self.save_checkpoint()
-            if self.stop_signal:
+            if self.is_stopped():
                 self.save_checkpoint()
                 return {}
             after = self.evaluations()
             monitor.phase("saving")
-            write_directory(self.run_dir / "final", self.write_model)
+            self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.write_model))
         return {"before": self.before, "after": after}
+
+    def is_stopped(self) -> bool:
+        """Whether any rank has been told to stop; all of them then do."""
+        self.stop_signal = max(self.ranks.gather(self.stop_signal))
+        return bool(self.stop_signal)
 
     def one_rollout(self) -> list[dict]:
         """Sample, score, and update num_iterations times; the log records of those updates."""
         config, first = self.config, self.cursor
         seconds = dict.fromkeys(("rollout", "reward", "train"), 0.0)
+        self.ranks.waited = self.ranks.communicated = 0.0
         self.monitor.phase("sampling")
         try:
             groups = self.collect(seconds)
@@ -2032,13 +2062,16 @@ class MLXGRPOTrainer:
         if crossed(previous, self.update, config.sync_every):
             self.synced = self.trainable()
             self.refresh_sampler()
+        if crossed(previous, self.update, config.check_weights_steps):
+            self.check_weights()
         if config.log_completions_steps and (not previous or crossed(previous, self.update, config.log_completions_steps)):
             records = completion_records(self.update, groups, list(map(name_of, self.reward_functions)))
             for record in records:
                 self.log("completions", record)
             self.monitor.completions(records, self.totals)
         self.warn_of_mismatch(metrics[-1])
-        shared = self.describe(groups, seconds, self.cursor - first)
+        seconds, exchanges = self.ranks.timing(seconds)
+        shared = self.describe(groups, seconds, self.cursor - first) | exchanges
         return [
             {"update": number, "lr": learning_rate(config, number - 1, self.updates), **one, **shared}
             for number, one in enumerate(metrics, previous + 1)
@@ -2083,7 +2116,7 @@ class MLXGRPOTrainer:
     # Records
 
     def log(self, name: str, record: dict) -> None:
-        if self.config.log_jsonl:
+        if self.config.log_jsonl and self.ranks.rank == 0:
             self.logs.add(name, record)
 
     def evaluation(self, split: str) -> dict:
@@ -2092,7 +2125,7 @@ class MLXGRPOTrainer:
         when = {0: "before training", self.updates: "after training"}.get(self.update, f"update {self.update}")
         self.monitor.evaluating(len(rows), when)
         self.model.eval()
-        result = evaluate(self.model, self.tokenizer, rows, self.config)
+        result = evaluate(self.model, self.tokenizer, rows, self.config, ranks=self.ranks)
         record = {"event": "eval", "update": self.update, "split": split, **{k: v for k, v in result.items() if k != "texts"}}
         timed = {**record, "seconds": time.perf_counter() - start}
         self.log("training_log", timed)
@@ -2110,7 +2143,16 @@ class MLXGRPOTrainer:
     def write_model(self, folder: Path) -> None:
         save_model(folder, self.model, self.tokenizer, self.model_config, self.source, self.config)
 
+    def check_weights(self) -> None:
+        """Stop the run where the ranks' weights have come apart: what they learn from then on is nobody's."""
+        self.ranks.check_equal(self.trainable(), f"after update {self.update}")
+
     def save_checkpoint(self) -> None:
+        """Have rank 0 write a checkpoint; the others wait."""
+        self.check_weights()
+        self.ranks.on_first(self.write_checkpoint)
+
+    def write_checkpoint(self) -> None:
         """Write checkpoint-UPDATE, with all that an exact resume needs; a failure is fatal only the third time in a row."""
         target = self.run_dir / f"checkpoint-{self.update}"
         if target.exists():  # nothing has happened since
@@ -2142,7 +2184,18 @@ class MLXGRPOTrainer:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def resume(self, folder: Path, asked: set[str] = frozenset()) -> None:
-        """Continue from a checkpoint as if there had been no stop. `asked`: settings given by --set.
+        """Continue from a checkpoint as if there had been no stop; only rank 0 needs to have it. `asked`: settings given by --set."""
+        self.ranks.on_first(lambda: self.read_checkpoint(folder, asked))
+        if self.ranks.size > 1:
+            for name, value in self.ranks.on_first(lambda: {name: getattr(self, name) for name in RESUMED_STATE}).items():
+                setattr(self, name, value)
+            self.model.load_weights(list(self.ranks.from_first(self.trainable()).items()), strict=False)
+            self.optimizer.state = self.ranks.from_first(self.optimizer.state)
+            self.synced = self.ranks.from_first(self.synced)
+            self.refresh_sampler()
+
+    def read_checkpoint(self, folder: Path, asked: set[str]) -> None:
+        """Take over what a checkpoint holds, and set aside what the run wrote after it.
 
         Raises UserError where other settings have changed, or where the checkpoint is not this model's.
         """
@@ -2187,7 +2240,7 @@ class MLXGRPOTrainer:
         trained = [p for _, p in tree_flatten(self.model.trainable_parameters())]
         count = sum(p.size for p in trained)
         prompt = max(len(row["prompt_ids"]) for row in self.rows)
-        rows = min(self.prompts_per_update * config.num_generations, 2**30)
+        rows = min(-(-self.prompts_per_update // self.ranks.size) * config.num_generations, 2**30)
         budget = int(config.kv_budget_gb * 2**30) or memory_bytes() // 4
         kv = min(rows * (prompt + config.rollout_tokens) * kv_bytes_per_token(self.model), budget)
         hidden = getattr(args, "hidden_size", 1024)
@@ -2217,6 +2270,8 @@ class MLXGRPOTrainer:
         print(f"data       {len(self.rows)} training prompts, {len(self.eval_rows['test'])} held-out")
         print(f"updates    {self.updates} of {self.prompts_per_update} prompts x {config.num_generations} completions")
         print(f"tokens     at most {rows * config.rollout_tokens * self.updates // config.num_iterations:,} sampled")
+        if self.ranks.size > 1:
+            print(f"ranks      {self.ranks.size}, each with the whole model and its share of the prompts: the memory below is one rank's")
         plan = self.memory_plan()
         if plan["peak"] * 2**30 > memory_bytes():
             print(f"Warning: memory may not suffice: about {plan['peak']:.1f} GB at the peak of {memory_bytes() / 2**30:.1f} GB. {LESS_MEMORY}", file=sys.stderr)
@@ -2230,7 +2285,7 @@ class MLXGRPOTrainer:
         self.config, whole = small, self.config
         self.build_step()
         seconds = dict.fromkeys(("rollout", "reward"), 0.0)
-        groups = self.sample_groups(1, seconds)
+        groups = self.sample_groups(self.ranks.size, seconds)
         loss = self.trial_gradient(groups)
         self.config = whole
         print(f"dry run    {sum(map(len, groups[0].completions))} tokens sampled, loss {loss:.4f}, one backward pass: all well")
@@ -2268,6 +2323,7 @@ RESUMED_STATE = ("update", "cursor", "nan_updates", "best", "best_update", "toke
 MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes
     "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps", "save_total_limit", "eval_steps",
     "eval_every_updates", "max_nan_updates", "reward_timeout", "trust_remote_code", "report_to",
+    "distributed_timeout", "check_weights_steps",
 }  # fmt: skip
 MAY_BE_SET = {  # and those that alter it, but only by --set: rate, lengths, and what makes it fit into memory
     "learning_rate", "num_epochs", "max_completion_length", "max_new_tokens", "micro_batch_tokens", "grad_checkpoint", "kv_budget_gb",
@@ -2304,15 +2360,20 @@ def compile_works() -> bool:
 @contextlib.contextmanager
 def stopping_on_signals(trainer: MLXGRPOTrainer):
     """Ctrl-C and SIGTERM let the update finish and be saved; a second one stops at once."""
+    received = []
 
     def on_signal(number, frame):
-        if trainer.stop_signal:
+        if received:
             trainer.monitor.abandon()
             os._exit(128 + number)
+        received.append(number)
+        if number == signal.SIGHUP:  # the launcher's connection is gone, and the terminal with it
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         trainer.stop_signal = number
         trainer.monitor.stopping()
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[: 2 if trainer.ranks.size == 1 else 3]
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield
     finally:
@@ -2339,41 +2400,60 @@ def run(arguments: argparse.Namespace) -> int:
     values, sources = read_settings(path, arguments.set)
     config = MLXGRPOConfig(**values)
     check_trackers(config.report_to)
+    with start_ranks(config.distributed_timeout) as ranks:
+        return run_on(ranks, arguments, path, config, sources)
+
+
+def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXGRPOConfig, sources: dict) -> int:
+    """The same as one of `ranks`, of which the first has the run's directory."""
     lines = config_as_toml(config, sources).splitlines()
     print("\n".join(line for line in lines if not line.endswith("# default")))
     defaults = "defaults: " + ", ".join(l.removesuffix("  # default") for l in lines if l.endswith("# default"))
     print(textwrap.fill(defaults, min(100, shutil.get_terminal_size((100, 24)).columns)))
     if sys.platform == "linux" and mx.default_device() == mx.cpu and not BLAS:
         print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
-    run_dir = choose_run_dir(Path(config.output_dir), config.run_name, path.stem, arguments.resume)
-    if links := [entry for entry in run_dir.glob("*") if entry.is_symlink()]:
-        raise UserError(f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. Put in its place what it points to")
-    checkpoint = find_checkpoint(run_dir, arguments.resume) if arguments.resume is not None else None
-    trainer = MLXGRPOTrainer(config, run_dir)
+    held = contextlib.ExitStack()
+
+    def find() -> tuple[str, str]:
+        run_dir = choose_run_dir(Path(config.output_dir), config.run_name, path.stem, arguments.resume)
+        if links := [entry for entry in run_dir.glob("*") if entry.is_symlink()]:
+            raise UserError(f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. Put in its place what it points to")
+        return str(run_dir), str(arguments.resume is not None and find_checkpoint(run_dir, arguments.resume) or "")
+
+    def claim() -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock_directory(run_dir))
+        for left_over in run_dir.glob(".*.partial"):  # of a save that was killed
+            shutil.rmtree(left_over)
+        if arguments.resume is not None and not checkpoint:
+            trainer.logs.cut({})
+
+    def describe() -> None:
+        (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
+        (run_dir / "machine.json").write_text(json.dumps({**machine_facts(memory_bytes()), "updates": trainer.updates}, indent=2))
+
+    run_dir, checkpoint = ranks.on_first(find)
+    run_dir = Path(run_dir)
+    trainer = MLXGRPOTrainer(config, run_dir, ranks)
     trainer.print_plan()
     if arguments.dry_run:
         trainer.dry_run()
         return 0
 
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = lock_directory(run_dir)
-        for left_over in run_dir.glob(".*.partial"):  # of a save that was killed
-            shutil.rmtree(left_over)
+        ranks.on_first(claim)
         if checkpoint:
-            trainer.resume(checkpoint, {name for name, source in sources.items() if source == "--set"})
+            trainer.resume(Path(checkpoint), {name for name, source in sources.items() if source == "--set"})
             print(f"Resumed    {checkpoint}, update {trainer.update} of {trainer.updates}")
-        elif arguments.resume is not None:
-            trainer.logs.cut({})
-        (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
-        (run_dir / "machine.json").write_text(json.dumps({**machine_facts(memory_bytes()), "updates": trainer.updates}, indent=2))
+        ranks.on_first(describe)
     except OSError as error:
         raise RunError(f"Cannot write to the run directory {run_dir}: {error.strerror}") from None
 
-    if config.log_jsonl:
+    if config.log_jsonl and ranks.rank == 0:
         trainer.after_evaluation = write_report
-    trainer.monitor.trackers = start_trackers(config.report_to, run_dir, dataclasses.asdict(config), trainer.update)
-    with lock, trainer.monitor.trackers, stopping_on_signals(trainer):
+    if ranks.rank == 0:
+        trainer.monitor.trackers = start_trackers(config.report_to, run_dir, dataclasses.asdict(config), trainer.update)
+    with held, trainer.monitor.trackers, stopping_on_signals(trainer):
         outcome = trainer.train()
     if not outcome:
         print(f"Stopped at update {trainer.update} of {trainer.updates}. To continue, run the same command with --resume", file=sys.stderr)

@@ -276,7 +276,7 @@ def test_with_neither_the_quickstart_runs(monkeypatch, capsys):
     class Stop(Exception):
         pass
 
-    def trainer(config, run_dir):
+    def trainer(config, run_dir, ranks):
         assert config == load_config(ROOT / "configs" / "quickstart.toml") and Path(run_dir).name.startswith("quickstart")
         raise Stop
 

@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Measure how rollout and training speed grow with the number of ranks: one row of a table, for the ranks it was started on.
+
+The model has random weights and no completion ends early, so that every number of ranks does the same work. --prompts are
+those of all ranks together: keep it for strong scaling, multiply it by the ranks for weak scaling.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import fmean, median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from benchmark import PRESETS, REWARDS, cache_folder, machine, model_folder, on_gpu, positive, print_table, questions  # noqa: E402
+from inference import exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
+
+import mlx.core as mx  # noqa: E402
+from ranks import Ranks, start_ranks  # noqa: E402
+
+EXAMPLES = """examples:
+  uv run python utils/scaling.py
+  uv run mlx.launch -n 2 -- python utils/scaling.py
+  uv run mlx.launch -n 4 --backend nccl -- python utils/scaling.py --preset 1.5b --set fine_tune_type=lora"""
+
+
+def work_folder(args: argparse.Namespace) -> Path:
+    """The prompts and the reward of this work, made once a machine and kept in the cache."""
+    from mlx_lm.utils import load_tokenizer
+
+    model = model_folder(args.preset)
+    folder = cache_folder() / f"scaling-{args.preset}-{args.prompts}x{args.prompt_tokens}"
+    if not folder.is_dir():
+        aside = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        texts = questions(load_tokenizer(model), args.prompts, args.prompt_tokens, ragged=False)
+        for split in ("train", "test"):
+            rows = [json.dumps({"question": text, "answer": "#### 1"}) for text in texts]
+            (aside / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+        (aside / "rewards.py").write_text(REWARDS)
+        aside.rename(folder)
+    return folder
+
+
+def measure(args: argparse.Namespace, ranks: Ranks) -> None:
+    for turn in range(ranks.size):  # one after the other: ranks of one machine share its cache
+        if turn == ranks.rank:
+            folder = work_folder(args)
+        ranks.gather(None)
+    config = mlx_grpo.load_config(None, [
+        f"model_name={model_folder(args.preset)}", f"dataset={folder}", f"reward_funcs=['{folder}/rewards.py:alternate']",
+        "system_prompt=", f"batch_size={args.prompts}", f"num_generations={args.completions}", f"max_completion_length={args.tokens}",
+        f"max_prompt_length={args.prompt_tokens}", "stop_strings=[]", "num_epochs=1000", "lr_scheduler_type=constant",
+        "log_completions_steps=0", "log_jsonl=false", "check_weights_steps=0", *args.set,
+    ])  # fmt: skip
+    trainer = mlx_grpo.MLXGRPOTrainer(config, folder, ranks)
+    trainer.tokenizer.eos_token_ids = set()
+    trainer.build_step()
+    found = []
+    for _ in range(args.repeats + 1):  # the first compiles
+        ranks.gather(None)
+        start = time.perf_counter()
+        record = trainer.one_rollout()[-1]
+        ranks.gather(None)
+        found.append({**record, "wall": time.perf_counter() - start})
+    found = found[1:]
+    trainer.check_weights()
+    peaks = ranks.gather(mx.get_peak_memory() / 2**30)
+    middle = lambda value: median(map(value, found))  # noqa: E731
+    share = lambda value: f"{100 * middle(lambda r: value(r) / r['wall']):.1f}%"  # noqa: E731
+    trained = sum(p.size for p in trainer.trainable().values())
+    print(f"{args.preset}, {trained / 1e6:.1f}M trained; {args.prompts} prompts of {args.prompt_tokens} tokens x {args.completions} completions of "
+          f"{args.tokens}, over all ranks; median of {args.repeats}\n{machine()}\n")  # fmt: skip
+    print_table([
+        ["ranks", "rollout, tokens/s", "training, tokens/s", "update, s", "rollout, s", "training, s", "communication", "wait, mean", "wait, most", "peak, GB"],
+        [
+            str(ranks.size), f"{middle(lambda r: r['rollout_tokens_per_s']):,.0f}", f"{middle(lambda r: r['train_tokens_per_s']):,.0f}",
+            f"{middle(lambda r: r['wall']):.3f}", f"{middle(lambda r: r['seconds/rollout']):.3f}", f"{middle(lambda r: r['seconds/train']):.3f}",
+            share(lambda r: r.get("communication_time", 0.0)), share(lambda r: fmean(r.get("wait_by_rank", [0.0]))),
+            share(lambda r: max(r.get("wait_by_rank", [0.0]))), f"{max(peaks):.2f}",
+        ],
+    ])  # fmt: skip
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = on_gpu()
+    parser.add_argument("--preset", choices=PRESETS, default="0.5b" if gpu else "tiny", help="the model's shape (default: 0.5b on a GPU, else tiny)")
+    for flag, default, what in (("--prompts", 32 if gpu else 4, "prompts an update, over all ranks"), ("--completions", 8, "completions a prompt"),
+                                ("--prompt-tokens", 125, "tokens a prompt"), ("--tokens", 256 if gpu else 64, "tokens a completion"),
+                                ("--repeats", 5, "measurements; the median counts")):  # fmt: skip
+        parser.add_argument(flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of mlx-grpo.py; repeatable")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    with start_ranks(mlx_grpo.load_config(None, args.set).distributed_timeout) as ranks:
+        measure(args, ranks)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_status(lambda: run(parse_arguments(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
