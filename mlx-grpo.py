@@ -72,6 +72,7 @@ import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
+import memory_plan  # noqa: E402
 from monitoring import (  # noqa: E402
     TRACKERS, Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, write_report,
 )  # fmt: skip
@@ -138,6 +139,7 @@ class MLXGRPOConfig:
     min_p: float = 0.0  # above 0: the same
     repetition_penalty: float = 1.0  # other than 1: the same
     stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])  # text that ends a completion, kept in it
+    memory_limit_gb: float = 0.0  # device memory from which work waits for earlier work to end; 0: half of what there is
     kv_budget_gb: float = 0.0  # KV cache the rollout may fill before it decodes in several batches; 0: 1/4 of memory
     quantize_for_rollouts: bool = False  # sample from a quantised copy: less memory traffic, off-policy, corrected
     bits: int = 4  # of that copy
@@ -1395,7 +1397,8 @@ def correction_weights(log_ratio, mask, mode: str, low: float | None, high: floa
 # Log-probs of completions
 # ---------------------------------------------------------------------------------------------------------------
 
-HEAD_CHUNK_LOGITS = 2**26  # logits alive at once in the head, forward and backward: 256 MB in float32
+# Logits alive at once in the head, forward and backward: in float32 a 128th of the memory, 512 MB at most.
+HEAD_CHUNK_LOGITS = min(2**27, memory_bytes() // 512)
 
 
 class HiddenThrough:
@@ -1523,6 +1526,8 @@ class CompletionLogProbs:
     def __init__(self, model, temperature: float, share_prompts: bool, entropy_gradient: bool = True):
         self.model, self.temperature = model, temperature
         self.share_prompts = share_prompts and can_pad(model)
+        # CUDA's fused attention takes no mask: there a padded prompt costs more than it saves.
+        self.shares_padded = self.share_prompts and not on_cuda()
         self.split = split_head(model)
         if self.split:
             vocabulary = model(mx.array([[0]])).shape[-1]
@@ -1534,8 +1539,7 @@ class CompletionLogProbs:
         prompts, pads, ids = batch["prompts"], batch.get("pads"), batch["ids"]
         repeats = ids.shape[0] // prompts.shape[0]
         run = self.split[0] if self.split else self.model
-        # CUDA's fused attention takes no mask: there a padded prompt costs more than it saves.
-        if self.share_prompts and (pads is None or not on_cuda()):
+        if self.shares_padded or (self.share_prompts and pads is None):
             cache = prefill(self.model, prompts, pads, repeats)
             # The last prompt id predicts the first of the completion, and so on: T inputs for T ids.
             inputs = mx.concatenate([mx.repeat(prompts[:, -1:], repeats, axis=0), ids[:, :-1]], axis=1)
@@ -1717,6 +1721,8 @@ class MLXGRPOTrainer:
         self.monitor = Monitor(self.updates, config.logging_steps)
 
         share = not config.grad_checkpoint
+        # A device that runs ahead holds the results of everything on its way: the limit bounds that, not what must be held.
+        mx.set_memory_limit(int(config.memory_limit_gb * 2**30) or memory_bytes() // 2)
         self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0)
         self.reference = None
         if config.kl_coeff > 0:
@@ -1845,7 +1851,8 @@ class MLXGRPOTrainer:
         # Where nothing but the advantage drives the loss, groups without signal have no gradient: only the sums count them.
         used = [b for b in range(len(groups)) if not plain or np.any(advantages[b])]
         used.sort(key=lambda b: max(map(len, groups[b].completions)))
-        cost = lambda count, prompt, longest, rows: bucket(count, 1) * (bucket(prompt) + rows * bucket(longest))  # noqa: E731
+        prompts = lambda rows: 1 if self.log_probs.shares_padded else rows  # noqa: E731
+        cost = lambda count, prompt, longest, rows: bucket(count, 1) * (prompts(rows) * bucket(prompt) + rows * bucket(longest))  # noqa: E731
         used = self.ranks.balanced(used, lambda b: cost(1, len(groups[b].prompt), max(map(len, groups[b].completions)), g))
         if not used:
             return []
@@ -2234,33 +2241,23 @@ class MLXGRPOTrainer:
 
     # Before the first update
 
-    def memory_plan(self) -> dict[str, float]:
-        """Estimated memory in GB by purpose; the peak is the weights and states plus the larger of the two phases."""
-        config, args = self.config, self.model.args
-        trained = [p for _, p in tree_flatten(self.model.trainable_parameters())]
-        count = sum(p.size for p in trained)
-        prompt = max(len(row["prompt_ids"]) for row in self.rows)
-        rows = min(-(-self.prompts_per_update // self.ranks.size) * config.num_generations, 2**30)
-        budget = int(config.kv_budget_gb * 2**30) or memory_bytes() // 4
-        kv = min(rows * (prompt + config.rollout_tokens) * kv_bytes_per_token(self.model), budget)
+    def memory_work(self) -> memory_plan.Work:
+        """What the memory plan counts with: this model, these settings, the longest prompt."""
+        config, args, model = self.config, self.model.args, self.model
+        arrays = [p for _, p in tree_flatten(model.parameters())]
         hidden = getattr(args, "hidden_size", 1024)
-        wide = getattr(args, "intermediate_size", 4 * hidden)
-        weights = [p for _, p in tree_flatten(self.model.parameters())]
-        item = 2 if any(p.dtype in (mx.bfloat16, mx.float16) for p in weights) else 4
-        kept = hidden if config.grad_checkpoint else 16 * hidden + 5 * wide  # numbers a position and layer keeps
-        layers = len(self.model.layers)
-        positions = min(config.micro_batch_tokens, rows * (prompt + config.rollout_tokens))
-        plan = {
-            "weights": sum(p.nbytes for p in weights),
-            "optimizer": count * 8 + sum(p.size * 4 for p in trained if p.dtype != mx.float32),
-            "reference": sum(p.nbytes for p in trained) if self.reference and not adapter_layers(self.model) else 0,
-            "KV cache": kv,
-            "gradients": sum(p.nbytes for p in trained),
-            "activations": positions * item * (layers * kept + 16 * hidden + 5 * wide),
-            "head": 3 * 4 * min(HEAD_CHUNK_LOGITS, positions * getattr(args, "vocab_size", 1)),
-        }
-        peak = plan["weights"] + plan["optimizer"] + plan["reference"] + max(kv, sum(list(plan.values())[4:]))
-        return {name: value / 2**30 for name, value in {**plan, "peak": peak}.items()}
+        return memory_plan.Work(
+            weights=sum(p.nbytes for p in arrays), trained=sum(p.size for p in self.trainable().values()),
+            item=2 if any(p.dtype in (mx.bfloat16, mx.float16) for p in arrays) else 4, hidden=hidden,
+            wide=getattr(args, "intermediate_size", 4 * hidden), heads=0 if on_cuda() else getattr(args, "num_attention_heads", 16),
+            layers=len(model.layers), vocabulary=getattr(args, "vocab_size", 1), kv_per_token=kv_bytes_per_token(model),
+            rows=-(-self.prompts_per_update // self.ranks.size) * config.num_generations, generations=config.num_generations,
+            shares_prompts=self.log_probs.shares_padded,
+            prompt=max(len(row["prompt_ids"]) for row in self.rows), completion=config.rollout_tokens,
+            has_reference=self.reference is not None and not adapter_layers(model), micro_batch_tokens=config.micro_batch_tokens,
+            grad_checkpoint=config.grad_checkpoint, head_chunk=HEAD_CHUNK_LOGITS,
+            kv_budget=int(config.kv_budget_gb * 2**30) or memory_bytes() // 4,
+        )  # fmt: skip
 
     def print_plan(self) -> None:
         config = self.config
@@ -2272,7 +2269,7 @@ class MLXGRPOTrainer:
         print(f"tokens     at most {rows * config.rollout_tokens * self.updates // config.num_iterations:,} sampled")
         if self.ranks.size > 1:
             print(f"ranks      {self.ranks.size}, each with the whole model and its share of the prompts: the memory below is one rank's")
-        plan = self.memory_plan()
+        plan = {name: size / 2**30 for name, size in memory_plan.plan(self.memory_work()).items()}
         if plan["peak"] * 2**30 > memory_bytes():
             print(f"Warning: memory may not suffice: about {plan['peak']:.1f} GB at the peak of {memory_bytes() / 2**30:.1f} GB. {LESS_MEMORY}", file=sys.stderr)
         if config.sampling_filters:
@@ -2288,6 +2285,7 @@ class MLXGRPOTrainer:
         groups = self.sample_groups(self.ranks.size, seconds)
         loss = self.trial_gradient(groups)
         self.config = whole
+        print("to fit     " + "\n           ".join(memory_plan.suggestions(self.memory_work())))
         print(f"dry run    {sum(map(len, groups[0].completions))} tokens sampled, loss {loss:.4f}, one backward pass: all well")
 
     def trial_gradient(self, groups: list[Group]) -> float:
@@ -2326,10 +2324,10 @@ MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how 
     "distributed_timeout", "check_weights_steps",
 }  # fmt: skip
 MAY_BE_SET = {  # and those that alter it, but only by --set: rate, lengths, and what makes it fit into memory
-    "learning_rate", "num_epochs", "max_completion_length", "max_new_tokens", "micro_batch_tokens", "grad_checkpoint", "kv_budget_gb",
+    "learning_rate", "num_epochs", "max_completion_length", "max_new_tokens", "micro_batch_tokens", "grad_checkpoint", "kv_budget_gb", "memory_limit_gb",
     "use_compile",
 }  # fmt: skip
-LESS_MEMORY = "Lower micro_batch_tokens or kv_budget_gb, or set grad_checkpoint to true; with --resume too, by --set"
+LESS_MEMORY = "Lower micro_batch_tokens, memory_limit_gb or kv_budget_gb, or set grad_checkpoint to true; with --resume too, by --set"
 MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 

@@ -1,0 +1,91 @@
+"""What a run will hold in memory, by arithmetic, and the settings that fit smaller machines.
+
+The peak is what stays (weights, optimizer, reference) plus the larger of what the rollout and the update add to it.
+"""
+
+from dataclasses import dataclass, replace
+
+GB = 2**30
+
+
+@dataclass(frozen=True)
+class Work:
+    """What decides the memory of a run. Sizes in bytes, lengths in tokens."""
+
+    weights: int  # of the model as it is loaded
+    trained: int  # parameters that are trained: numbers, not bytes
+    item: int  # bytes of one weight or activation
+    hidden: int
+    wide: int  # width of the feed-forward layer
+    heads: int  # attention heads whose scores are kept for the backward pass: 0 where attention is fused
+    layers: int
+    vocabulary: int
+    kv_per_token: int  # KV cache of one position of one row, over all layers
+    rows: int  # completions an update
+    generations: int  # of them a prompt
+    shares_prompts: bool  # a group's prompt is computed once
+    prompt: int  # the longest prompt
+    completion: int  # the longest completion
+    has_reference: bool  # a frozen copy beside the policy
+    micro_batch_tokens: int
+    grad_checkpoint: bool
+    head_chunk: int  # logits alive at once in the head
+    kv_budget: int
+
+
+def plan(work: Work) -> dict[str, int]:
+    """Bytes by purpose, and their "peak".
+
+    A layer keeps for its backward pass, of each position, about 8 numbers of the hidden width, 4 of the feed-forward
+    width, and unfused attention twice its scores. With gradient checkpointing it keeps its input alone, and one layer
+    at a time is computed again.
+    """
+    length = work.prompt + work.completion
+    shares = work.shares_prompts and not work.grad_checkpoint
+    prompts = work.rows // work.generations if shares else work.rows
+    whole = prompts * work.prompt + work.rows * work.completion
+    group = whole * work.generations // work.rows
+    fits = work.micro_batch_tokens // group * group or max(work.micro_batch_tokens, length)  # groups go whole where they can
+    positions = min(fits, whole)
+    answers = positions * work.rows * work.completion // whole
+    layer = 8 * work.hidden + 4 * work.wide + 2 * work.heads * length
+    kept = work.layers * work.hidden + layer if work.grad_checkpoint else work.layers * layer
+    masters = work.trained * 4 if work.item < 4 else 0
+    parts = {
+        "weights": work.weights,
+        "optimizer": work.trained * 8 + masters,
+        "reference": work.trained * work.item if work.has_reference else 0,
+        "KV cache": min(work.rows * length * work.kv_per_token, work.kv_budget),
+        "gradients": work.trained * work.item,
+        "activations": positions * kept * work.item,
+        "head": 5 * 4 * min(work.head_chunk, answers * work.vocabulary),
+    }
+    stays = parts["weights"] + parts["optimizer"] + parts["reference"]
+    rollout = parts["KV cache"] * 3 // 2  # a cache that grows is copied
+    forward_and_backward = parts["gradients"] + parts["activations"] + parts["head"]
+    step = parts["gradients"] + 2 * (parts["optimizer"] + masters) // 3  # new states beside the old ones
+    return {**parts, "peak": stays + max(rollout, forward_and_backward, step)}
+
+
+def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[str]:
+    """For each size of machine in GB, the mildest change of settings whose peak is within `share` of its memory."""
+    adapters = replace(work, trained=max(1, work.trained // 100), has_reference=False)  # adapters of rank 8 are about a hundredth
+    lines = []
+    for size in sizes:
+        ladder = []
+        for base, kind in ((work, {}), (adapters, {"fine_tune_type": "lora"})):
+            for checkpoint in sorted({work.grad_checkpoint, True}):
+                for divisor in (1, 2, 4, 8):
+                    tokens = work.micro_batch_tokens // divisor
+                    change = {**kind, "grad_checkpoint": "true" if checkpoint else "false", "micro_batch_tokens": tokens}
+                    here = replace(base, grad_checkpoint=checkpoint, micro_batch_tokens=tokens, kv_budget=min(work.kv_budget, size * GB // 4))
+                    was = {"grad_checkpoint": "true" if work.grad_checkpoint else "false", "micro_batch_tokens": work.micro_batch_tokens}
+                    ladder.append(({k: v for k, v in change.items() if v != was.get(k)}, plan(here)["peak"]))
+        fitting = next(((change, peak) for change, peak in ladder if peak <= share * size * GB), None)
+        if fitting is None:
+            lines.append(f"{size} GB: too small for this model; quantise it (utils/convert_model.py --quantize), or take a smaller one")
+        else:
+            change, peak = fitting
+            settings = " ".join(f"--set {name}={value}" for name, value in change.items()) or "as it is"
+            lines.append(f"{size} GB: {settings} (about {peak / GB:.1f} GB)")
+    return lines
