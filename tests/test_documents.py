@@ -2,7 +2,7 @@
 
 A command in a ```bash block is run in a copy of the repository, scaled down, unless a remark (in a comment above its
 block, or behind it) says that it needs the hub, the network, a Mac, a GPU or several machines. Its script, flags, settings
-and paths are checked then.
+and paths are checked then, and also where the same script has run with these flags and others.
 """
 
 import argparse
@@ -242,6 +242,7 @@ SCALED = {  # what makes a command short, by script: the last of a flag counts
     "utils/benchmark.py": SHAPE,
     "utils/scaling.py": SHAPE,
 }
+RAN = []  # (script, its flags) of this session
 SHELL = ("head", "tail", "grep", "sed")
 
 
@@ -259,6 +260,8 @@ def scaled(command: str) -> list[str] | None:
     launcher = words[: words.index("--") + 1] if words[0] == "mlx.launch" else []
     words = words[len(launcher) :]
     words = words[1:] if words[0] == "python" else words
+    if words[0] == "utils/sweep.py":  # two points are a sweep
+        words = [re.sub(r",.*", "", w) if "=" in w and i > 3 and words[i - 1] == "--grid" else w for i, w in enumerate(words)]
     if launcher:
         launcher[0] = str(Path(sys.executable).parent / "mlx.launch")
     if "report_to" in command and not importlib.util.find_spec("tensorboard"):
@@ -290,10 +293,13 @@ def test_the_other_commands_run(page, copy):
     for _, block in blocks(page.read_text(encoding="utf-8"), "python"):
         if file := re.match(r"# (\w+\.py)\n", block):
             (copy / file[1]).write_text(block)
-    ran = set()
     for command, needs in commands(page):
-        if needs or command in ran or command in ("uv run mlx-grpo.py", "uv run pytest"):  # the first made the copy, the last is this
+        if needs or command in ("uv run mlx-grpo.py", "uv run pytest"):  # the first made the copy, the last is this
             continue
-        ran.add(command)
-        if words := scaled(command):
+        script = re.search(r"[\w/-]+\.py", command)
+        flags = {word for word in shlex.split(command) if word.startswith("-")} | set(re.findall("mlx.launch", command))
+        if script and any(script[0] == name and flags <= before for name, before in RAN):
+            check(command)
+        elif words := scaled(command):
             run(words, copy)
+            RAN.append((script and script[0], flags))
