@@ -569,6 +569,9 @@ def flatten_rope_parameters(config: dict) -> dict:
     return flat
 
 
+CHECK_HUB = "Check the name and the network, or give a local path"
+
+
 def resolve_model(name: str) -> Path:
     """The local directory of a model: `name` itself, or its download from the hub. Raises UserError or RunError."""
     path = local_path(name)
@@ -581,7 +584,7 @@ def resolve_model(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise RunError(f"Model not found: {name} is no local folder, and the hub gave: {reason}") from None
+            raise RunError(f"Model not found: {name} is no local folder, and the hub gave: {reason}. {CHECK_HUB}") from None
     if path is None:
         raise UserError(f"Model not found: {name} is neither a folder nor a hub name")
     if not (path / "config.json").is_file():
@@ -772,7 +775,7 @@ def open_dataset(name: str, config_name: str, split: str):
     path = file = local_path(name)
     try:
         if path is None and Path(name).suffix in formats or not name:
-            raise UserError(f"Dataset not found: {name} is no file")
+            raise UserError(f"Dataset not found: {name} is no file; check the path, which starts here or beside mlx-grpo.py")
         if path is None:
             return datasets.load_dataset(name, config_name or None, split=split), f"{name} ({split})"
         if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
@@ -795,7 +798,7 @@ def open_dataset(name: str, config_name: str, split: str):
             reason = str(error).strip().splitlines()[0]
             if reason.startswith(f'Unknown split "{split}"'):
                 return None
-            raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}") from None
+            raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}. {CHECK_HUB}") from None
         where = broken_json_line(file) if file.suffix in (".jsonl", ".json") and file.is_file() else ""
         raise UserError(f"Failed to read dataset {file}{where or ': ' + str(error).strip().splitlines()[0]}") from None
 
