@@ -606,13 +606,24 @@ def convert(cache_dir: str, output_dir: str, step: int | None = None, dtype: str
     return output
 
 
+EXAMPLES = """\
+examples:
+  uv run --extra torch convert_nanochat.py --cache-dir nanochat-d20 --output-dir nanochat-mlx
+  uv run --extra torch convert_nanochat.py --cache-dir karpathy/nanochat-d32 --output-dir nanochat-d32 -q
+"""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{message[:1].upper() + message[1:]}; see --help\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description="Convert a nanochat PyTorch checkpoint into a directory that mlx-lm and MLX-GRPO open.")
+    parser = Parser(
+        description="Convert a nanochat PyTorch checkpoint into a directory that mlx-lm and MLX-GRPO open.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--cache-dir", required=True, help="folder or hub id with model_NNNNNN.pt, meta_NNNNNN.json, tokenizer.pkl"
     )

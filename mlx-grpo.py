@@ -15,7 +15,9 @@ There is no value network and no reward model: rewards are plain Python function
     uv run mlx-grpo.py --config configs/prod.toml --resume         carry on after a stop
 
 The file reads in the order data flows: config, tokenizer, model, data, rewards, rollout, objective, log-probs,
-checkpoints, trainer, command line. Shapes are written where an array is born:
+checkpoints, evaluation, trainer, command line. What has nothing to do with the algorithm lies beside it: run_directory.py
+(files of a run, errors), monitoring.py (terminal, trackers), scoring.py (calls reward functions), ranks.py (several
+processes). Shapes are written where an array is born:
 
     B prompts a batch    G completions a prompt    N = B*G rows    P prompt positions    T completion positions
     V vocabulary         D hidden width
@@ -569,6 +571,9 @@ def flatten_rope_parameters(config: dict) -> dict:
     return flat
 
 
+CHECK_HUB = "Check the name and the network, or give a local path"
+
+
 def resolve_model(name: str) -> Path:
     """The local directory of a model: `name` itself, or its download from the hub. Raises UserError or RunError."""
     path = local_path(name)
@@ -581,7 +586,7 @@ def resolve_model(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise RunError(f"Model not found: {name} is no local folder, and the hub gave: {reason}") from None
+            raise RunError(f"Model not found: {name} is no local folder, and the hub gave: {reason}. {CHECK_HUB}") from None
     if path is None:
         raise UserError(f"Model not found: {name} is neither a folder nor a hub name")
     if not (path / "config.json").is_file():
@@ -772,7 +777,7 @@ def open_dataset(name: str, config_name: str, split: str):
     path = file = local_path(name)
     try:
         if path is None and Path(name).suffix in formats or not name:
-            raise UserError(f"Dataset not found: {name} is no file")
+            raise UserError(f"Dataset not found: {name} is no file; check the path, which starts here or beside mlx-grpo.py")
         if path is None:
             return datasets.load_dataset(name, config_name or None, split=split), f"{name} ({split})"
         if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
@@ -795,7 +800,7 @@ def open_dataset(name: str, config_name: str, split: str):
             reason = str(error).strip().splitlines()[0]
             if reason.startswith(f'Unknown split "{split}"'):
                 return None
-            raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}") from None
+            raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}. {CHECK_HUB}") from None
         where = broken_json_line(file) if file.suffix in (".jsonl", ".json") and file.is_file() else ""
         raise UserError(f"Failed to read dataset {file}{where or ': ' + str(error).strip().splitlines()[0]}") from None
 
@@ -2379,16 +2384,32 @@ def stopping_on_signals(trainer: MLXGRPOTrainer):
             signal.signal(number, handler)
 
 
+MAIN_SETTINGS = """\
+the settings met first (CONFIG_GUIDE.md has all, with their defaults):
+  model       model_name, fine_tune_type, lora_parameters
+  data        dataset, prompt_field, answer_field, max_train_samples
+  rewards     reward_funcs, reward_weights
+  rollout     batch_size, num_generations, max_completion_length, temperature
+  objective   loss_type, clip_eps, kl_coeff, scale_rewards, num_iterations
+  optimiser   learning_rate, num_epochs, micro_batch_tokens, grad_checkpoint
+  output      output_dir, run_name, eval_steps, save_steps, report_to
+"""  # with the rest of --help on one screen, 24 lines of 80
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mlx-grpo.py",
-        description="Train a small language model by Group Relative Policy Optimization. Without --config: the quickstart.",
-        epilog="Every setting is explained in CONFIG_GUIDE.md.",
+        description="Train a small language model by Group Relative Policy Optimization.",
+        epilog=MAIN_SETTINGS,
+        add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
     )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with settings; else $MLX_GRPO_CONFIG, else the quickstart")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, over the file's; repeatable")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
-    parser.add_argument("--resume", metavar="CHECKPOINT", nargs="?", const="", help="continue the run, from its newest checkpoint or this one")
+    settings, running = parser.add_argument_group("settings"), parser.add_argument_group("running")
+    settings.add_argument("--config", metavar="FILE", help="TOML file; else $MLX_GRPO_CONFIG, else the quickstart")
+    settings.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, over the file's; repeatable")
+    running.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    running.add_argument("--resume", metavar="CHECKPOINT", nargs="?", const="", help="go on from the newest checkpoint, or this one")
+    running.add_argument("-h", "--help", action="help", help="show this")
     return parser.parse_args(argv)
 
 
@@ -2406,7 +2427,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     """The same as one of `ranks`, of which the first has the run's directory."""
     lines = config_as_toml(config, sources).splitlines()
     print("\n".join(line for line in lines if not line.endswith("# default")))
-    defaults = "defaults: " + ", ".join(l.removesuffix("  # default") for l in lines if l.endswith("# default"))
+    defaults = "defaults: " + ", ".join(l.removesuffix("  # default").removeprefix("# ") for l in lines if l.endswith("# default"))
     print(textwrap.fill(defaults, min(100, shutil.get_terminal_size((100, 24)).columns)))
     if sys.platform == "linux" and mx.default_device() == mx.cpu and not BLAS:
         print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")

@@ -1,7 +1,8 @@
 """Write the table of settings in CONFIG_GUIDE.md from MLXGRPOConfig: its fields, types, defaults and the comment beside each.
 
-    uv run python utils/config_guide.py            rewrite the table
-    uv run python utils/config_guide.py --check    exit 1 where the table is stale
+examples:
+  uv run python utils/config_guide.py            rewrite the table
+  uv run python utils/config_guide.py --check    exit 1 where the table is stale
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """Make the starter: a tiny language model and word problems on which the quickstart trains, offline, in minutes.
 
-    python utils/make_starter.py --output starter --seed 0
+examples:
+  uv run python utils/make_starter.py --output starter --seed 0
+  uv run python utils/make_starter.py --output rough --steps 500 --batch-size 64
 
 Everything in the folder comes from this file and a seed: problem templates -> train.jsonl and test.jsonl; a byte-level BPE tokenizer;
 a Llama of 0.67M parameters pre-trained on solved problems. It wants a GPU: 2 minutes on one H200 (121 s measured: 16 s to write the
@@ -371,15 +373,15 @@ def save_model(folder, model, tokenizer, config):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("starter"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8000, help="pre-training steps")
-    parser.add_argument("--batch-size", type=int, default=512, help="documents a step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--output", type=Path, default=Path("starter"), help="folder to write (default: starter)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data, the weights and the order")
+    parser.add_argument("--steps", type=int, default=8000, help="pre-training steps (default: 8000)")
+    parser.add_argument("--batch-size", type=int, default=512, help="documents a step (default: 512)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default: 3e-3)")
     parser.add_argument("--documents", type=int, default=500_000, help="size of the reading; it is read several times over")
-    parser.add_argument("--vocab-size", type=int, default=640)
-    parser.add_argument("--train-size", type=int, default=4000)
-    parser.add_argument("--test-size", type=int, default=400)
+    parser.add_argument("--vocab-size", type=int, default=640, help="tokens of the tokenizer (default: 640)")
+    parser.add_argument("--train-size", type=int, default=4000, help="problems in train.jsonl (default: 4000)")
+    parser.add_argument("--test-size", type=int, default=400, help="problems in test.jsonl (default: 400)")
     args = parser.parse_args()
 
     start = time.perf_counter()

@@ -6,9 +6,11 @@ newest checkpoint, or anew where it has none.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import itertools
+import json
 import re
 import signal
 import subprocess
@@ -77,6 +79,21 @@ def run_point(config: Path, run_dir: Path, settings: list[str]) -> int:
     return child.wait()
 
 
+def summary(run_dir: Path) -> str:
+    """One point in a line: its name, the last reward and the last held-out exact match."""
+    reward = score = None
+    with open(run_dir / "training_log.jsonl", encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
+                record = json.loads(line)
+                if "event" not in record:
+                    reward = record.get("reward_mean", reward)
+                elif record.get("split") == "test":
+                    score = record["em_strict"]
+    shown = ["-" if reward is None else f"{reward:.3f}", "-" if score is None else f"{score:.1%}"]
+    return f"{run_dir.name}: reward {shown[0]}, held-out exact match {shown[1]}"
+
+
 def sweep(config: Path, points: list[dict[str, str]], folder: Path, settings: list[str]) -> int:
     """Run what is not finished yet, then write the comparison; the exit status: 1 if a point failed."""
     failed, run_dirs = [], [folder / point_name(point) for point in points]
@@ -97,6 +114,7 @@ def sweep(config: Path, points: list[dict[str, str]], folder: Path, settings: li
         report = [sys.executable, str(ROOT / "utils" / "report.py"), *map(str, logs), "--output", str(folder / "comparison.html")]
         if subprocess.run(report).returncode:
             failed.append("the comparison")
+        print("\n".join(map(summary, logs)))
     if failed:
         print(f"Failed: {'; '.join(failed)}. The same command runs them again", file=sys.stderr)
     return 1 if failed else 0
