@@ -1891,7 +1891,8 @@ class MLXGRPOTrainer:
         width = bucket(max(len(groups[b].completions[i]) for b, i in rows))
         prompts = [groups[b].prompt for b, _ in unit]
         prompts += prompts[:1] * (count - len(unit))
-        equal = len(set(map(len, prompts))) == 1  # without padding attention needs no mask
+        # Where a padded prompt cannot be shared, one of exact length can; elsewhere few shapes are worth more.
+        equal = len(set(map(len, prompts))) == 1 and not self.log_probs.shares_padded
         tokens, pads = left_pad(prompts, len(prompts[0]) if equal else bucket(max(map(len, prompts))))
         arrays = {name: np.zeros((count * k, width), kind) for name, kind in
                   (("ids", np.int32), ("mask", np.float32), ("sampler_logps", np.float32))}  # fmt: skip
@@ -1992,7 +1993,8 @@ class MLXGRPOTrainer:
             elif "clip" in name:  # rows left out for want of a signal count: they are never clipped
                 record[name] = float((values * rows).sum() / self.totals.size if by_row else (values * tokens).sum() / results[0][-1])
             else:
-                record[name] = float((values * tokens).sum() / max(1, tokens.sum()))
+                weights = rows if name == "vespo/phi_seq_mean" else tokens
+                record[name] = float((values * weights).sum() / max(1, weights.sum()))
         if not math.isfinite(norm) or not math.isfinite(record["loss"]):
             return self.skip_non_finite(record)
         self.nan_updates = 0
@@ -2306,7 +2308,8 @@ class MLXGRPOTrainer:
         """One gradient at the largest micro-batch there can be: memory that will not suffice fails here, not in the night."""
         g, length = self.config.num_generations, self.config.rollout_tokens
         row = max(self.rows, key=lambda row: len(row["prompt_ids"]))
-        group = Group(row, row["prompt_ids"], [[0] * length] * g, [[0.0] * length] * g, ["eos"] * g, [""] * g, np.zeros((1, g)))
+        prompt = [0] * (bucket(len(row["prompt_ids"])) - len(row["prompt_ids"])) + row["prompt_ids"]  # as padded ones are
+        group = Group(row, prompt, [[0] * length] * g, [[0.0] * length] * g, ["eos"] * g, [""] * g, np.zeros((1, g)))
         mx.eval(self.optimizer.state)
         # Said first: where memory is short, Linux ends the process without another word.
         print(f"probe      the longest batch, {len(row['prompt_ids'])} + {length} tokens a row: ", end="", flush=True)

@@ -173,6 +173,7 @@ def start_pair(folder: Path, arguments: list[str], timeout: float = 150) -> list
 def pair(tmp_path_factory):
     """The folder of two ranks that have done all jobs below, and what each printed in each job."""
     folder = tmp_path_factory.mktemp("pair")
+    before = Path.cwd()
     os.chdir(folder)
     run = lambda name, *extra, more=(): [name, "run", command(folder, f"run_name={name}", *extra, more=more)]  # noqa: E731
     reward = lambda name: f'reward_funcs=["{folder}/rewards.py:{name}", "{folder}/rewards.py:noise"]'  # noqa: E731
@@ -191,7 +192,8 @@ def pair(tmp_path_factory):
     results = start_pair(folder, [str(Path(__file__)), str(folder)])
     assert [status for status, _, _ in results] == [0, 0], results
     printed = [[dict(re.findall(r"== (.*?)\n(.*?)(?=== |\Z)", text, re.DOTALL)) for text in texts] for _, *texts in results]
-    return folder, printed
+    yield folder, printed
+    os.chdir(before)
 
 
 def make(folder: Path) -> Path:

@@ -71,6 +71,17 @@ def test_log_probs_entropies_and_gradients_equal_plain_sequences(name, share, mo
     assert largest_gap(grads, expected_grads) < 1e-4
 
 
+def test_prompts_of_one_length_need_no_padding():
+    model, prompts = tiny_model("llama"), [[5, 6, 7, 8], [9, 10, 11, 12]]
+    padded = batch_of(prompts)
+    exact = {**padded, "prompts": mx.array(prompts)}
+    del exact["pads"]
+    mask = np.array(padded["mask"])
+    for share in (True, False):
+        for a, b in zip(CompletionLogProbs(model, 1.0, True)(padded), CompletionLogProbs(model, 1.0, share)(exact)):
+            np.testing.assert_allclose(np.array(a) * mask, np.array(b) * mask, atol=1e-4)
+
+
 def test_a_quantised_head_is_read_through_too():
     model = tiny_model("llama", hidden_size=64)
     nn.quantize(model, 32, 4)
