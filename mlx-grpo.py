@@ -2279,6 +2279,11 @@ class MLXGRPOTrainer:
         plan = {name: size / 2**30 for name, size in memory_plan.plan(self.memory_work()).items()}
         if plan["peak"] * 2**30 > memory_bytes():
             print(f"Warning: memory may not suffice: about {plan['peak']:.1f} GB at the peak of {memory_bytes() / 2**30:.1f} GB. {LESS_MEMORY}", file=sys.stderr)
+        if self.ranks.size > 1 and plan["weights"] + plan["optimizer"] > memory_bytes() / 2**30:
+            raise UserError(
+                f"The model does not fit one rank: weights and optimizer take {plan['weights'] + plan['optimizer']:.1f} GB of "
+                f"{memory_bytes() / 2**30:.1f} GB, and ranks hold the whole model. Train adapters, quantise it, or take a smaller one"
+            )
         if config.sampling_filters:
             print(f"Warning: {', '.join(config.sampling_filters)} in force: completions are not drawn from the policy itself", file=sys.stderr)
         print(f"memory     about {plan.pop('peak'):.2f} GB at the peak: " + ", ".join(f"{n} {v:.2f}" for n, v in plan.items() if v > 0.005))

@@ -372,6 +372,7 @@ def test_chat_in_a_terminal(babbler):
     assert second[0] > first[0] + first[2]  # the history is in the prompt, the part of an answer too
     assert second[1] >= first[0]  # and its positions in the KV cache
     terminal.until(">>> ")
+    time.sleep(0.5)  # on a busy machine the prompt is seen before its reader is ready
     terminal.send("half a line\x03")  # at the prompt: the line goes, the session stays
     terminal.until(r"\r\n.*>>> ")
     terminal.send("clear\n")

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import types
 from pathlib import Path
 
 import hypothesis
@@ -648,6 +649,7 @@ def test_the_trainers_micro_batches_add_up_to_the_whole(loss_type, extra):
     def total(tokens_a_batch):
         trainer = object.__new__(mlx_grpo.MLXGRPOTrainer)
         trainer.ranks = mlx_grpo.ALONE
+        trainer.log_probs = types.SimpleNamespace(shares_padded=True)
         trainer.config = config = dataclasses.replace(whole_config, micro_batch_tokens=tokens_a_batch)
         batches = trainer.micro_batches(groups, advantages)
 

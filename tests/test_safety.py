@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import mlx.core as mx
@@ -832,3 +833,11 @@ def test_three_hundred_updates_take_no_more_memory_and_time_than_the_first(tmp_p
     assert np.median(seconds[last]) < 2 * np.median(seconds[first])
     if compiled:
         assert variants[-1] <= 16 and variants[-1] - variants[100] <= 2
+
+
+def test_a_model_too_large_for_a_rank_is_refused(monkeypatch, tmp_path):
+    trainer = MLXGRPOTrainer(load_config(None, small(tmp_path)), tmp_path / "run")
+    monkeypatch.setattr(mlx_grpo, "memory_bytes", lambda: 5 * 2**20)
+    trainer.ranks = types.SimpleNamespace(size=2)
+    with pytest.raises(mlx_grpo.UserError, match="The model does not fit one rank"):
+        trainer.print_plan()
