@@ -80,7 +80,8 @@ from monitoring import (  # noqa: E402
 )  # fmt: skip
 from ranks import ALONE, Ranks, start_ranks  # noqa: E402
 from run_directory import (  # noqa: E402
-    RunError, RunLogs, UserError, checkpoints, choose_run_dir, find_checkpoint, lock_directory, write_directory,
+    RunError, RunLogs, UserError, checkpoints, choose_run_dir, find_checkpoint, lock_directory, remove_directory,
+    remove_old_checkpoints, write_directory,
 )  # fmt: skip
 from scoring import name_of, score  # noqa: E402
 
@@ -2191,11 +2192,7 @@ class MLXGRPOTrainer:
             print(f"{error}; training goes on, the next save will try again", file=sys.stderr)
             return
         self.failed_saves = 0
-        kept = checkpoints(self.run_dir)
-        if self.config.save_total_limit:
-            for folder in kept[: -self.config.save_total_limit]:
-                if folder.name != f"checkpoint-{self.best_update}":
-                    shutil.rmtree(folder, ignore_errors=True)
+        remove_old_checkpoints(self.run_dir, self.config.save_total_limit, self.best_update)
 
     def resume(self, folder: Path, asked: set[str] = frozenset()) -> None:
         """Continue from a checkpoint as if there had been no stop; only rank 0 needs to have it. `asked`: settings given by --set."""
@@ -2239,9 +2236,10 @@ class MLXGRPOTrainer:
         self.refresh_sampler()
         for newer in checkpoints(self.run_dir):  # damaged, or of a course that this resume leaves
             if int(newer.name.rpartition("-")[2]) > self.update:
-                shutil.rmtree(newer.with_name(f"superseded-{newer.name}"), ignore_errors=True)
+                remove_directory(newer.with_name(f"superseded-{newer.name}"))
                 newer.rename(newer.with_name(f"superseded-{newer.name}"))
                 print(f"{newer} is now superseded-{newer.name}")
+        remove_old_checkpoints(self.run_dir, self.config.save_total_limit, self.best_update)  # a kill may have come before
         self.logs.cut(sizes)
         if changed:
             self.log("training_log", {"event": "resume", "update": self.update, "changed": changed})
@@ -2450,7 +2448,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     def claim() -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(lock_directory(run_dir))
-        for left_over in run_dir.glob(".*.partial"):  # of a save that was killed
+        for left_over in [*run_dir.glob(".*.partial"), *run_dir.glob(".*.removed")]:  # of a save that was killed
             shutil.rmtree(left_over)
         if arguments.resume is not None and not checkpoint:
             trainer.logs.cut({})

@@ -35,6 +35,15 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove_directory(folder: Path) -> None:
+    """Remove `folder` if it is there: under its name it stands whole or not at all, also where the process is killed half-way."""
+    if folder.exists():
+        leaving = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(leaving, ignore_errors=True)
+        folder.rename(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
+
+
 def write_directory(folder: Path, write) -> None:
     """Make `folder` by write(path): complete or absent. Written aside with a manifest, synced, then renamed.
 
@@ -50,8 +59,7 @@ def write_directory(folder: Path, write) -> None:
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
         for path in [*files, aside / "manifest.json", aside]:
             sync_to_disk(path)
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove_directory(folder)
         aside.rename(folder)
         sync_to_disk(folder.parent)
     except (OSError, RuntimeError, ValueError) as error:  # MLX's failed write is a RuntimeError, a name that leads outside a ValueError
@@ -79,6 +87,13 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoint directories, oldest first."""
     found = [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def remove_old_checkpoints(run_dir: Path, limit: int, best: int) -> None:
+    """Keep the newest `limit` checkpoints (0: all) and that of update `best`."""
+    for folder in checkpoints(run_dir)[: -limit or 0]:
+        if folder.name != f"checkpoint-{best}":
+            remove_directory(folder)
 
 
 def find_checkpoint(run_dir: Path, given: str) -> Path | None:

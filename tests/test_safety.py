@@ -72,6 +72,11 @@ def learnt(run):
     return {str(p.relative_to(run)): digest(p) for p in files}, records(run), (run / "completions.jsonl").read_text()
 
 
+def left_over(run):
+    """What saves that were killed have left."""
+    return [*run.glob(".*.partial"), *run.glob(".*.removed")]
+
+
 def digest(path):
     """Of a file's arrays, whatever their order."""
     arrays = sorted(mx.load(str(path)).items())
@@ -240,43 +245,47 @@ def test_fifty_kills_at_random_moments_lose_nothing(tmp_path, trainer_process):
         while status == -9:
             status = trainer_process(line + more, rng.uniform(0, 0.8 * longest) if kills < 50 else 120.0)
             kills += status == -9
-            if found := checkpoints(run):  # an older one may have been killed while it was being deleted
-                assert damage(found[-1]) == ""
+            assert not any(map(damage, checkpoints(run)))
             more = ["--resume"] if (run / "config.resolved.toml").exists() else []
-        assert status == 0 and learnt(run) == whole and not list(run.glob(".*.partial"))
+        assert status == 0 and learnt(run) == whole and not left_over(run)
 
 
-def test_a_kill_at_every_step_of_a_save_leaves_it_complete_or_absent(tmp_path):
-    """A child writes a checkpoint and kills itself at its n-th call to the file system, for every n."""
-    old, new = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_kill_at_every_step_of_a_save_leaves_it_complete_or_absent(tmp_path, replaced):
+    """A child writes a checkpoint, removes the oldest, and kills itself at its n-th call to the file system, for every n."""
+    oldest, old, new = (tmp_path / f"checkpoint-{n}" for n in range(3))
 
     def write(folder):
         (folder / "trainer_state.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(bytes(1000))
 
     mlx_grpo.write_directory(old, write)
-    for step in range(1, 200):
+    for step in range(1, 300):
+        mlx_grpo.write_directory(oldest, write)
+        if replaced:
+            mlx_grpo.write_directory(new, write)
         pid = os.fork()
         if not pid:
             calls = iter(range(1, step))
             touches = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
             sys.addaudithook(lambda event, _: event in touches and next(calls, None) is None and os.kill(os.getpid(), signal.SIGKILL))
             mlx_grpo.write_directory(new, write)
+            mlx_grpo.remove_old_checkpoints(tmp_path, 2, 0 if replaced else -1)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert damage(old) == "" and (damage(new) == "" or not new.exists())
+        assert damage(old) == "" and (damage(new) == "" or not new.exists()) and (damage(oldest) == "" or not oldest.exists())
         shutil.rmtree(new, ignore_errors=True)
         if status == 0:
             break
-    assert status == 0 and step > 10
+    assert status == 0 and step > 10 and oldest.exists() == replaced
 
 
 def test_what_a_killed_save_leaves_is_cleaned_up(finished_run, stopped):
-    for name in (".checkpoint-4.partial", ".checkpoint-9.partial", ".final.partial"):
+    for name in (".checkpoint-4.partial", ".checkpoint-9.partial", ".final.partial", ".checkpoint-1.removed"):
         (stopped[1] / name).mkdir()
         (stopped[1] / name / "model.safetensors").write_text("half")
     assert resume(finished_run, stopped) == 0
-    assert not list(stopped[1].glob(".*.partial")) and learnt(stopped[1]) == learnt(finished_run / "run")
+    assert not left_over(stopped[1]) and learnt(stopped[1]) == learnt(finished_run / "run")
 
 
 @pytest.mark.parametrize("harm", ["truncate model.safetensors", "flip optimizer.safetensors", "remove trainer_state.json", "empty manifest.json", "list manifest.json", "remove manifest.json"])
@@ -292,6 +301,12 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(fini
     captured = capsys.readouterr()
     assert f"{stopped[1] / 'checkpoint-3'} is skipped: " in captured.err and "update 2 of" in captured.out
     assert learnt(stopped[1]) == learnt(finished_run / "run")
+
+
+def test_a_resume_removes_the_checkpoint_that_a_killed_save_should_have(finished_run, stopped):
+    assert resume(finished_run, stopped, "save_total_limit=2") == 0
+    assert [p.name for p in checkpoints(stopped[1])][-2:] == [p.name for p in checkpoints(finished_run / "run")][-2:]
+    assert not (stopped[1] / "checkpoint-1").exists()
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(finished_run, stopped, capsys):
@@ -381,7 +396,7 @@ def test_a_disk_that_fills_up_stops_the_run_at_the_third_failure_with_the_rest_i
     assert [line.endswith("training goes on, the next save will try again") for line in lines] == [True, True, False]
     run = disk / "run"
     found = checkpoints(run)
-    assert len(found) >= 2 and not any(map(damage, found)) and not list(run.glob(".*.partial"))
+    assert len(found) >= 2 and not any(map(damage, found)) and not left_over(run)
     records(run)  # every line is whole
     for old in found[:-1]:
         shutil.rmtree(old)
