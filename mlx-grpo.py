@@ -36,6 +36,7 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -51,15 +52,16 @@ from pathlib import Path
 
 
 def load_blas() -> str | None:
-    """Load OpenBLAS or MKL ahead of MLX and return its name, or None where there is none or no need.
+    """Load MKL or OpenBLAS ahead of MLX and return its name, or None where there is none or no need.
 
     MLX's Linux CPU build links the reference BLAS, thirty times slower than these; the first library loaded with
     global symbols wins, so this must run before `import mlx.core`.
     """
     if sys.platform != "linux" or "mlx" in sys.modules:
         return None
+    os.environ.setdefault("MKL_CBWR", "AUTO")  # the same bits on every run
     in_environment = sorted(glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*")))
-    for name in filter(None, [ctypes.util.find_library("openblas"), *in_environment, ctypes.util.find_library("mkl_rt")]):
+    for name in filter(None, [*in_environment, ctypes.util.find_library("openblas"), ctypes.util.find_library("mkl_rt")]):
         with contextlib.suppress(OSError):
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
             return name
@@ -1059,6 +1061,14 @@ def left_pad(prompts: list[list[int]], length: int) -> tuple[mx.array, mx.array]
     return mx.array([[0] * pad + p for pad, p in zip(pads, prompts)]), mx.array(pads)
 
 
+def softmax(logits: mx.array) -> mx.array:
+    """Probabilities (.., V) of float32 logits. On x86 CPUs by powers of e: MLX's exp takes 13 ns a number there, its power 5."""
+    if mx.default_device() == mx.gpu or platform.machine() != "x86_64":
+        return mx.softmax(logits, axis=-1)
+    powers = mx.power(math.e, logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
 def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.array | None) -> tuple[mx.array, mx.array]:
     """Draw one id a row: logits (N, V) and uniforms (N,) in [0, 1) -> ids (N,), log-probs (N,) of what was drawn.
 
@@ -1077,7 +1087,7 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
         for value, keep_likely in filters:
             if value:
                 logits = keep_likely(logits - mx.logsumexp(logits, axis=-1, keepdims=True), value)
-    probs = mx.softmax(logits, axis=-1)
+    probs = softmax(logits)
     if sampling.temperature:
         cumulative = mx.cumsum(probs, axis=-1)
         # The first id that reaches a threshold in (0, total]: never one whose probability is 0.
@@ -1472,13 +1482,13 @@ def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy
     def stats(logits, ids):
         logits = scaled(logits)
         # One pass of exponentials, in the kernel that has the least memory traffic; the largest p gives the normaliser.
-        probs = mx.softmax(logits, axis=-1)
+        probs = softmax(logits)
         normaliser = logits.max(axis=-1) - mx.log(probs.max(axis=-1))
         entropies = normaliser - (probs * logits).sum(axis=-1)
         return mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - normaliser, entropies, probs
 
     def logit_gradient(logits, ids, probs, entropies, logp_grad, entropy_grad):
-        probs = mx.softmax(scaled(logits), axis=-1) if probs is None else probs
+        probs = softmax(scaled(logits)) if probs is None else probs
         grad = (-logp_grad[:, None] * probs).at[mx.arange(ids.shape[0]), ids].add(logp_grad)
         if entropy_gradient:
             logps = mx.log(mx.maximum(probs, 1e-38))  # p log p is 0 at 0
@@ -1982,7 +1992,8 @@ class MLXGRPOTrainer:
             mx.eval(grads, results[-1])  # frees this part's activations before the next begins
         grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))  # a rank may have no part
         results = [r for part in self.ranks.gather(tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, results)) for r in part]
-        norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(grads))).item()
+        exact = [g.astype(mx.float32) for _, g in tree_flatten(grads)]
+        norm = mx.sqrt(sum((g * g).sum() for g in exact)).item()  # g * g: ten times faster than MLX's square on CPUs
         record = {"loss": sum(loss for loss, *_ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
         tokens, rows = np.array([n for _, _, n, _, _ in results]), np.array([n for *_, n, _ in results])
         by_row = config.importance_sampling_level == "sequence" or config.loss_type == "vespo"
