@@ -3,6 +3,7 @@
 The peak is what stays (weights, optimizer, reference) plus the larger of what the rollout and the update add to it.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 GB = 2**30
@@ -69,23 +70,23 @@ def plan(work: Work) -> dict[str, int]:
 
 def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[str]:
     """For each size of machine in GB, the mildest change of settings whose peak is within `share` of its memory."""
-    adapters = replace(work, trained=max(1, work.trained // 100), has_reference=False)  # adapters of rank 8 are about a hundredth
+    adapters = replace(work, trained=max(1, work.trained // 100), has_reference=False)  # of rank 8: about a hundredth
+    ladder = [
+        replace(base, grad_checkpoint=checkpoint, micro_batch_tokens=work.micro_batch_tokens // divisor)
+        for base, checkpoint, divisor in itertools.product((work, adapters), sorted({work.grad_checkpoint, True}), (1, 2, 4, 8))
+    ]
     lines = []
     for size in sizes:
-        ladder = []
-        for base, kind in ((work, {}), (adapters, {"fine_tune_type": "lora"})):
-            for checkpoint in sorted({work.grad_checkpoint, True}):
-                for divisor in (1, 2, 4, 8):
-                    tokens = work.micro_batch_tokens // divisor
-                    change = {**kind, "grad_checkpoint": "true" if checkpoint else "false", "micro_batch_tokens": tokens}
-                    here = replace(base, grad_checkpoint=checkpoint, micro_batch_tokens=tokens, kv_budget=min(work.kv_budget, size * GB // 4))
-                    was = {"grad_checkpoint": "true" if work.grad_checkpoint else "false", "micro_batch_tokens": work.micro_batch_tokens}
-                    ladder.append(({k: v for k, v in change.items() if v != was.get(k)}, plan(here)["peak"]))
-        fitting = next(((change, peak) for change, peak in ladder if peak <= share * size * GB), None)
-        if fitting is None:
+        peaks = [plan(replace(step, kv_budget=min(work.kv_budget, size * GB // 4)))["peak"] for step in ladder]
+        step, peak = next(((step, peak) for step, peak in zip(ladder, peaks) if peak <= share * size * GB), (None, 0))
+        if step is None:
             lines.append(f"{size} GB: too small for this model; quantise it (utils/convert_model.py --quantize), or take a smaller one")
-        else:
-            change, peak = fitting
-            settings = " ".join(f"--set {name}={value}" for name, value in change.items()) or "as it is"
-            lines.append(f"{size} GB: {settings} (about {peak / GB:.1f} GB)")
+            continue
+        changes = {
+            "fine_tune_type=lora": step.trained != work.trained,
+            "grad_checkpoint=true": step.grad_checkpoint != work.grad_checkpoint,
+            f"micro_batch_tokens={step.micro_batch_tokens}": step.micro_batch_tokens != work.micro_batch_tokens,
+        }
+        settings = " ".join(f"--set {change}" for change, made in changes.items() if made) or "as it is"
+        lines.append(f"{size} GB: {settings} (about {peak / GB:.1f} GB)")
     return lines

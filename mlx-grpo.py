@@ -17,7 +17,7 @@ There is no value network and no reward model: rewards are plain Python function
 The file reads in the order data flows: config, tokenizer, model, data, rewards, rollout, objective, log-probs,
 checkpoints, evaluation, trainer, command line. What has nothing to do with the algorithm lies beside it: run_directory.py
 (files of a run, errors), monitoring.py (terminal, trackers), scoring.py (calls reward functions), ranks.py (several
-processes). Shapes are written where an array is born:
+processes), memory_plan.py (what a run will hold). Shapes are written where an array is born:
 
     B prompts a batch    G completions a prompt    N = B*G rows    P prompt positions    T completion positions
     V vocabulary         D hidden width
@@ -1413,8 +1413,7 @@ def correction_weights(log_ratio, mask, mode: str, low: float | None, high: floa
 # Log-probs of completions
 # ---------------------------------------------------------------------------------------------------------------
 
-# Logits alive at once in the head, forward and backward: in float32 a 128th of the memory, 512 MB at most.
-HEAD_CHUNK_LOGITS = min(2**27, memory_bytes() // 512)
+HEAD_CHUNK_LOGITS = 2**27  # alive at once in the head, forward and backward, at most: 512 MB of float32
 
 
 class HiddenThrough:
@@ -1451,15 +1450,15 @@ def split_head(model):
     return (backbone, head) if same else None
 
 
-def make_head_stats(head, backbone, temperature: float, vocabulary: int, entropy_gradient: bool):
+def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_gradient: bool):
     """f(hidden (M, D), ids (M,)) -> log-probs (M,), entropies (M,) in float32, without an (M, V) tensor.
 
     Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the backward
     pass computes the logits again: memory holds one chunk's logits however many positions and ids there are. Where
     all positions are one chunk, its probabilities are kept for the backward pass instead. The gradient is written
     out: of log p_id it is onehot - p, of the entropy H -p (log p + H), the latter only where `entropy_gradient`.
+    chunk: positions in one.
     """
-    chunk = max(1, HEAD_CHUNK_LOGITS // vocabulary)
     # Tied models keep their head's weight in the embedding, under the backbone.
     tied = not tree_flatten(head.parameters()) or getattr(head.args, "tie_word_embeddings", False)
     holders = [head, *(m for m in backbone.children().values() if tied and hasattr(m, "as_linear"))]
@@ -1539,15 +1538,15 @@ class CompletionLogProbs:
     plain KV caches and models with gradient checkpointing take whole sequences instead, with the same result.
     """
 
-    def __init__(self, model, temperature: float, share_prompts: bool, entropy_gradient: bool = True):
+    def __init__(self, model, temperature: float, share_prompts: bool, entropy_gradient=True, head_chunk=HEAD_CHUNK_LOGITS):
         self.model, self.temperature = model, temperature
         self.share_prompts = share_prompts and can_pad(model)
         # CUDA's fused attention takes no mask: there a padded prompt costs more than it saves.
         self.shares_padded = self.share_prompts and not on_cuda()
         self.split = split_head(model)
         if self.split:
-            vocabulary = model(mx.array([[0]])).shape[-1]
-            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, vocabulary, entropy_gradient)
+            chunk = max(1, head_chunk // model(mx.array([[0]])).shape[-1])
+            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, chunk, entropy_gradient)
 
     def __call__(self, batch: dict) -> tuple[mx.array, mx.array]:
         """batch: prompts (P, L), left-padded by pads (P,) where that is given, ids (N, T) right-padded, N a multiple
@@ -1738,12 +1737,14 @@ class MLXGRPOTrainer:
 
         share = not config.grad_checkpoint
         # A device that runs ahead holds the results of everything on its way: the limit bounds that, not what must be held.
-        mx.set_memory_limit(int(config.memory_limit_gb * 2**30) or memory_bytes() // 2)
-        self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0)
+        limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
+        mx.set_memory_limit(limit)
+        self.head_chunk = min(HEAD_CHUNK_LOGITS, limit // 256)  # in float32 at most a 64th of the limit
+        self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0, self.head_chunk)
         self.reference = None
         if config.kl_coeff > 0:
             frozen = without_adapters(self.model) if adapter_layers(self.model) else shared_copy(self.model)
-            self.reference = CompletionLogProbs(frozen, config.temperature, share)
+            self.reference = CompletionLogProbs(frozen, config.temperature, share, head_chunk=self.head_chunk)
         self.optimizer = MasterAdamW(config)
         self.optimizer.init(self.model.trainable_parameters())
         self.quantize_rollouts = config.quantize_for_rollouts
@@ -1757,7 +1758,6 @@ class MLXGRPOTrainer:
         self.logs = RunLogs(self.run_dir)
         self.warned = set()
         self.stop_signal = 0
-        self.synced = self.trainable()
         self.refresh_sampler()
         data = [[row["prompt_ids"], row["answer"]] for rows in (self.rows, *self.eval_rows.values()) for row in rows]
         ranks.must_agree(settings=dataclasses.asdict(config), data=hashlib.sha256(json.dumps(data).encode()).hexdigest())
@@ -1782,13 +1782,17 @@ class MLXGRPOTrainer:
         """The trainable arrays by name, as they are now."""
         return dict(tree_flatten(self.model.trainable_parameters()))
 
-    def refresh_sampler(self) -> None:
-        """Make the sampler from the weights in `synced`: the policy itself where it may be, else a copy."""
+    def refresh_sampler(self, weights: dict | None = None) -> None:
+        """Make the sampler: the policy itself where it may be, else a copy of it as it is now, or with `weights`."""
+        self.synced = {}  # the sampler's weights, where they are not those of the policy
         if not self.quantize_rollouts and self.config.sync_every == 1:
             self.sampler = self.model
             return
         now = self.trainable()
-        self.model.load_weights(list(self.synced.items()), strict=False)
+        weights = weights or now
+        if self.config.sync_every > 1:
+            self.synced = weights
+        self.model.load_weights(list(weights.items()), strict=False)
         self.sampler = fused(self.model)
         self.model.load_weights(list(now.items()), strict=False)
         if self.quantize_rollouts:
@@ -2024,7 +2028,7 @@ class MLXGRPOTrainer:
         if self.quantize_rollouts:
             self.quantize_rollouts = False
             print("NaN gradient encountered: rollouts are in full precision from here on", file=sys.stderr)
-            self.refresh_sampler()
+            self.refresh_sampler(self.synced)
         return {name: (value if math.isfinite(value) else None) for name, value in record.items()} | {"skipped": "non-finite gradient"}
 
     # The loop
@@ -2086,7 +2090,6 @@ class MLXGRPOTrainer:
         seconds["train"] = time.perf_counter() - start
         previous, self.update = self.update, self.update + len(metrics)
         if crossed(previous, self.update, config.sync_every):
-            self.synced = self.trainable()
             self.refresh_sampler()
         if crossed(previous, self.update, config.check_weights_steps):
             self.check_weights()
@@ -2213,8 +2216,7 @@ class MLXGRPOTrainer:
                 setattr(self, name, value)
             self.model.load_weights(list(self.ranks.from_first(self.trainable()).items()), strict=False)
             self.optimizer.state = self.ranks.from_first(self.optimizer.state)
-            self.synced = self.ranks.from_first(self.synced)
-            self.refresh_sampler()
+            self.refresh_sampler(self.ranks.from_first(self.synced))
 
     def read_checkpoint(self, folder: Path, asked: set[str]) -> None:
         """Take over what a checkpoint holds, and set aside what the run wrote after it.
@@ -2243,8 +2245,7 @@ class MLXGRPOTrainer:
         self.optimizer.state = optimizer
         for name in RESUMED_STATE:
             setattr(self, name, state[name])
-        self.synced = mx.load(str(stale)) if stale.is_file() else self.trainable()
-        self.refresh_sampler()
+        self.refresh_sampler(mx.load(str(stale)) if stale.is_file() else None)
         for newer in checkpoints(self.run_dir):  # damaged, or of a course that this resume leaves
             if int(newer.name.rpartition("-")[2]) > self.update:
                 remove_directory(newer.with_name(f"superseded-{newer.name}"))
@@ -2271,7 +2272,7 @@ class MLXGRPOTrainer:
             shares_prompts=self.log_probs.shares_padded,
             prompt=max(len(row["prompt_ids"]) for row in self.rows), completion=config.rollout_tokens,
             has_reference=self.reference is not None and not adapter_layers(model), micro_batch_tokens=config.micro_batch_tokens,
-            grad_checkpoint=config.grad_checkpoint, head_chunk=HEAD_CHUNK_LOGITS,
+            grad_checkpoint=config.grad_checkpoint, head_chunk=self.head_chunk,
             kv_budget=int(config.kv_budget_gb * 2**30) or memory_bytes() // 4,
         )  # fmt: skip
 

@@ -43,12 +43,11 @@ def largest_gap(a, b):
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_log_probs_entropies_and_gradients_equal_plain_sequences(name, share, monkeypatch):
-    if share:  # seven positions a chunk: several chunks, one ragged; else one chunk, whose probabilities are kept
-        monkeypatch.setattr(mlx_grpo, "HEAD_CHUNK_LOGITS", 97 * 7)
+def test_log_probs_entropies_and_gradients_equal_plain_sequences(name, share):
     model = tiny_model(name)
     model.train()
-    forward, batch = CompletionLogProbs(model, 0.8, share), batch_of()
+    # Seven positions a chunk: several chunks, one ragged; else one chunk, whose probabilities are kept.
+    forward, batch = CompletionLogProbs(model, 0.8, share, head_chunk=97 * (7 if share else 1000)), batch_of()
     assert forward.split is not None
     weights = np.random.default_rng(0).normal(size=batch["ids"].shape)
 
