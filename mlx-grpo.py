@@ -1039,6 +1039,16 @@ def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> lis
             mask = super().make_mask(N, return_array, **kwargs)
             return mask | mx.eye(N, self._idx + N, k=self._idx, dtype=mx.bool_) if N > 1 else mask
 
+        def update_and_fetch(self, keys, values):
+            """A block joins what is there; only single positions fill a buffer that grows by steps, which costs a gradient dear."""
+            if keys.shape[2] == 1:
+                return super().update_and_fetch(keys, values)
+            self.offset = self.offset + keys.shape[2]
+            if self.keys is not None:
+                keys, values = (mx.concatenate(pair, axis=2) for pair in zip(self.keys_and_values(), (keys, values)))
+            self.keys, self.values, self._idx = keys, values, keys.shape[2]
+            return keys, values
+
     cache = make_prompt_cache(model)
     if pads is not None:
         cache = [PaddedKVCache([0]) for _ in cache]
