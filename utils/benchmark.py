@@ -26,7 +26,7 @@ from statistics import fmean, median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "utils"))
-from inference import exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
+from inference import Parser, exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -61,6 +61,11 @@ VARIANTS = {  # name: settings over configs/quickstart.toml
 }
 
 
+def starter_problems() -> list[str]:
+    with open(ROOT / "starter" / "data" / "train.jsonl", encoding="utf-8") as file:
+        return [json.loads(line)["question"] for line in file]
+
+
 def objective_command(variant: str, seed: int, updates: int, output: Path, extra: list[str]) -> tuple[Path, list[str]]:
     """The run directory of one run and the command that fills it."""
     name = f"{variant}-seed{seed}"
@@ -68,8 +73,7 @@ def objective_command(variant: str, seed: int, updates: int, output: Path, extra
     config = mlx_grpo.load_config(ROOT / "configs" / "quickstart.toml", settings)
     rollouts = math.ceil(updates / config.num_iterations)
     prompts = rollouts * config.batch_size * config.gradient_accumulation_steps
-    with open(ROOT / "starter" / "data" / "train.jsonl", encoding="utf-8") as file:
-        rows = min(prompts, sum(1 for _ in file))
+    rows = min(prompts, len(starter_problems()))
     settings += [f"output_dir={output}", f"run_name={name}", f"max_train_samples={rows}"]
     # The half keeps a quotient that rounding made too small from costing a rollout.
     settings += [f"num_epochs={(prompts + 0.5) / rows}", f"eval_steps={max(1, rollouts * config.num_iterations // 2)}"]
@@ -227,8 +231,7 @@ def model_folder(preset: str) -> Path:
 
 def questions(tokenizer, count: int, length: int, ragged: bool) -> list[str]:
     """Word problems run together and cut so that each prompt has `length` tokens; ragged: from two thirds of it on."""
-    with open(ROOT / "starter" / "data" / "train.jsonl", encoding="utf-8") as file:
-        words = " ".join(json.loads(line)["question"] for line in file).split()
+    words = " ".join(starter_problems()).split()
     tokens = lambda text: len(mlx_grpo.build_prompt(tokenizer, text))  # noqa: E731
     found, start = [], 0
     while len(found) < count:
@@ -374,7 +377,6 @@ def timed(function):
         seconds["rollout"] = time.perf_counter() - start
         return result
     return wrapper
-def alternate(completions, **kwargs): return [float(i % 2) for i in range(len(completions))]
 """
 MLX_DRIVER = """
 import mlx.core as mx
@@ -481,7 +483,7 @@ class Peer:
         work |= {"texts": texts, "ids": ids, "model": trainer.config.model_name, "gpu": on_gpu(), "blas": mlx_grpo.BLAS}
         try:
             self.process = subprocess.Popen(
-                [python, "-c", DRIVER + PEERS[args.peer][1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [python, "-c", DRIVER + REWARDS + PEERS[args.peer][1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=open(self.log, "w"), text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
         except OSError as error:
@@ -621,11 +623,6 @@ def memory(args: argparse.Namespace) -> None:
 
 
 # --- Command line -----------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{message.removeprefix('argument ')}; see --help\n")
 
 
 def positive(text: str) -> int:
