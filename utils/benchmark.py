@@ -356,7 +356,6 @@ import ctypes, json, os, sys, threading, time
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what libraries print goes to the log
 work = json.loads(sys.stdin.readline())
-if work["blas"]: ctypes.CDLL(work["blas"], mode=ctypes.RTLD_GLOBAL)
 rows, seconds, parent = work["prompts"] * work["completions"], {}, os.getppid()
 def watch():  # ends with the benchmark, however that ends
     while os.getppid() == parent: time.sleep(1)
@@ -379,6 +378,7 @@ def timed(function):
     return wrapper
 """
 MLX_DRIVER = """
+if work["blas"]: ctypes.CDLL(work["blas"], mode=ctypes.RTLD_GLOBAL)
 import mlx.core as mx
 from mlx_lm import load
 sync = lambda: None
