@@ -32,6 +32,8 @@ def own_cache(monkeypatch, tmp_path_factory):
         (["memory", "--peer", "trl"], "unrecognized arguments: --peer trl"),
         (["memory", "--ragged"], "--ragged is for rollout, train and step"),
         (["train", "--completions", "1"], "--completions must be at least 2"),
+        (["learn", "--peer", "mlx-lm"], "invalid choice: 'mlx-lm'"),
+        (["learn", "--set", "num_iterations=2"], "--set: num_iterations: learn takes what both programs have: temperature"),
     ],
 )
 def test_argument_errors_are_one_line(argv, message, capsys):
@@ -151,6 +153,69 @@ def test_ragged_prompts_have_their_lengths():
     tokenizer = benchmark.mlx_grpo.open_model(str(ROOT / "starter" / "model"))[1]
     lengths = [len(benchmark.mlx_grpo.build_prompt(tokenizer, q)) for q in benchmark.questions(tokenizer, 3, 30, True)]
     assert lengths == [30, 23, 26]  # 30 less 0, 7 and 14 modulo 10
+
+
+def test_table_of_learning():
+    """20 updates, so means of two: the level to reach is 90% of the highest that both come to, which is the peer's 3.0."""
+    own = [(min(4.0, 0.5 * i), 1.0) for i in range(20)]
+    peer = [(min(3.0, 0.25 * i), 2.0) for i in range(20)]
+    header, first, second, *_, total, until = benchmark.learn_table([(own, peer)], "trl")
+    assert header == ["", "this trainer", "trl", "ratio"]
+    assert first == ["reward, updates 1-2", "0.25", "0.12", "-"] and second == ["reward, updates 3-4", "1.25", "0.62", "-"]
+    assert total == ["seconds, all updates", "20.0", "40.0", "2.00"]
+    # 2.5 and 3.0 are updates 6 and 7 of the one, 2.75 and 2.75 + 0.25 updates 12 and 13 of the other.
+    assert until == ["seconds until the reward is 2.70", "7.0", "26.0", "3.71"]
+
+
+def test_table_of_learning_has_the_seeds_ranges():
+    flat = lambda reward, seconds: [(reward, seconds)] * 4  # noqa: E731
+    table = benchmark.learn_table([(flat(1.0, 1.0), flat(2.0, 3.0)), (flat(3.0, 2.0), flat(2.0, 2.0))], "trl")
+    assert [row[0] for row in table[1:5]] == [f"reward, updates {i}-{i}" for i in range(1, 5)]  # too few for tenths
+    assert table[1][1:] == ["2.00 (1.00-3.00)", "2.00", "-"]
+    assert table[5][1:] == ["6.0 (4.0-8.0)", "10.0 (8.0-12.0)", "2.00 (1.00-3.00)"]
+    assert table[6][0] == "seconds until the reward is 1.35 (0.90-1.80)" and table[6][1] == "1.5 (1.0-2.0)"
+
+
+TEXT = "<reasoning>\n1\n</reasoning>\n<answer>\n0\n</answer>"  # all but the right answer: 2.0
+FAKE_PEER = f"""#!{sys.executable}
+import json, sys
+work = json.loads(sys.stdin.readline())
+json.dump(work, open(sys.argv[0] + ".work", "w"))
+while sys.stdin.readline() == "go\\n":
+    print(json.dumps([{TEXT!r}] * work["prompts"] * work["completions"]), flush=True)
+    rewards = json.loads(sys.stdin.readline())
+    assert rewards == [2.0] * work["prompts"] * work["completions"]
+    print(json.dumps({{"step": 3.0}}), flush=True)
+"""
+
+
+def test_learning_gives_the_peer_the_same_work(tmp_path, capsys):
+    fake = tmp_path / "python"
+    fake.write_text(FAKE_PEER)
+    fake.chmod(0o755)
+    argv = ["learn", "--updates", "2", "--seeds", "3", "--peer-python", str(fake), "--set", "batch_size=2", "--set", "num_generations=2"]
+    assert benchmark.main([*argv, "--set", "max_completion_length=8", "--set", "clip_eps=0.3"]) == 0
+    out = capsys.readouterr().out
+    assert "2 updates of 2 prompts x 2 completions" in out and "trl 6.0 s" in out and out.count("| 2.00 |") == 2
+
+    work = json.loads((tmp_path / "python.work").read_text())
+    assert Path(work["model"]).resolve() == ROOT / "starter" / "model" and len(work["chats"]) == 4
+    system, user = work["chats"][0]["prompt"]
+    assert system == {"role": "system", "content": benchmark.mlx_grpo.SYSTEM_PROMPT} and user["content"] in benchmark.starter_problems()[:4]
+    settings = work["settings"]
+    assert settings["learning_rate"] == 1e-4 and settings["lr_scheduler_type"] == "constant" and settings["max_steps"] == 2
+    assert settings["epsilon"] == 0.3 and settings["beta"] == 0.0 and settings["seed"] == 3 and settings["loss_type"] == "grpo"
+    assert settings["generation_kwargs"] == {"stop_strings": ["</answer>"]}
+
+
+def test_the_peer_has_the_problems_in_the_order_they_are_drawn(tmp_path):
+    args = benchmark.parse_arguments(["learn", "--updates", "3", "--set", "batch_size=2"])
+    trainer, rows = benchmark.learner(args, 1, tmp_path)
+    assert trainer.updates == 3 and [row for _, row in trainer.next_rows(6)] == rows
+
+
+def test_settings_of_learning_are_settings_of_the_trainer():
+    assert set(benchmark.LEARN_SETTINGS) <= set(benchmark.mlx_grpo.MLXGRPOConfig.__dataclass_fields__)
 
 
 def test_a_peer_that_cannot_start_is_one_line(capsys):

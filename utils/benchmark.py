@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure the trainer: what each objective learns, how fast a step is, what it holds in memory, and peers on the same work.
 
-objectives trains the starter once a variant and seed and prints held-out accuracy. rollout, train, step and memory run a
-GRPO step or a part of it on a model of random weights. Nothing there ends a completion early, so that every run and every
-peer does the same work.
+objectives trains the starter once a variant and seed and prints held-out accuracy. learn trains it beside TRL and prints the
+rewards and the seconds of both. rollout, train, step and memory run a GRPO step or a part of it on a model of random weights.
+Nothing there ends a completion early, so that every run and every peer does the same work.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from pathlib import Path
 from statistics import fmean, median
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.toml"
 sys.path.insert(0, str(ROOT / "utils"))
-from inference import exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
+from inference import Parser, exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -61,18 +62,27 @@ VARIANTS = {  # name: settings over configs/quickstart.toml
 }
 
 
+def starter_problems() -> list[str]:
+    with open(ROOT / "starter" / "data" / "train.jsonl", encoding="utf-8") as file:
+        return [json.loads(line)["question"] for line in file]
+
+
+def length_settings(config, rollouts: int) -> list[str]:
+    """Settings over `config` that make a run on the starter's problems so many rollouts long."""
+    prompts = rollouts * config.batch_size * config.gradient_accumulation_steps
+    rows = min(prompts, len(starter_problems()))
+    # The half keeps a quotient that rounding made too small from costing a rollout.
+    return [f"max_train_samples={rows}", f"num_epochs={(prompts + 0.5) / rows}"]
+
+
 def objective_command(variant: str, seed: int, updates: int, output: Path, extra: list[str]) -> tuple[Path, list[str]]:
     """The run directory of one run and the command that fills it."""
     name = f"{variant}-seed{seed}"
     settings = ["eval_samples=0", "log_completions_steps=0", "logging_steps=10", f"seed={seed}", *VARIANTS[variant], *extra]
-    config = mlx_grpo.load_config(ROOT / "configs" / "quickstart.toml", settings)
+    config = mlx_grpo.load_config(QUICKSTART, settings)
     rollouts = math.ceil(updates / config.num_iterations)
-    prompts = rollouts * config.batch_size * config.gradient_accumulation_steps
-    with open(ROOT / "starter" / "data" / "train.jsonl", encoding="utf-8") as file:
-        rows = min(prompts, sum(1 for _ in file))
-    settings += [f"output_dir={output}", f"run_name={name}", f"max_train_samples={rows}"]
-    # The half keeps a quotient that rounding made too small from costing a rollout.
-    settings += [f"num_epochs={(prompts + 0.5) / rows}", f"eval_steps={max(1, rollouts * config.num_iterations // 2)}"]
+    settings += [f"output_dir={output}", f"run_name={name}", *length_settings(config, rollouts)]
+    settings += [f"eval_steps={max(1, rollouts * config.num_iterations // 2)}"]
     command = ["mlx-grpo.py", "--config", "configs/quickstart.toml"]
     return output / name, command + [part for setting in settings for part in ("--set", setting)]
 
@@ -227,8 +237,7 @@ def model_folder(preset: str) -> Path:
 
 def questions(tokenizer, count: int, length: int, ragged: bool) -> list[str]:
     """Word problems run together and cut so that each prompt has `length` tokens; ragged: from two thirds of it on."""
-    with open(ROOT / "starter" / "data" / "train.jsonl", encoding="utf-8") as file:
-        words = " ".join(json.loads(line)["question"] for line in file).split()
+    words = " ".join(starter_problems()).split()
     tokens = lambda text: len(mlx_grpo.build_prompt(tokenizer, text))  # noqa: E731
     found, start = [], 0
     while len(found) < count:
@@ -304,6 +313,11 @@ def machine() -> str:
     return f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, Python {platform.python_version()}; {name}, {os.cpu_count()} CPU cores{blas}"
 
 
+def warn_if_busy() -> None:
+    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
+        print(f"load average {os.getloadavg()[0]:.1f}: other programs are running, and every figure below may be off", file=sys.stderr)
+
+
 def best_seconds(function, repeats: int = 5) -> float:
     """The fastest of several runs, after one to warm up."""
     times = []
@@ -353,7 +367,6 @@ import ctypes, json, os, sys, threading, time
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what libraries print goes to the log
 work = json.loads(sys.stdin.readline())
-if work["blas"]: ctypes.CDLL(work["blas"], mode=ctypes.RTLD_GLOBAL)
 rows, seconds, parent = work["prompts"] * work["completions"], {}, os.getppid()
 def watch():  # ends with the benchmark, however that ends
     while os.getppid() == parent: time.sleep(1)
@@ -362,10 +375,11 @@ threading.Thread(target=watch, daemon=True).start()
 def wait():
     if not sys.stdin.readline(): os._exit(0)
     return time.perf_counter()
+def say(answer):
+    answers.write(json.dumps(answer) + "\\n"); answers.flush()
 def report(start, peak):
     step = time.perf_counter() - start
-    answer = {"rollout": seconds["rollout"], "train": step - seconds["rollout"], "step": step, "peak": peak}
-    answers.write(json.dumps(answer) + "\\n"); answers.flush()
+    say({"rollout": seconds["rollout"], "train": step - seconds["rollout"], "step": step, "peak": peak})
 def timed(function):
     def wrapper(*args, **kwargs):
         start = time.perf_counter()
@@ -374,9 +388,9 @@ def timed(function):
         seconds["rollout"] = time.perf_counter() - start
         return result
     return wrapper
-def alternate(completions, **kwargs): return [float(i % 2) for i in range(len(completions))]
 """
 MLX_DRIVER = """
+if work["blas"]: ctypes.CDLL(work["blas"], mode=ctypes.RTLD_GLOBAL)
 import mlx.core as mx
 from mlx_lm import load
 sync = lambda: None
@@ -414,7 +428,7 @@ grpo_trainer.train_grpo(
     model, None, tokenizer, optim.Adam(1e-6), [], None, [alternate], args, iterate_batches=batches, end_answer_token="")
 """
 TRL_DRIVER = """
-import resource, tempfile, torch
+import functools, resource, tempfile, torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -427,19 +441,39 @@ class Pace(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
         sync()
         report(self.start, torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16 if work["gpu"] else torch.float32)
-config = GRPOConfig(
-    tempfile.mkdtemp(), per_device_train_batch_size=rows, num_generations=work["completions"], max_steps=10**6, beta=0.0,
-    max_completion_length=work["tokens"], generation_kwargs={"min_new_tokens": work["tokens"]}, temperature=1.0,
-    learning_rate=1e-6, loss_type="grpo", bf16=False, gradient_checkpointing=False, use_cpu=not cuda, report_to="none",
-    logging_steps=10**6, save_strategy="no", disable_tqdm=True, shuffle_dataset=False)
-data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in work["texts"]])
-Timed(model, alternate, config, data, processing_class=AutoTokenizer.from_pretrained(work["model"]), callbacks=[Pace()]).train()
+def train(trainer, reward, prompts, **settings):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(work["model"], dtype="auto"), AutoTokenizer.from_pretrained(work["model"])
+    # TRL does not hand generate the tokenizer, without which it takes no stop strings.
+    model.generate = functools.partial(model.generate, tokenizer=tokenizer)
+    config = GRPOConfig(
+        tempfile.mkdtemp(), per_device_train_batch_size=rows, bf16=False, gradient_checkpointing=False, use_cpu=not cuda,
+        report_to="none", logging_steps=10**6, save_strategy="no", disable_tqdm=True, shuffle_dataset=False, **settings)
+    trainer(model, reward, config, Dataset.from_list(prompts), processing_class=tokenizer, callbacks=[Pace()]).train()
 """
-PEERS = {  # packages, driver, the commands it can run
-    "trl": (("trl==1.16.0", "torch"), TRL_DRIVER, ("rollout", "train", "step")),
-    "mlx-lm": (("mlx-lm==0.32.2", "rich"), MLX_DRIVER + MLX_LM_DRIVER, ("rollout",)),
-    "mlx-lm-lora": (("mlx-lm-lora==5.10.2", "rich"), MLX_DRIVER + MLX_LM_LORA_DRIVER, ("rollout", "train", "step")),
+TRL_SPEED_DRIVER = """
+prompts = [{"prompt": [{"role": "user", "content": text}]} for text in work["texts"]]
+train(Timed, alternate, prompts, num_generations=work["completions"], max_completion_length=work["tokens"], max_steps=10**6,
+      temperature=1.0, learning_rate=1e-6, loss_type="grpo", beta=0.0, generation_kwargs={"min_new_tokens": work["tokens"]})
+"""
+# Its reward function asks the benchmark: a line of JSON with the texts of an update, answered by a line with their rewards.
+TRL_LEARN_DRIVER = """
+class Learner(Timed):
+    def _generate_single_turn(self, *args):
+        # generate pads what a stop string has ended. TRL, which looks for the end token alone, would train on the padding.
+        completions, logps = super()._generate_single_turn(*args)
+        for ids in completions:
+            while ids[-1] == self._tokenizer.pad_token_id: ids.pop()
+        return completions, logps
+def asked(completions, **columns):
+    say([chat[0]["content"] for chat in completions])
+    return json.loads(sys.stdin.readline())
+train(Learner, asked, work["chats"], **work["settings"])
+"""
+SPEEDS = ("rollout", "train", "step")
+PEERS = {  # packages, and the driver of each command it can run
+    "trl": (("trl==1.16.0", "torch"), {**dict.fromkeys(SPEEDS, TRL_DRIVER + TRL_SPEED_DRIVER), "learn": TRL_DRIVER + TRL_LEARN_DRIVER}),
+    "mlx-lm": (("mlx-lm==0.32.2", "rich"), {"rollout": MLX_DRIVER + MLX_LM_DRIVER}),
+    "mlx-lm-lora": (("mlx-lm-lora==5.10.2", "rich"), dict.fromkeys(SPEEDS, MLX_DRIVER + MLX_LM_LORA_DRIVER)),
 }
 
 
@@ -471,17 +505,16 @@ def peer_python(peer: str) -> str:
 
 
 class Peer:
-    """A running driver; `once` has it do the work once and returns its seconds."""
+    """A running driver with the `work` that it does once a line."""
 
-    def __init__(self, args: argparse.Namespace, trainer, texts: list[str], folder: Path):
+    def __init__(self, args: argparse.Namespace, config, folder: Path, **work):
         python = args.peer_python or peer_python(args.peer)
         self.name, self.log = args.peer, folder / "peer.log"
-        work = {name: getattr(args, name) for name in ("prompts", "completions", "tokens")}
-        ids = [mlx_grpo.build_prompt(trainer.tokenizer, text) for text in texts]
-        work |= {"texts": texts, "ids": ids, "model": trainer.config.model_name, "gpu": on_gpu(), "blas": mlx_grpo.BLAS}
+        work |= {"prompts": config.batch_size, "completions": config.num_generations, "tokens": config.max_completion_length}
+        work |= {"model": str(mlx_grpo.resolve_model(config.model_name)), "gpu": on_gpu(), "blas": mlx_grpo.BLAS}
         try:
             self.process = subprocess.Popen(
-                [python, "-c", DRIVER + PEERS[args.peer][1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [python, "-c", DRIVER + REWARDS + PEERS[args.peer][1][args.command]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=open(self.log, "w"), text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
         except OSError as error:
@@ -499,14 +532,99 @@ class Peer:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         raise mlx_grpo.RunError(f"{self.name} failed: {lines[-1] if lines else 'no message'}")
 
-    def once(self) -> dict:
-        self.send("go")
+    def ask(self, line: str = "go"):
+        """Send a line and return the answer to it."""
+        self.send(line)
         answer = self.process.stdout.readline()
         return json.loads(answer) if answer else self.fail()
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+# --- Learning beside a peer -------------------------------------------------------------------------------------
+
+SAME = "temperature max_completion_length num_generations loss_type scale_rewards learning_rate adam_beta1 adam_beta2 weight_decay max_grad_norm"
+BOTH_HAVE = {**{name: name for name in SAME.split()}, "clip_eps": "epsilon", "kl_coeff": "beta"}  # the trainer's name: TRL's
+LEARN_SETTINGS = (*BOTH_HAVE, "batch_size", "system_prompt", "stop_strings", "reward_weights")
+SHARE = 0.9  # of the highest reward that both come to: what the time to reach it is taken of
+
+
+def learner(args: argparse.Namespace, seed: int, folder: Path):
+    """A trainer of the starter, ready to begin, and the problems it will draw, in order."""
+    settings = ["learning_rate=1e-4", "warmup_ratio=0", "log_completions_steps=0", "log_jsonl=false", f"seed={seed}", *args.set]
+    settings += length_settings(mlx_grpo.load_config(QUICKSTART, settings), args.updates)
+    trainer = mlx_grpo.MLXGRPOTrainer(mlx_grpo.load_config(QUICKSTART, settings), folder)
+    trainer.build_step()
+    rows = [row for _, row in trainer.next_rows(args.updates * trainer.prompts_per_update)]
+    trainer.cursor = 0
+    return trainer, rows
+
+
+def learn_here(trainer) -> list[tuple[float, float]]:
+    """Reward and seconds of each update by this trainer; its loop, less evaluations and saves."""
+    course = []
+    for _ in range(trainer.updates):
+        start = time.perf_counter()
+        record = trainer.one_rollout()[-1]
+        course.append((record["reward_mean"], time.perf_counter() - start))
+    return course
+
+
+def learn_there(args: argparse.Namespace, trainer, rows: list[dict], folder: Path) -> list[tuple[float, float]]:
+    """The same by the peer, on the same `rows` in the same order, with the trainer's settings and reward functions."""
+    config, course = trainer.config, []
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    chats = [{"prompt": [*system, {"role": "user", "content": row["prompt"]}]} for row in rows]
+    settings = {theirs: getattr(config, ours) for ours, theirs in BOTH_HAVE.items()}
+    settings |= {"lr_scheduler_type": "constant", "seed": config.seed, "max_steps": trainer.updates}
+    settings["generation_kwargs"] = {"stop_strings": config.stop_strings} if config.stop_strings else {}
+    peer = Peer(args, config, folder, chats=chats, settings=settings)
+    try:
+        for first in range(0, len(rows), config.batch_size):
+            answers = [row["answer"] for row in rows[first : first + config.batch_size] for _ in range(config.num_generations)]
+            scores = mlx_grpo.score(trainer.reward_functions, config.reward_timeout, peer.ask(), {"answer": answers})  # (F, N)
+            rewards = (scores.T @ trainer.reward_weights).tolist()
+            course.append((fmean(rewards), peer.ask(json.dumps(rewards))["step"]))
+    finally:
+        peer.close()
+    return course
+
+
+def learn_table(courses: list[tuple], peer: str) -> list[list[str]]:
+    """Rows of the table from the two courses, this trainer's and the peer's, of each seed: rewards by tenths, then seconds."""
+    width = max(1, len(courses[0][0]) // 10)
+    rolling = lambda course: [fmean(r for r, _ in course[i : i + width]) for i in range(len(course) - width + 1)]  # noqa: E731
+    levels = [SHARE * min(max(rolling(course)) for course in pair) for pair in courses]  # each seed's own
+    table = [["", "this trainer", peer, "ratio"]]
+    for i in range(0, len(courses[0][0]) - width + 1, width):
+        rewards = [spread([rolling(course)[i] for course in program], 2) for program in zip(*courses)]
+        table.append([f"reward, updates {i + 1}-{i + width}", *rewards, "-"])
+    whole = lambda course, level: len(course)  # noqa: E731
+    reach = lambda course, level: next(n for n, mean in enumerate(rolling(course), width) if mean >= level)  # noqa: E731
+    for name, updates in (("seconds, all updates", whole), (f"seconds until the reward is {spread(levels, 2)}", reach)):
+        pairs = [[sum(s for _, s in course[: updates(course, level)]) for course in pair] for pair, level in zip(courses, levels)]
+        table.append([name, *(spread(list(program), 1) for program in zip(*pairs)), spread([theirs / own for own, theirs in pairs], 2)])
+    return table
+
+
+def learn(args: argparse.Namespace) -> None:
+    """The starter trained by this trainer and then by the peer, once a seed."""
+    warn_if_busy()
+    courses = []
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as name:
+            trainer, rows = learner(args, seed, Path(name))
+            courses.append((learn_here(trainer), learn_there(args, trainer, rows, Path(name))))
+        own, theirs = (sum(seconds for _, seconds in course) for course in courses[-1])
+        print(f"seed {seed}: this trainer {own:.1f} s, {args.peer} {theirs:.1f} s", flush=True)
+    config = trainer.config
+    print(
+        f"\nThe starter, {args.updates} updates of {config.batch_size} prompts x {config.num_generations} completions; mean of seeds "
+        f"{args.seeds} (range). The reward to reach is {SHARE:.0%} of the highest mean of a tenth of the run that both come to\n{machine()}\n"
+    )
+    print_table(learn_table(courses, args.peer))
 
 
 # --- The commands -----------------------------------------------------------------------------------------------
@@ -544,11 +662,11 @@ def speed(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         trainer, texts = prepare(args, Path(name), args.set)
         print(describe_work(args, trainer), flush=True)
-        if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
-            print(f"load average {os.getloadavg()[0]:.1f}: other programs are running, and every figure below may be off", file=sys.stderr)
+        warn_if_busy()
         limits = ceilings()
         print(f"ceilings: {limits[0] / 1e12:.2f} TFLOP/s in a matrix product, {limits[1] / 1e9:.0f} GB/s read and written\n", flush=True)
-        once, peer = own_runner(args, trainer), Peer(args, trainer, texts, Path(name)) if args.peer else None
+        once, ids = own_runner(args, trainer), [mlx_grpo.build_prompt(trainer.tokenizer, text) for text in texts]
+        peer = Peer(args, trainer.config, Path(name), texts=texts, ids=ids) if args.peer else None
         own, theirs = [], []
         try:
             for turn in range(args.repeats + 1):
@@ -557,7 +675,7 @@ def speed(args: argparse.Namespace) -> None:
                     mx.reset_peak_memory()
                 own.append(once())
                 if peer:
-                    theirs.append(peer.once())
+                    theirs.append(peer.ask())
         finally:
             if peer:
                 peer.close()
@@ -623,11 +741,6 @@ def memory(args: argparse.Namespace) -> None:
 # --- Command line -----------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{message.removeprefix('argument ')}; see --help\n")
-
-
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -649,13 +762,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     one = commands.add_parser("objectives", help="train the starter with each variant of the objective")
-    one.add_argument("--updates", type=positive, default=32, metavar="N", help="updates of each run (default: 32)")
-    one.add_argument("--seeds", type=seed_list, default=[0, 1, 2], metavar="N,..", help="one run a variant and seed (default: 0,1,2)")
     names = f"of {', '.join(VARIANTS)} (default: all)"
     one.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME", help=names)
     keeps = "holds a directory a run; finished ones are kept (default: outputs/objectives)"
     one.add_argument("--output", default="outputs/objectives", metavar="DIR", help=keeps)
     one.add_argument("--parallel", type=positive, default=1, metavar="N", help="runs at a time, each with its share of the cores (default: 1)")
+    one = commands.add_parser("learn", help="train the starter, then with TRL from the same start, with the same settings")
+    for name, updates in (("objectives", 32), ("learn", 50)):
+        one = commands.choices[name]
+        one.add_argument("--updates", type=positive, default=updates, metavar="N", help=f"updates of each run (default: {updates})")
+        one.add_argument("--seeds", type=seed_list, default=[0, 1, 2], metavar="N,..", help="each run is made once a seed (default: 0,1,2)")
     helps = {"rollout": "sampling", "train": "an update", "step": "both, as the trainer does them", "memory": "the peak of an update"}
     gpu = on_gpu()
     for name, text in helps.items():
@@ -665,15 +781,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                                     ("--prompt-tokens", 125, "tokens a prompt"), ("--tokens", 256 if gpu else 128, "tokens a completion"),
                                     ("--repeats", 5, "measurements; the median counts")):  # fmt: skip
             one.add_argument(flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})")
-        if name != "memory":
-            peers = [peer for peer, (_, _, can) in PEERS.items() if name in can]
-            one.add_argument("--peer", choices=peers, help="run this program on the same work, in turn, in an environment of its own")
-            one.add_argument("--peer-python", metavar="PATH", help="an interpreter that has the peer (default: one is made)")
         one.add_argument("--ragged", action="store_true", help="prompts of different length, which need padding and a mask")
+    for name in ("learn", *SPEEDS):
+        peers, one = [peer for peer, (_, drivers) in PEERS.items() if name in drivers], commands.choices[name]
+        helps = "run this program on the same work, in an environment of its own" + (" (default: trl)" if name == "learn" else "")
+        one.add_argument("--peer", choices=peers, default="trl" if name == "learn" else None, help=helps)
+        one.add_argument("--peer-python", metavar="PATH", help="an interpreter that has the peer (default: one is made)")
     for one in commands.choices.values():
         one.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of mlx-grpo.py; repeatable")
     args = parser.parse_args(argv)
-    if args.command != "objectives" and (args.completions < 2 or args.prompt_tokens < 20):
+    if args.command == "learn" and (ours := {s.partition("=")[0] for s in args.set} - set(LEARN_SETTINGS)):
+        parser.error(f"--set: {', '.join(sorted(ours))}: learn takes what both programs have: {', '.join(LEARN_SETTINGS)}")
+    if args.command in (*SPEEDS, "memory") and (args.completions < 2 or args.prompt_tokens < 20):
         parser.error("--completions must be at least 2 and --prompt-tokens at least 20")
     if args.command == "memory" and args.ragged:
         parser.error("--ragged is for rollout, train and step")
@@ -681,7 +800,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    {"objectives": objectives, "memory": memory}.get(args.command, speed)(args)
+    {"objectives": objectives, "learn": learn, "memory": memory}.get(args.command, speed)(args)
 
 
 def main(argv: list[str] | None = None) -> int:
