@@ -30,6 +30,7 @@ import ctypes
 import ctypes.util
 import dataclasses
 import difflib
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -932,7 +933,6 @@ def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
     functions, weights = [], []
     for name in config.reward_funcs:
         path, _, attribute = name.rpartition(":")
-        module = sys.modules[__name__]
         if path:
             if (file := local_path(path)) is None:
                 raise UserError(f"Reward file not found: {path}")
@@ -945,7 +945,7 @@ def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
                 spec.loader.exec_module(module)
             except Exception as error:  # whatever the user's file raises, named and passed on with its traceback
                 raise RunError(f"Reward file failed to import: {path}: {type(error).__name__}: {error}") from error
-        function = getattr(module, attribute, None)
+        function = getattr(module, attribute, None) if path else globals().get(attribute)
         if not callable(function) or (not path and not attribute.endswith("_reward_func")):
             built_in = [n for n in globals() if n.endswith("_reward_func")]
             raise UserError(f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function")
@@ -1729,10 +1729,9 @@ class MLXGRPOTrainer:
         self.after_evaluation = lambda run_dir: None  # the command line puts the report here
         self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
         self.reward_functions, self.reward_weights = load_rewards(config)
+        self.source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
         train_rows, test_rows = load_dataset_split(config, "train"), load_dataset_split(config, "test")
         self.model, self.tokenizer = load_model(config)
-        # Looked up once: a save must not depend on the hub.
-        self.source = resolve_model(config.model_name)
         self.model_config = read_model_config(self.source)
         self.rows = self.drop_long_prompts(train_rows, "training")
         self.eval_rows = {"test": fixed_subset(self.drop_long_prompts(test_rows, "held-out"), config.eval_samples, config.seed)}
@@ -2482,6 +2481,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     run_dir, checkpoint = ranks.on_first(find)
     run_dir = Path(run_dir)
     trainer = MLXGRPOTrainer(config, run_dir, ranks)
+    gc.freeze()  # what is loaded stays: collections pass over it
     trainer.print_plan()
     if arguments.dry_run:
         trainer.dry_run()

@@ -184,6 +184,17 @@ def test_chat_template_system_prompt_and_raw(ask, starter, monkeypatch):
     assert seen == [build(starter[1], QUESTION), build(starter[1], QUESTION, "Be brief."), starter[1].encode(QUESTION)]
 
 
+def test_a_run_s_model_is_asked_with_its_system_prompt(ask, starter, tmp_path, monkeypatch):
+    folder = tmp_path / "run" / "final"
+    shutil.copytree(STARTER, folder)
+    (tmp_path / "run" / "config.resolved.toml").write_text('system_prompt = "Be brief."  # --set; default ""\n')
+    asked = []
+    build = mlx_grpo.build_prompt
+    monkeypatch.setattr(mlx_grpo, "build_prompt", lambda tokenizer, prompt, system: asked.append(system) or build(tokenizer, prompt, system))
+    said = [ask("--model", str(folder), "--prompt", QUESTION, "--max-tokens", "2", *more)[2] for more in ([], ["--system", ""], ["--raw"])]
+    assert asked == ["Be brief.", ""] and "(--system '' for none): Be brief." in said[0] and not said[1] + said[2]
+
+
 def test_verbose_speaks_on_stderr(ask):
     status, out, err = ask("--model", STARTER, "--prompt", QUESTION, "--verbose")
     assert status == 0 and out == ask("--model", STARTER, "--prompt", QUESTION)[1] != "\n"

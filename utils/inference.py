@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -326,7 +327,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     ways.add_argument("--prompts-file", metavar="FILE", type=Path, help="answer every line (.txt) or object (.jsonl), as JSON Lines")
     add("--stream", action="store_true", help="print the answer as it is written, as --chat always does")
     add("--raw", action="store_true", help="give the prompt to the model as it is, without the chat template")
-    add("--system", "--system-prompt", metavar="TEXT", default="", help="system prompt (default: none)")
+    add("--system", "--system-prompt", metavar="TEXT", help="system prompt (default: that of the run which trained the model, or none)")
     add("--max-tokens", metavar="N", type=number(int, 1), default=512, help="longest answer (default: 512)")
     add("--temperature", metavar="T", type=number(float, 0), default=0.0, help="0 takes the likeliest token (default: 0)")
     add("--top-p", metavar="P", type=number(float, 0, 1), default=1.0, help="keep the likeliest tokens of this share (default: 1, all)")
@@ -347,9 +348,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def trained_with(model: str) -> str:
+    """The system prompt of the run that wrote the directory `model`, from the settings beside it; "" where no run did."""
+    settings = Path(model).resolve().parent / "config.resolved.toml"
+    return tomllib.loads(settings.read_text(encoding="utf-8")).get("system_prompt", "") if settings.is_file() else ""
+
+
 def run(args: argparse.Namespace) -> None:
     rows = read_prompts(args.prompts_file) if args.prompts_file else None
     model, tokenizer, _ = mlx_grpo.open_model(args.model or DEFAULT_MODEL, args.adapter_path, args.trust_remote_code)
+    if args.system is None and not args.raw:
+        args.system = trained_with(args.model or DEFAULT_MODEL)
+        if args.system:
+            print(f"With the system prompt of its training (--system '' for none): {args.system}", file=sys.stderr)
     top_k = args.top_k if args.top_k < len(tokenizer.get_vocab()) else 0  # mlx-lm's filter refuses the whole vocabulary
     sampling = mlx_grpo.Sampling(args.temperature, args.top_p, top_k, args.min_p, args.repetition_penalty)
     if rows:
