@@ -14,10 +14,13 @@ There is no value network and no reward model: rewards are plain Python function
     uv run mlx-grpo.py --config configs/prod.toml --set learning_rate=2e-6
     uv run mlx-grpo.py --config configs/prod.toml --resume         carry on after a stop
 
-The file reads in the order data flows: config, tokenizer, model, data, rewards, rollout, objective, log-probs,
-checkpoints, evaluation, trainer, command line. What has nothing to do with the algorithm lies beside it: run_directory.py
-(files of a run, errors), monitoring.py (terminal, trackers), scoring.py (calls reward functions), ranks.py (several
-processes), memory_plan.py (what a run will hold). Shapes are written where an array is born:
+The file reads in the order data flows: config, prompts, model, data, rewards, rollout, objective, log-probs, checkpoints,
+evaluation, trainer, command line. What is not the algorithm lies beside it: loading.py (models and datasets, local or from
+the hub), tiktoken_wrapper.py (nanochat's tokenizer), fused_head.py (log-probs without the logits in memory), settings.py
+(TOML to typed values), scoring.py (calls reward functions), ranks.py (several processes), memory_plan.py (what a run will
+hold), run_directory.py (files of a run, errors), monitoring.py (terminal, trackers), fast_blas.py (MLX on Linux CPUs).
+
+Shapes are written where an array is born:
 
     B prompts a batch    G completions a prompt    N = B*G rows    P prompt positions    T completion positions
     V vocabulary         D hidden width
@@ -26,69 +29,46 @@ processes), memory_plan.py (what a run will hold). Shapes are written where an a
 import argparse
 import contextlib
 import copy
-import ctypes
-import ctypes.util
 import dataclasses
 import difflib
 import gc
-import glob
 import hashlib
 import importlib.util
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
 import sys
 import textwrap
 import time
-import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from fast_blas import BLAS  # ahead of MLX
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-def load_blas() -> str | None:
-    """Load MKL or OpenBLAS ahead of MLX and return its name, or None where there is none or no need.
-
-    MLX's Linux CPU build links the reference BLAS, thirty times slower than these; the first library loaded with
-    global symbols wins, so this must run before `import mlx.core`.
-    """
-    if sys.platform != "linux" or "mlx" in sys.modules:
-        return None
-    os.environ.setdefault("MKL_CBWR", "AUTO")  # the same bits on every run
-    in_environment = sorted(glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*")))
-    for name in filter(None, [*in_environment, ctypes.util.find_library("openblas"), ctypes.util.find_library("mkl_rt")]):
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-            return name
-    return None
-
-
-BLAS = load_blas()
-
-import mlx.core as mx  # noqa: E402  (after the BLAS)
-import mlx.nn as nn  # noqa: E402
-import mlx.optimizers as optim  # noqa: E402
-import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
-
-import memory_plan  # noqa: E402
-from monitoring import (  # noqa: E402
+import memory_plan
+from fused_head import HEAD_CHUNK_LOGITS, make_head_stats, softmax, split_head
+from loading import ROOT, is_quantized, local_path, open_dataset, open_model, read_model_config, resolve_model
+from monitoring import (
     TRACKERS, Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, write_report,
 )  # fmt: skip
-from ranks import ALONE, Ranks, start_ranks  # noqa: E402
-from run_directory import (  # noqa: E402
+from ranks import ALONE, Ranks, start_ranks
+from run_directory import (
     RunError, RunLogs, UserError, checkpoints, choose_run_dir, find_checkpoint, lock_directory, remove_directory,
     remove_old_checkpoints, write_directory,
 )  # fmt: skip
-from scoring import name_of, score  # noqa: E402
+from scoring import name_of, score
+from settings import config_as_toml, read_settings
+from tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
 
-ROOT = Path(__file__).resolve().parent
 SYSTEM_PROMPT = (
     "Think step by step between <reasoning> and </reasoning>, "
     "then write only the final number between <answer> and </answer>."
@@ -309,207 +289,17 @@ ABOVE_ZERO = ("temperature", "distributed_timeout", "num_epochs", "reward_timeou
               "sapo_temperature_pos", "sapo_temperature_neg")  # fmt: skip
 AT_MOST_ONE = ("top_p", "min_p", "warmup_ratio", "top_entropy_quantile")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "eval_fraction")
-
-
-BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}
-
-
-def coerce(name: str, value, kind, from_text: bool):
-    """`value` as the field type `kind`. Text from `--set` is parsed; a TOML value must be of the type already.
-
-    Raises UserError with the contract's wording.
-    """
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    base = typing.get_origin(kinds[0]) or kinds[0]
-    items = typing.get_args(kinds[0]) if base is list else ()
-    result = value
-    try:
-        if from_text and type(None) in kinds and value.strip().lower() in ("", "none", "null"):
-            return None
-        if from_text and base is bool:
-            result = BOOLEANS[value.strip().lower()]
-        elif from_text:
-            result = tomllib.loads(f"value = {value}")["value"] if base in (list, dict) else base(value)
-        if base is float and type(result) is int:
-            result = float(result)
-        if float in items:
-            result = [float(item) if type(item) is int else item for item in result]
-        if type(result) is not base or result != result or any(type(item) not in items for item in items and result):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):  # tomllib's error is a ValueError
-        raise UserError(f"Failed to coerce value: {value!r} to {base} (for {name})") from None
-    return result
-
-
-def read_settings(path: str | Path | None, overrides: list[str]) -> tuple[dict, dict]:
-    """Settings from a TOML file (flat or under [mlx_grpo]) and `key=value` overrides, which win.
-
-    Returns values by field and, by field, where each came from. Raises UserError for whatever is not a setting.
-    """
-    kinds = {f.name: f.type for f in dataclasses.fields(MLXGRPOConfig)}
-    given = []
-    if path:
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"Config file not found: {path}")
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"Config file is not valid TOML: {path}: {error}") from None
-        nested = table.pop("mlx_grpo", {})
-        if not isinstance(nested, dict):
-            raise UserError(f"Config file {path}: mlx_grpo must be a table, [mlx_grpo]")
-        given += [(k, v, path.name, False) for k, v in {**table, **nested}.items()]
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"--set takes KEY=VALUE, not {override!r}")
-        given.append((key.strip(), value, "--set", True))
-    values, sources = {}, {}
-    for key, value, source, from_text in given:
-        if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, 1)
-            raise UserError(f"Unknown config key: {key}" + (f" (did you mean {near[0]}?)" if near else ""))
-        values[key] = coerce(key, value, kinds[key], from_text)
-        sources[key] = source
-    return values, sources
+FIELD_TYPES = {f.name: f.type for f in dataclasses.fields(MLXGRPOConfig)}
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> MLXGRPOConfig:
     """The configuration from defaults, then the TOML file, then `key=value` overrides. Raises UserError."""
-    return MLXGRPOConfig(**read_settings(path, list(overrides))[0])
-
-
-def config_as_toml(config: MLXGRPOConfig, sources: dict) -> str:
-    """The resolved configuration, one line a field, each with where its value came from."""
-    import tomli_w
-
-    lines, defaults = [], dataclasses.asdict(MLXGRPOConfig())
-    for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, dict):  # inline, so that every setting stays on its line
-            text = f"{name} = {{{', '.join(tomli_w.dumps({k: v}).strip() for k, v in value.items())}}}"
-        elif isinstance(value, list):
-            text = f"{name} = [{', '.join(tomli_w.dumps({'v': v}).strip()[4:] for v in value)}]"
-        else:
-            text = f"# {name} is unset" if value is None else tomli_w.dumps({name: value}).strip()
-        default = json.dumps(defaults[name], ensure_ascii=False)  # JSON: TOML has no null
-        lines.append(f"{text}  # {f'{sources[name]}; default {default}' if name in sources else 'default'}")
-    return "\n".join(lines) + "\n"
-
-
-def local_path(name: str) -> Path | None:
-    """The file or folder `name` means: from the working directory, else from beside this script; None if neither."""
-    return next((p for p in (Path(name).expanduser(), ROOT / name) if p.exists()), None)
+    return MLXGRPOConfig(**read_settings(FIELD_TYPES, path, list(overrides))[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Tokenizer
+# Prompts
 # ---------------------------------------------------------------------------------------------------------------
-
-
-class TiktokenTokenizerWrapper:
-    """The tokenizer of a directory that has only tokenizer.pkl, with what mlx-lm and this script use of a tokenizer.
-
-    Text is always ordinary text, as in nanochat: spelling a special token does not make one, and nothing is put in front.
-    Special tokens come from apply_chat_template(tokenize=True) alone; its text form is for reading.
-    For mlx-lm's generators: TokenizerWrapper(self, eos_token_ids=self.eos_token_ids)."""
-
-    chat_template = "nanochat"  # mlx-lm only asks whether there is one
-    clean_up_tokenization_spaces = False
-    # The chat tokens in the order of a conversation, and what stands for them in a vocabulary without them.
-    CHAT = {"<|bos|>": "", "<|user_start|>": "User: ", "<|user_end|>": "\n", "<|assistant_start|>": "Assistant: ", "<|assistant_end|>": "\n"}
-
-    def __init__(self, path):
-        """`path`: a tokenizer.pkl or its directory. Raises ValueError("Failed to load tiktoken tokenizer: REASON")."""
-        self.path = Path(path) / "tokenizer.pkl" if Path(path).is_dir() else Path(path)
-        try:
-            import tiktoken
-            from convert_nanochat import read_tokenizer_pickle  # which runs nothing of the pickle
-
-            state = read_tokenizer_pickle(self.path)
-            if state["name"] in tiktoken.list_encoding_names():
-                raise ValueError(f"{state['name']!r} is the name of an encoding that tiktoken downloads")
-            self.encoding = tiktoken.Encoding(**state)  # ValueError where pat_str is no regular expression
-        except (ImportError, OSError, ValueError) as error:
-            raise ValueError(f"Failed to load tiktoken tokenizer: {error}") from error
-        self.name_or_path, self.special_tokens = str(self.path.parent), state["special_tokens"]
-        # Latin-1 names every byte by one character, so that distinct tokens have distinct names.
-        self.vocab = {token.decode("latin-1"): i for token, i in state["mergeable_ranks"].items()} | self.special_tokens
-        self.id_to_token = {i: token for token, i in self.vocab.items()}
-        self.id_to_bytes = {i: token for token, i in state["mergeable_ranks"].items()}
-        self.id_to_bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
-        self.vocab_size = max(self.id_to_bytes) + 1
-        self.all_special_tokens, self.all_special_ids = list(self.special_tokens), list(self.special_tokens.values())
-        # nanochat stops at the end of the assistant's turn, and where a new document would begin.
-        stops = [t for t in ("<|assistant_end|>", "<|endoftext|>", "<|bos|>") if t in self.special_tokens]
-        self.eos_token = self.pad_token = stops[0] if stops else None
-        self.bos_token = "<|bos|>" if "<|bos|>" in stops else None
-        self.eos_token_ids = {self.special_tokens[t] for t in stops}
-        self.eos_token_id = self.pad_token_id = self.special_tokens.get(self.eos_token)
-        self.bos_token_id = self.special_tokens.get(self.bos_token)
-
-    def __len__(self):
-        return self.vocab_size
-
-    def encode(self, text, add_special_tokens=True, **_):
-        """Text -> ids. add_special_tokens changes nothing: nanochat adds none."""
-        return self.encoding.encode_ordinary(text)
-
-    def decode(self, ids, skip_special_tokens=False, **_):
-        """Ids (list, array or one id) -> text; broken UTF-8 becomes U+FFFD, an id without a token (a padding row) nothing."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        skip = self.all_special_ids if skip_special_tokens else ()
-        kept = [i for i in ([ids] if isinstance(ids, int) else ids) if i not in skip]
-        return b"".join(self.id_to_bytes.get(i, b"") for i in kept).decode("utf-8", "replace")
-
-    def get_vocab(self):
-        return self.vocab
-
-    def convert_tokens_to_ids(self, tokens):
-        return self.vocab.get(tokens) if isinstance(tokens, str) else [self.vocab.get(token) for token in tokens]
-
-    def convert_ids_to_tokens(self, ids):
-        return self.id_to_token.get(ids) if isinstance(ids, int) else [self.id_to_token.get(i) for i in ids]
-
-    def save_pretrained(self, directory, **_):
-        """Copies tokenizer.pkl into `directory`."""
-        target = Path(directory) / "tokenizer.pkl"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.resolve() != self.path.resolve():
-            shutil.copyfile(self.path, target)
-        return (str(target),)
-
-    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=None, continue_final_message=False, **_):
-        """Messages -> ids (or text): <|bos|>, then <|user_start|>..<|user_end|><|assistant_start|>..<|assistant_end|> with a
-        system message joined to the first user message; plain "User: ..", "Assistant: .." lines where these tokens are missing.
-        add_generation_prompt: None means where the user spoke last. ValueError unless the roles alternate from user."""
-        messages = [dict(message) for message in messages]
-        if len(messages) > 1 and (messages[0]["role"], messages[1]["role"]) == ("system", "user"):
-            system = messages.pop(0)
-            messages[0]["content"] = system["content"] + "\n\n" + messages[0]["content"]
-        pieces = [("<|bos|>", True)]  # (text, whether it is a special token)
-        for i, message in enumerate(messages):
-            role, content = ("user", "assistant")[i % 2], message["content"]
-            if message["role"] != role:
-                raise ValueError(f"Message {i} is from {message['role']} but should be from {role}")
-            pieces.append((f"<|{role}_start|>", True))
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                tool = {"text": None, "python": "python", "python_output": "output"}[part["type"]]
-                text = (part["text"], False)
-                pieces += [(f"<|{tool}_start|>", True), text, (f"<|{tool}_end|>", True)] if tool else [text]
-            pieces.append((f"<|{role}_end|>", True))
-        if continue_final_message:
-            pieces.pop()
-        elif add_generation_prompt or (add_generation_prompt is None and messages and messages[-1]["role"] == "user"):
-            if not messages or messages[-1]["role"] != "user":
-                raise ValueError("A prompt for the assistant must end with a message from user")
-            pieces.append(("<|assistant_start|>", True))
-        if not self.CHAT.keys() <= self.special_tokens.keys():
-            text = "".join(self.CHAT.get(piece, "") if special else piece for piece, special in pieces)
-            return self.encode(text) if tokenize else text
-        if not tokenize:
-            return "".join(piece for piece, _ in pieces)
-        return [i for piece, special in pieces for i in ([self.special_tokens[piece]] if special else self.encode(piece))]
 
 
 def build_prompt(tokenizer, question: str | list[dict], system_prompt: str = "", completion_prefix: str = "") -> list[int]:
@@ -539,111 +329,6 @@ def build_prompt(tokenizer, question: str | list[dict], system_prompt: str = "",
 # ---------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def flatten_rope_parameters(config: dict) -> dict:
-    """config.json as transformers 5 writes it -> a copy that also has rope_theta, rope_scaling and partial_rotary_factor on top.
-
-    Most of mlx-lm's classes read only those; `rope_parameters` stays for the classes that read it. With one dict per layer type
-    (gemma3) the top gets full_attention's values and rope_local_base_freq is sliding_attention's theta. `text_config` likewise.
-    """
-    flat = copy.deepcopy(config)
-    if isinstance(flat.get("text_config"), dict):
-        flat["text_config"] = flatten_rope_parameters(flat["text_config"])
-    nested = flat.get("rope_parameters") or {}
-    per_type = {name: rope for name, rope in nested.items() if isinstance(rope, dict)}
-    rope = per_type.get("full_attention", {}) if per_type else nested
-    if "rope_theta" in rope:
-        flat["rope_theta"] = rope["rope_theta"]
-    if "rope_theta" in per_type.get("sliding_attention", {}):
-        flat["rope_local_base_freq"] = per_type["sliding_attention"]["rope_theta"]
-    factors = {each.get("partial_rotary_factor") for each in per_type.values() or [rope]} - {None}
-    # Where layer types differ, one number on top would be wrong for some of them.
-    if len(factors) == 1 and all("partial_rotary_factor" in each for each in per_type.values()):
-        flat["partial_rotary_factor"] = factors.pop()
-    if rope.get("rope_type", rope.get("type", "default")) != "default" and not flat.get("rope_scaling"):
-        flat["rope_scaling"] = dict(rope)
-    if scaling := flat.get("rope_scaling"):
-        # mlx-lm reads `type` first and phi3 reads nothing else; transformers' default context is the model's own, mlx-lm's is fixed.
-        scaling.setdefault("type", scaling.get("rope_type", "default"))
-        if scaling["type"] in ("llama3", "yarn", "longrope") and "max_position_embeddings" in flat:
-            original = flat.get("original_max_position_embeddings", flat["max_position_embeddings"])
-            scaling.setdefault("original_max_position_embeddings", original)
-    if flat.get("model_type") == "gpt_neox":
-        flat.setdefault("rotary_emb_base", flat.get("rope_theta", 10000))
-        flat.setdefault("rotary_pct", flat.get("partial_rotary_factor", 0.25))
-    return flat
-
-
-CHECK_HUB = "Check the name and the network, or give a local path"
-
-
-def resolve_model(name: str) -> Path:
-    """The local directory of a model: `name` itself, or its download from the hub. Raises UserError or RunError."""
-    path = local_path(name)
-    if path is None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            patterns = ["*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer.pkl"]
-            return Path(snapshot_download(name, allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RunError(f"Model not found: {name} is no local folder, and the hub gave: {reason}. {CHECK_HUB}") from None
-    if path is None:
-        raise UserError(f"Model not found: {name} is neither a folder nor a hub name")
-    if not (path / "config.json").is_file():
-        raise UserError(f"Not a model directory: {path} has no config.json")
-    return path
-
-
-def read_model_config(path: Path) -> dict:
-    """A model directory's config.json, with generation_config.json's end ids, as mlx-lm's classes need it."""
-    from mlx_lm.utils import load_config as read
-
-    return flatten_rope_parameters(read(path))
-
-
-def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
-    """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
-
-    Raises UserError where the directory holds no model that fits its tokenizer.
-    """
-    from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
-
-    path = resolve_model(name)
-    if trust_remote_code:
-        print(f"trust_remote_code: Python files that come with {name} run on this machine with all your rights", file=sys.stderr)
-    try:
-        model_config = read_model_config(path)
-        own_code = path / model_config["model_file"] if "model_file" in model_config else None
-        # The one model file that needs no trust is the one this project ships, byte for byte.
-        known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "nanochat_2026.py").read_bytes()
-        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known)
-        if adapter_path:
-            load_adapters(model, adapter_path)
-            model.eval()
-        if (path / "tokenizer.pkl").is_file() and not (path / "tokenizer.json").is_file():
-            tokenizer = TiktokenTokenizerWrapper(path)
-            ends = model_config.get("eos_token_id")
-            tokenizer.eos_token_ids |= {ends} if isinstance(ends, int) else set(ends or ())
-        else:
-            tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=model_config.get("eos_token_id"))
-    except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        prefix = "" if reason.startswith("Failed to load tiktoken tokenizer") else f"Failed to load model {path}: "
-        raise UserError(prefix + reason) from error
-    rows = model_config.get("vocab_size") or model_config.get("text_config", {}).get("vocab_size")
-    largest = max(tokenizer.get_vocab().values())
-    if rows and largest >= rows:
-        raise UserError(f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}")
-    return model, tokenizer, model_config
-
-
-def is_quantized(model) -> bool:
-    """Whether any layer's weights are quantised."""
-    return any(isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)) or hasattr(m, "scales") for m in model.modules())
 
 
 def adapter_layers(model) -> list[tuple[str, nn.Module]]:
@@ -752,61 +437,6 @@ def grade(text: str, gold: str) -> tuple[bool, bool]:
     """Exact match of a completion, strict (the answer tags are required) and lenient (the last number counts)."""
     strict = answers_equal(extract_xml_answer(text), gold)
     return strict, strict or answers_equal(last_number(text), gold)
-
-
-def broken_json_line(path: Path) -> str:
-    """Where a JSON or JSON Lines file is first broken, as ", line 3: reason"; "" where it is well-formed."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    parts = [(0, text)] if path.suffix == ".json" and text.lstrip().startswith("[") else enumerate(text.splitlines())
-    for before, part in parts:
-        try:
-            if part.strip():
-                json.loads(part)
-        except json.JSONDecodeError as error:
-            return f", line {before + error.lineno}: {error.msg}"
-    return ""
-
-
-def open_dataset(name: str, config_name: str, split: str):
-    """One split of a dataset as (rows, where they came from), or None where a local dataset has no such split.
-
-    `name` is a hub name, a folder with train.* and test.* files or written by save_to_disk, or one JSONL, JSON, CSV
-    or parquet file, which is a training split.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is in the one line below
-    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    path = file = local_path(name)
-    try:
-        if path is None and Path(name).suffix in formats or not name:
-            raise UserError(f"Dataset not found: {name} is no file; check the path, which starts here or beside mlx-grpo.py")
-        if path is None:
-            return datasets.load_dataset(name, config_name or None, split=split), f"{name} ({split})"
-        if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
-            saved = datasets.load_from_disk(str(path))
-            saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-            return (saved[split], str(path)) if split in saved else None
-        if path.is_dir():
-            file = next((f for f in sorted(path.glob(f"{split}.*")) if f.suffix in formats), None)
-        elif split != "train":
-            file = None
-        if file is None:
-            return None
-        if file.suffix not in formats:
-            raise UserError(f"Unknown dataset format: {file}; use one of {', '.join(formats)} or a save_to_disk folder")
-        if not file.stat().st_size:
-            raise UserError(f"Dataset file is empty: {file}")
-        return datasets.load_dataset(formats[file.suffix], data_files=str(file), split="train"), str(file)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if path is None:
-            reason = str(error).strip().splitlines()[0]
-            if reason.startswith(f'Unknown split "{split}"'):
-                return None
-            raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}. {CHECK_HUB}") from None
-        where = broken_json_line(file) if file.suffix in (".jsonl", ".json") and file.is_file() else ""
-        raise UserError(f"Failed to read dataset {file}{where or ': ' + str(error).strip().splitlines()[0]}") from None
 
 
 def check_rows(config: MLXGRPOConfig, rows, source: str) -> list[dict]:
@@ -1069,14 +699,6 @@ def left_pad(prompts: list[list[int]], length: int) -> tuple[mx.array, mx.array]
     """Ragged prompts as ids (P, length) and the padding before each (P,)."""
     pads = [length - len(p) for p in prompts]
     return mx.array([[0] * pad + p for pad, p in zip(pads, prompts)]), mx.array(pads)
-
-
-def softmax(logits: mx.array) -> mx.array:
-    """Probabilities (.., V) of float32 logits. On x86 CPUs by powers of e: MLX's exp takes 13 ns a number there, its power 5."""
-    if mx.default_device() == mx.gpu or platform.machine() != "x86_64":
-        return mx.softmax(logits, axis=-1)
-    powers = mx.power(math.e, logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.array | None) -> tuple[mx.array, mx.array]:
@@ -1422,123 +1044,6 @@ def correction_weights(log_ratio, mask, mode: str, low: float | None, high: floa
 # ---------------------------------------------------------------------------------------------------------------
 # Log-probs of completions
 # ---------------------------------------------------------------------------------------------------------------
-
-HEAD_CHUNK_LOGITS = 2**27  # alive at once in the head, forward and backward, at most: 512 MB of float32
-
-
-class HiddenThrough:
-    """Stands where a model's backbone stood and hands the hidden states given for token ids on to the head."""
-
-    def __init__(self, backbone):
-        self.backbone = backbone
-
-    def __call__(self, hidden, *args, **kwargs):
-        return hidden
-
-    def __getattr__(self, name):
-        return getattr(self.backbone, name)
-
-
-def split_head(model):
-    """(backbone, head) with model(ids) == head(backbone(ids)), or None for a model that cannot be split so.
-
-    The head is the model's own code after its backbone, with soft caps, scales and biases, sharing its weights.
-    """
-    owner = model.language_model if "language_model" in model and "model" in model.language_model else model
-    name = next((n for n in ("model", "transformer", "backbone") if n in owner), None)
-    if name is None:
-        return None
-    backbone, head = owner[name], copy.copy(owner)
-    del head[name]
-    object.__setattr__(head, name, HiddenThrough(backbone))
-    ids = mx.array([[0, 1, 2]])
-    try:
-        whole, parts = model(ids), head(backbone(ids))
-    except (TypeError, AttributeError, ValueError):  # a backbone with another call, or a head that needs more than it
-        return None
-    same = whole.shape == parts.shape and mx.allclose(whole, parts, rtol=1e-3, atol=1e-3).item()
-    return (backbone, head) if same else None
-
-
-def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_gradient: bool):
-    """f(hidden (M, D), ids (M,)) -> log-probs (M,), entropies (M,) in float32, without an (M, V) tensor.
-
-    Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the backward
-    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are. Where
-    all positions are one chunk, its probabilities are kept for the backward pass instead. The gradient is written
-    out: of log p_id it is onehot - p, of the entropy H -p (log p + H), the latter only where `entropy_gradient`.
-    chunk: positions in one.
-    """
-    # Tied models keep their head's weight in the embedding, under the backbone.
-    tied = not tree_flatten(head.parameters()) or getattr(head.args, "tie_word_embeddings", False)
-    holders = [head, *(m for m in backbone.children().values() if tied and hasattr(m, "as_linear"))]
-
-    def logits_of(hidden, *weights):
-        current = [holder.trainable_parameters() for holder in holders]
-        names = [[n for n, _ in tree_flatten(tree)] for tree in current]
-        given = iter(weights)
-        for holder, holder_names in zip(holders, names):
-            holder.update(tree_unflatten([(n, next(given)) for n in holder_names]))
-        logits = head(hidden[None])[0]  # (C, V)
-        for holder, tree in zip(holders, current):
-            holder.update(tree)
-        return logits
-
-    def scaled(logits):
-        logits = logits.astype(mx.float32)
-        return logits if temperature == 1.0 else logits / temperature
-
-    def stats(logits, ids):
-        logits = scaled(logits)
-        # One pass of exponentials, in the kernel that has the least memory traffic; the largest p gives the normaliser.
-        probs = softmax(logits)
-        normaliser = logits.max(axis=-1) - mx.log(probs.max(axis=-1))
-        entropies = normaliser - (probs * logits).sum(axis=-1)
-        return mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - normaliser, entropies, probs
-
-    def logit_gradient(logits, ids, probs, entropies, logp_grad, entropy_grad):
-        probs = softmax(scaled(logits)) if probs is None else probs
-        grad = (-logp_grad[:, None] * probs).at[mx.arange(ids.shape[0]), ids].add(logp_grad)
-        if entropy_gradient:
-            logps = mx.log(mx.maximum(probs, 1e-38))  # p log p is 0 at 0
-            grad = grad - entropy_grad[:, None] * probs * (logps + entropies[:, None])
-        return (grad if temperature == 1.0 else grad / temperature).astype(logits.dtype)
-
-    def chunks(total):
-        return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
-
-    @mx.custom_function
-    def chunked(hidden, ids, *weights):
-        parts = []
-        for part in chunks(ids.shape[0]):
-            here = mx.depends([hidden[part]], list(parts[-1][:2]))[0] if parts else hidden[part]
-            parts.append(stats(logits_of(here, *weights), ids[part]))
-        logps, entropies, probs = zip(*parts)
-        return mx.concatenate(logps), mx.concatenate(entropies), probs[0] if len(parts) == 1 else mx.zeros((0,))
-
-    @chunked.vjp
-    def chunked_vjp(primals, cotangents, outputs):
-        hidden, ids, *weights = primals
-        _, entropies, kept = outputs
-        hidden_grads, weight_grads = [], None
-        for part in chunks(ids.shape[0]):
-            here = hidden[part]
-            if hidden_grads:
-                here = mx.depends([here], [hidden_grads[-1], *weight_grads])[0]
-            known = ids[part], kept if kept.size else None, entropies[part]
-            grad = logit_gradient(logits_of(here, *weights), *known, cotangents[0][part], cotangents[1][part])
-            grads = mx.vjp(logits_of, [here, *weights], [grad])[1]
-            hidden_grads.append(grads[0])
-            exact = [g.astype(mx.float32) for g in grads[1:]]  # many chunks add up: not in half precision
-            weight_grads = exact if weight_grads is None else [a + b for a, b in zip(weight_grads, exact)]
-        weight_grads = [g.astype(w.dtype) for g, w in zip(weight_grads, weights)]
-        return mx.concatenate(hidden_grads), mx.zeros_like(ids), *weight_grads
-
-    def head_stats(hidden, ids):
-        weights = [w for holder in holders for _, w in tree_flatten(holder.trainable_parameters())]
-        return chunked(hidden, mx.stop_gradient(ids), *weights)[:2]
-
-    return head_stats
 
 
 class CompletionLogProbs:
@@ -2443,7 +1948,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks; the exit status."""
     path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml")
-    values, sources = read_settings(path, arguments.set)
+    values, sources = read_settings(FIELD_TYPES, path, arguments.set)
     config = MLXGRPOConfig(**values)
     check_trackers(config.report_to)
     with start_ranks(config.distributed_timeout) as ranks:

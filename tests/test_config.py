@@ -15,7 +15,8 @@ import hypothesis.strategies as st
 import pytest
 
 import mlx_grpo
-from mlx_grpo import MLXGRPOConfig, UserError, coerce, config_as_toml, load_config, read_settings
+from mlx_grpo import FIELD_TYPES, MLXGRPOConfig, UserError, config_as_toml, load_config, read_settings
+from settings import coerce
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {f.name: f for f in dataclasses.fields(MLXGRPOConfig)}
@@ -245,7 +246,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(toml):
     config = load_config(path, ["batch_size=5", "seed=1", "seed=2"])
     assert (config.learning_rate, config.batch_size, config.seed) == (3e-5, 5, 2)
     assert config.num_generations == MLXGRPOConfig().num_generations
-    assert read_settings(path, ["batch_size=5"])[1] == {"learning_rate": "mine.toml", "batch_size": "--set"}
+    assert read_settings(FIELD_TYPES, path, ["batch_size=5"])[1] == {"learning_rate": "mine.toml", "batch_size": "--set"}
 
 
 def test_keys_are_flat_or_in_a_table(toml):
@@ -319,14 +320,14 @@ def test_a_value_may_hold_equals_signs_and_spaces():
 
 def test_the_resolved_configuration_reads_back_as_itself(toml):
     for overrides in ([], ["delta=2.5", "reward_funcs=['int_reward_func']", "reward_weights=[2]", r"completion_prefix=a\"'\n", "lora_parameters={rank=1, scale=2.0, keys=['q', 'v']}"]):
-        values, sources = read_settings(None, overrides)
+        values, sources = read_settings(FIELD_TYPES, None, overrides)
         config = MLXGRPOConfig(**values)
         text = config_as_toml(config, sources)
         assert load_config(toml(text)) == config
 
 
 def test_the_resolved_configuration_has_a_line_a_field_with_its_source(toml):
-    values, sources = read_settings(toml("seed = 3"), ["delta=2.5"])
+    values, sources = read_settings(FIELD_TYPES, toml("seed = 3"), ["delta=2.5"])
     lines = config_as_toml(MLXGRPOConfig(**values), sources).splitlines()
     assert len(lines) == len(FIELDS)
     assert "seed = 3  # mine.toml; default 0" in lines and "delta = 2.5  # --set; default null" in lines and "batch_size = 8  # default" in lines

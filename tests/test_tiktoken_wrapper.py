@@ -8,13 +8,10 @@ import struct
 import sys
 
 import pytest
-from nanochat_tokenizer import PATTERN, REFERENCES, ROOT, SPECIAL, make_encoding
+from nanochat_tokenizer import PATTERN, REFERENCES, SPECIAL, make_encoding
 
-sys.path.insert(0, str(ROOT))
-import convert_nanochat  # noqa: E402
+from mlx_grpo import TiktokenTokenizerWrapper as Wrapper
 
-mlx_grpo = convert_nanochat.mlx_grpo
-Wrapper = mlx_grpo.TiktokenTokenizerWrapper
 needs_references = pytest.mark.skipif(not REFERENCES.is_dir(), reason=f"no nanochat references at {REFERENCES}")
 
 ALPHABET = [

@@ -23,13 +23,12 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from inference import Parser, mlx_grpo  # noqa: E402  (before mlx: it loads a BLAS)
+from inference import Parser  # noqa: E402  (before mlx: it loads a BLAS)
 
 import mlx.core as mx  # noqa: E402
-from convert_nanochat import read_tokenizer_pickle  # noqa: E402
+from loading import flatten_rope_parameters, is_quantized  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
-
-flatten_rope_parameters, is_quantized = mlx_grpo.flatten_rope_parameters, mlx_grpo.is_quantized
+from tiktoken_wrapper import read_tokenizer_pickle  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/convert_model.py --hf-path Qwen/Qwen2.5-0.5B-Instruct --quantize --output-dir qwen-4bit
