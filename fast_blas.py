@@ -8,8 +8,8 @@ import os
 import sys
 
 
-def load_blas() -> str | None:
-    """Load MKL or OpenBLAS ahead of MLX and return its name, or None where there is none or no need.
+def load_blas() -> ctypes.CDLL | None:
+    """MKL or OpenBLAS, loaded ahead of MLX, or None where there is none or no need.
 
     MLX's Linux CPU build links the reference BLAS, thirty times slower than these; the first library loaded with
     global symbols wins, so this must run before `import mlx.core`.
@@ -17,12 +17,22 @@ def load_blas() -> str | None:
     if sys.platform != "linux" or "mlx" in sys.modules:
         return None
     os.environ.setdefault("MKL_CBWR", "AUTO")  # the same bits on every run
+    os.environ.setdefault("KMP_BLOCKTIME", "0")  # a thread with nothing to do sleeps: the core has other work
     in_environment = sorted(glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*")))
     for name in filter(None, [*in_environment, ctypes.util.find_library("openblas"), ctypes.util.find_library("mkl_rt")]):
         with contextlib.suppress(OSError):
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-            return name
+            return ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
     return None
+
+
+def set_blas_threads(count: int) -> int:
+    """Let one matrix product use so many cores; how many it could use before."""
+    for get, set_ in (("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"), ("openblas_get_num_threads", "openblas_set_num_threads")):
+        if hasattr(BLAS, set_):
+            before = getattr(BLAS, get)()
+            getattr(BLAS, set_)(count)
+            return before
+    return count
 
 
 BLAS = load_blas()

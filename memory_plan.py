@@ -30,7 +30,8 @@ class Work:
     has_reference: bool  # a frozen copy beside the policy
     micro_batch_tokens: int
     grad_checkpoint: bool
-    head_chunk: int  # logits alive at once in the head
+    head_chunk: int  # logits alive at once in a lane's head
+    lanes: int  # parts of an update that are worked on side by side, within micro_batch_tokens together
     kv_budget: int
 
 
@@ -57,14 +58,14 @@ def plan(work: Work) -> dict[str, int]:
         "optimizer": work.trained * 8 + masters,
         "reference": work.trained * work.item if work.has_reference else 0,
         "KV cache": min(work.rows * length * work.kv_per_token, work.kv_budget),
-        "gradients": work.trained * work.item,
+        "gradients": work.trained * work.item * work.lanes,
         "activations": positions * kept * work.item,
-        "head": 5 * 4 * min(work.head_chunk, answers * work.vocabulary),
+        "head": 5 * 4 * min(work.head_chunk * work.lanes, answers * work.vocabulary),
     }
     stays = parts["weights"] + parts["optimizer"] + parts["reference"]
     rollout = parts["KV cache"] * 3 // 2  # a cache that grows is copied
     forward_and_backward = parts["gradients"] + parts["activations"] + parts["head"]
-    step = parts["gradients"] + 7 * work.trained  # AdamW's numbers in float32 on their way, as measured
+    step = work.trained * (work.item + 7)  # AdamW's numbers in float32 on their way, as measured
     return {**parts, "peak": stays + max(rollout, forward_and_backward, step)}
 
 

@@ -18,7 +18,7 @@ The file reads in the order data flows: config, prompts, model, data, rewards, r
 evaluation, trainer, command line. What is not the algorithm lies beside it: loading.py (models and datasets, local or from
 the hub), tiktoken_wrapper.py (nanochat's tokenizer), fused_head.py (log-probs without the logits in memory), settings.py
 (TOML to typed values), scoring.py (calls reward functions), ranks.py (several processes), memory_plan.py (what a run will
-hold), run_directory.py (files of a run, errors), monitoring.py (terminal, trackers), fast_blas.py (MLX on Linux CPUs).
+hold), run_directory.py (files of a run, errors), monitoring.py (terminal, trackers), fast_blas.py and lanes.py (MLX on CPUs).
 
 Shapes are written where an array is born:
 
@@ -56,6 +56,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import memory_plan
 from fused_head import HEAD_CHUNK_LOGITS, make_head_stats, softmax, split_head
+from lanes import lane_count, lanes, spread
 from loading import ROOT, is_quantized, local_path, open_dataset, open_model, read_model_config, resolve_model
 from monitoring import (
     TRACKERS, Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, write_report,
@@ -593,6 +594,7 @@ def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
 # ---------------------------------------------------------------------------------------------------------------
 
 DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
+LANE_ROWS = 16  # rows that a lane must have to decode to be worth it
 PREFILL_CHUNK = 2048  # prompt positions in one forward
 
 
@@ -755,10 +757,11 @@ class Row:
         self.logps += logps[:taken]
 
 
-def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], uniforms: mx.array, sampling: Sampling) -> None:
+def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], uniforms: mx.array, sampling: Sampling):
     """Decode the completions of P prompts as one batch into `rows` (P*G), leaving out rows as they finish.
 
-    tokens: (P, L), pads: (P,) or None, uniforms: (P*G, T) in [0, 1), one a position.
+    tokens: (P, L), pads: (P,) or None, uniforms: (P*G, T) in [0, 1), one a position. Yields each position's arrays, of
+    which the caller starts the evaluation: the device runs ahead while the next position's graph is built.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -783,7 +786,7 @@ def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], unif
                 seen = mx.put_along_axis(seen, last, mx.array(True), axis=-1)
             token, logp = sample(logits, uniforms[:, position], sampling, seen)
             last = token[:, None]
-            mx.async_eval(token, logp)  # the device runs ahead while the next step's graph is built
+            yield token, logp
             ids.append(token)
             logps.append(logp)
             position += 1
@@ -844,14 +847,24 @@ def generate(
         if not padded:
             batch = [i for i in batch if len(prompts[i]) == len(prompts[batch[0]])]
         order = order[len(batch) :]
-        tokens, pads = left_pad([prompts[i] for i in batch], max(len(prompts[i]) for i in batch))
-        if sampling.temperature:
-            row_keys = mx.concatenate([mx.random.split(keys[i], num_generations) for i in batch])  # (N, 2)
-            uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(max_new_tokens,), key=key))(row_keys)
-        else:
-            uniforms = mx.zeros((len(batch) * num_generations, max_new_tokens))
-        equal = len({len(prompts[i]) for i in batch}) == 1  # without padding attention needs no mask
-        decode(model, tokens, None if equal else pads, [r for i in batch for r in rows[i]], uniforms, sampling)
+        with lanes(min(len(batch), len(batch) * num_generations // LANE_ROWS)) as streams:
+            running = []
+            for stream, part in zip(streams, np.array_split(batch, len(streams))):
+                tokens, pads = left_pad([prompts[i] for i in part], max(len(prompts[i]) for i in part))
+                if sampling.temperature:
+                    row_keys = mx.concatenate([mx.random.split(keys[i], num_generations) for i in part])  # (N, 2)
+                    uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(max_new_tokens,), key=key))(row_keys)
+                else:
+                    uniforms = mx.zeros((len(part) * num_generations, max_new_tokens))
+                equal = len({len(prompts[i]) for i in part}) == 1  # without padding attention needs no mask
+                running.append((stream, decode(model, tokens, None if equal else pads, [r for i in part for r in rows[i]], uniforms, sampling)))
+            while running:  # one position of each
+                started = []
+                for stream, positions in running:
+                    with mx.stream(stream):
+                        started.append(next(positions, None))
+                mx.async_eval(started)
+                running = [lane for lane, arrays in zip(running, started) if arrays is not None]
         if progress:
             progress(len(batch))
     flat = [r for group in rows for r in group]
@@ -1093,6 +1106,9 @@ class CompletionLogProbs:
         return mx.take_along_axis(logits, ids[..., None], axis=-1)[..., 0], entropies
 
 
+LANE_POSITIONS = 256  # that a lane must have to train on to be worth it
+
+
 def bucket(n: int, least: int = 8) -> int:
     """The length n is padded to: steps of a quarter of its power of two, so that few shapes are ever compiled."""
     step = max(least, 2 ** max(0, (n - 1).bit_length() - 3))
@@ -1253,7 +1269,7 @@ class MLXGRPOTrainer:
         # A device that runs ahead holds the results of everything on its way: the limit bounds that, not what must be held.
         limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
         mx.set_memory_limit(limit)
-        self.head_chunk = min(HEAD_CHUNK_LOGITS, limit // 256)  # in float32 at most a 64th of the limit
+        self.head_chunk = min(HEAD_CHUNK_LOGITS, limit // 256) // lane_count()  # in float32 at most a 64th of the limit
         self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0, self.head_chunk)
         self.reference = None
         if config.kl_coeff > 0:
@@ -1387,21 +1403,11 @@ class MLXGRPOTrainer:
         used.sort(key=lambda b: max(map(len, groups[b].completions)))
         prompts = lambda rows: 1 if self.log_probs.shares_padded else rows  # noqa: E731
         cost = lambda count, prompt, longest, rows: bucket(count, 1) * (prompts(rows) * bucket(prompt) + rows * bucket(longest))  # noqa: E731
-        used = self.ranks.balanced(used, lambda b: cost(1, len(groups[b].prompt), max(map(len, groups[b].completions)), g))
+        whole = lambda b: cost(1, len(groups[b].prompt), max(map(len, groups[b].completions)), g)  # noqa: E731
+        used = self.ranks.balanced(used, whole)
         if not used:
             return []
-        widest = max(len(groups[b].prompt) for b in used), max(len(c) for b in used for c in groups[b].completions)
-        # Rows of a group that go together: all of them, unless one group alone is over the budget.
-        k = next(k for k in range(g, 0, -1) if g % k == 0 and (k == 1 or cost(1, *widest, k) <= config.micro_batch_tokens))
-        def positions(unit):
-            longest = max(len(c) for b, first in unit for c in groups[b].completions[first : first + k])
-            return cost(len(unit), max(len(groups[b].prompt) for b, _ in unit), longest, k)
-
-        units = [[]]
-        for piece in [(b, first) for b in used for first in range(0, g, k)]:
-            if units[-1] and positions([*units[-1], piece]) > config.micro_batch_tokens:
-                units.append([])
-            units[-1].append(piece)
+        units, k = self.cut(groups, used, cost, sum(map(whole, used)))
         batches = [self.collate(groups, advantages, lengths, unit, k) for unit in units]
         for batch in batches:
             if config.loss_type in ("dapo", "cispo", "vespo"):
@@ -1412,6 +1418,34 @@ class MLXGRPOTrainer:
                 batch["weight"] = mx.array(batch["ids"].shape[0] / (len(groups) * g))
             batch["num_items"] = mx.array(float(total_tokens))
         return batches
+
+    def cut(self, groups, used, cost, total: int) -> tuple[list[list], int]:
+        """The parts of an update as lists of (group, first row), and k, the rows from there on.
+
+        used: the groups, by length. cost(count, prompt, longest, rows): positions that count such groups take when padded,
+        and `total` their sum. On a CPU lanes work side by side: within the budget together, and each on its share.
+        """
+        config, g, side_by_side = self.config, self.config.num_generations, lane_count()
+        budget = config.micro_batch_tokens // side_by_side
+        parts = side_by_side * math.ceil(total / config.micro_batch_tokens) if total >= side_by_side * LANE_POSITIONS else 1
+        # Rows of a group that go together: all of them, unless one group alone is over the budget, or parts are too few.
+        widest = max(len(groups[b].prompt) for b in used), max(len(c) for b in used for c in groups[b].completions)
+        fits = lambda k: cost(1, *widest, k) <= budget and len(used) * g // k >= parts  # noqa: E731
+        k = next(k for k in range(g, 0, -1) if g % k == 0 and (k == 1 or fits(k)))
+
+        def positions(unit):
+            longest = max(len(c) for b, first in unit for c in groups[b].completions[first : first + k])
+            return cost(len(unit), max(len(groups[b].prompt) for b, _ in unit), longest, k)
+
+        first, *rest = [(b, start) for b in used for start in range(0, g, k)]
+        units = [[first]]
+        for piece in rest:
+            now, larger = positions(units[-1]), positions([*units[-1], piece])
+            is_nearer = len(units) < parts and now + larger > 2 * total / parts  # to an equal share, without the piece
+            if is_nearer or larger > budget:
+                units.append([])
+            units[-1].append(piece)
+        return units, k
 
     def collate(self, groups, advantages, lengths, unit, k) -> dict:
         """The arrays of the (group, first row) pairs in `unit`, k rows each, padded to bucketed shapes."""
@@ -1483,12 +1517,12 @@ class MLXGRPOTrainer:
     def add_log_probs(self, batches: list[dict]) -> list[dict]:
         """The batches with ref_logps, old_logps (N, T) and entropy_threshold, where the objective needs them."""
         config = self.config
-        for batch in batches:
-            if self.reference:
-                batch["ref_logps"] = self.reference(batch)[0]
-            if config.num_iterations > 1 or config.top_entropy_quantile < 1:
-                batch["old_logps"], batch["entropies"] = self.log_probs(batch)
-            mx.eval(batch)
+        if self.reference:
+            for batch, (logps, _) in zip(batches, spread(self.reference, batches)):
+                batch["ref_logps"] = logps
+        if config.num_iterations > 1 or config.top_entropy_quantile < 1:
+            for batch, (logps, entropies) in zip(batches, spread(self.log_probs, batches)):
+                batch["old_logps"], batch["entropies"] = logps, entropies
         entropies = [(batch.pop("entropies"), batch["mask"] > 0) for batch in batches if "entropies" in batch]
         if config.top_entropy_quantile < 1:
             mine = [value for values, inside in entropies for value in np.array(values)[np.array(inside)].tolist()]
@@ -1502,12 +1536,11 @@ class MLXGRPOTrainer:
         """One optimizer step on the sum of the micro-batches' gradients; its metrics."""
         config = self.config
         grads, results = None, []
-        for batch in batches:
-            loss, metrics, part = self.gradient(batch)
+        for batch, (loss, metrics, part) in zip(batches, spread(self.gradient, batches)):
             # Parts are added in float32: in half precision small ones would be lost.
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
             results.append((loss, metrics, batch["mask"].sum(), batch["ids"].shape[0], batch["num_items"]))
-            mx.eval(grads, results[-1])  # frees this part's activations before the next begins
+            mx.eval(grads, results[-1])  # before the next one's activations take memory
         grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))  # a rank may have no part
         results = [r for part in self.ranks.gather(tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, results)) for r in part]
         exact = [g.astype(mx.float32) for _, g in tree_flatten(grads)]
@@ -1786,7 +1819,7 @@ class MLXGRPOTrainer:
             shares_prompts=self.log_probs.shares_padded,
             prompt=max(len(row["prompt_ids"]) for row in self.rows), completion=config.rollout_tokens,
             has_reference=self.reference is not None and not adapter_layers(model), micro_batch_tokens=config.micro_batch_tokens,
-            grad_checkpoint=config.grad_checkpoint, head_chunk=self.head_chunk,
+            grad_checkpoint=config.grad_checkpoint, head_chunk=self.head_chunk, lanes=lane_count(),
             kv_budget=int(config.kv_budget_gb * 2**30) or memory_bytes() // 4,
         )  # fmt: skip
 
@@ -1825,13 +1858,11 @@ class MLXGRPOTrainer:
         print(f"dry run    {sum(map(len, groups[0].completions))} tokens sampled, loss {loss:.4f}, one backward pass: all well")
 
     def trial_gradient(self, groups: list[Group]) -> float:
-        """The loss of one gradient that is thrown away: of the first micro-batch of `groups`, with made-up advantages."""
+        """The loss of a gradient that is thrown away: of as many micro-batches as go at once, with made-up advantages."""
         self.model.train()
         advantages = np.tile(np.linspace(-1, 1, self.config.num_generations, dtype=np.float32), (len(groups), 1))
-        batch = self.add_log_probs(self.micro_batches(groups, advantages)[:1])[0]
-        loss, _, grads = self.gradient(batch)
-        mx.eval(loss, grads)
-        return loss.item()
+        batches = self.add_log_probs(self.micro_batches(groups, advantages)[: lane_count()])
+        return sum(loss.item() for loss, *_ in spread(self.gradient, batches))
 
     def probe_memory(self) -> None:
         """One gradient at the largest micro-batch there can be: memory that will not suffice fails here, not in the night."""

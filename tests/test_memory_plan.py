@@ -11,7 +11,7 @@ from memory_plan import GB, Work, plan, suggestions
 WORK = Work(
     weights=1000, trained=250, item=4, hidden=10, wide=20, heads=2, layers=3, vocabulary=50, kv_per_token=6, rows=8, generations=4,
     shares_prompts=True, prompt=5, completion=10, has_reference=False, micro_batch_tokens=10**6, grad_checkpoint=False,
-    head_chunk=10**6, kv_budget=10**6,
+    head_chunk=10**6, lanes=1, kv_budget=10**6,
 )  # fmt: skip
 
 
@@ -22,6 +22,7 @@ def test_a_plan_by_hand():
     assert parts["optimizer"] == 2000 and parts["gradients"] == 1000 and parts["KV cache"] == 8 * 15 * 6
     assert parts["head"] == 20 * 80 * 50
     assert parts["peak"] == 3000 + 1000 + parts["activations"] + parts["head"]
+    assert plan(replace(WORK, lanes=2))["peak"] == parts["peak"] + 1000
 
 
 def test_half_precision_keeps_master_weights_and_checkpointing_one_layer():

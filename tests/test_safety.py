@@ -44,7 +44,7 @@ def small(folder, *extra):
         "model_name=starter/model", "dataset=starter/data", f"output_dir={folder}", "run_name=run", "max_train_samples=7",
         "batch_size=2", "num_generations=3", "num_epochs=1.8", "max_completion_length=10", "eval_samples=2", "eval_steps=2",
         f'reward_funcs=["{folder / "noise.py"}:noise"]', "learning_rate=1e-3", "save_steps=1", "save_total_limit=0",
-        "log_completions_steps=1", "use_compile=false", "lr_scheduler_type=cosine", "micro_batch_tokens=1024", *extra,
+        "log_completions_steps=1", "use_compile=false", "lr_scheduler_type=cosine", "micro_batch_tokens=2048", *extra,
     ]  # fmt: skip
 
 

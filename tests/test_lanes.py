@@ -1,0 +1,72 @@
+"""Parts of one computation side by side on a CPU: the same results, each lane at work, and within the memory of one."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_rollout import roll
+from test_training import groups_of, largest_gap, trainer_of, whole_gradient
+from tiny import tiny_model
+
+import lanes
+import mlx_grpo
+
+pytestmark = pytest.mark.skipif(mx.default_device() == mx.gpu, reason="a GPU has one lane")
+
+
+def test_lanes_are_as_many_as_cores_tasks_and_the_limit_allow(monkeypatch):
+    monkeypatch.setattr(lanes, "cores", lambda: 3)
+    for most, count in ((0, 1), (1, 1), (2, 2), (9, 3)):
+        with lanes.lanes(most) as streams:
+            assert len(set(map(str, streams))) == count
+    monkeypatch.setattr(lanes, "cores", lambda: 64)
+    assert lanes.lane_count() == lanes.MOST_LANES
+    monkeypatch.undo()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert lanes.lane_count() == 1
+
+
+def test_the_blas_gets_a_lanes_share_of_the_cores_and_all_of_them_back(monkeypatch):
+    given = []
+    monkeypatch.setattr(lanes, "cores", lambda: 8)
+    monkeypatch.setattr(lanes, "set_blas_threads", lambda count: (given.append(count), 7)[1])
+    with pytest.raises(KeyError), lanes.lanes(2):
+        raise KeyError
+    assert given == [4, 7]
+
+
+def test_what_is_spread_comes_back_evaluated_and_in_order(monkeypatch):
+    monkeypatch.setattr(lanes, "cores", lambda: 3)
+    seen = []
+    results = lanes.spread(lambda n: (seen.append(str(mx.default_stream(mx.cpu))), mx.arange(n).sum())[1], list(range(1, 8)))
+    assert [r.item() for r in results] == [n * (n - 1) // 2 for n in range(1, 8)]
+    assert len(set(seen)) == 3 and seen[:3] == seen[3:6]
+    assert list(lanes.spread(lambda n: n, [])) == []
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "mamba2"])
+def test_completions_do_not_depend_on_the_number_of_lanes(name, monkeypatch):
+    model = tiny_model(name)
+    monkeypatch.setattr(lanes, "cores", lambda: 1)
+    alone = roll(model, stop_strings=["*"])
+    monkeypatch.setattr(lanes, "cores", lambda: 3)
+    monkeypatch.setattr(mlx_grpo, "LANE_ROWS", 1)
+    together = roll(model, stop_strings=["*"])
+    assert together.completions == alone.completions and together.finish_reasons == alone.finish_reasons
+    for a, b in zip(together.sampler_logps, alone.sampler_logps):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_lanes_share_an_update_and_add_up_to_its_gradient(tmp_path, monkeypatch):
+    monkeypatch.setattr(lanes, "cores", lambda: 1)
+    trainer = trainer_of(tmp_path, "use_compile=true")
+    groups = groups_of(trainer)
+    one, loss, grads = whole_gradient(trainer, groups, 10**6)
+    monkeypatch.setattr(lanes, "cores", lambda: 2)
+    monkeypatch.setattr(mlx_grpo, "LANE_POSITIONS", 1)
+    advantages = np.array([[1.0, -1.0] * (trainer.config.num_generations // 2)] * len(groups))
+    assert len(trainer.micro_batches(groups, advantages)) == 2
+    assert len(trainer.micro_batches(groups[:1], advantages[:1])) == 2  # one group: its rows are split
+    two, split_loss, split_grads = whole_gradient(trainer, groups, 10**6)
+    assert (one, two) == (1, 2)
+    assert split_loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    assert largest_gap(split_grads, grads) < 1e-4
