@@ -828,19 +828,21 @@ def memory_bytes() -> int:
 
 def generate(
     model, tokenizer, prompts, *, sampling=Sampling(), max_new_tokens=512, num_generations=1, stop_strings=(), keys=None,
-    kv_budget=None, progress=None,
+    kv_budget=None, most_rows=None, progress=None,
 ) -> Rollout:
     """Complete each of B prompts (lists of ids) num_generations times.
 
     keys: (B, 2) random keys, one a prompt; a prompt's completions depend on its key and not on its company. Not
-    needed at temperature 0. kv_budget: bytes of KV cache; prompts beyond it wait for the next batch. progress: called
-    with the number of prompts done. Models whose caches cannot be padded decode prompts of equal length together.
+    needed at temperature 0. kv_budget: bytes of KV cache, most_rows: completions at a time; prompts beyond them wait for
+    the next batch. progress: called with the number of prompts done. Models whose caches cannot be padded decode prompts
+    of equal length together.
     """
     row = lambda: Row(tokenizer, stop_strings, max_new_tokens)  # noqa: E731
     rows = [[row() for _ in range(num_generations)] for _ in prompts]
     padded = can_pad(model)
     budget = kv_budget or memory_bytes() // 4
-    most = max(num_generations, int(budget / kv_bytes_per_token(model)) // (max(map(len, prompts), default=0) + max_new_tokens))
+    most = int(budget / kv_bytes_per_token(model)) // (max(map(len, prompts), default=0) + max_new_tokens)
+    most = max(num_generations, min(most, most_rows or most))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours need little padding
     while order:
         batch = order[: max(1, most // num_generations)]
@@ -1197,6 +1199,9 @@ def fixed_subset(rows: list, size: int, seed: int) -> list:
     return [rows[i] for i in sorted(np.random.default_rng([seed, 1]).choice(len(rows), size, replace=False))]
 
 
+EVALUATION_ROWS = 32  # at a time, where a rollout has fewer
+
+
 def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None, ranks: Ranks = ALONE) -> dict:
     """Greedy exact match over `rows` ({"prompt", "answer"}): em_strict, em_lenient, their intervals and every text."""
     mine = ranks.share(rows)
@@ -1204,6 +1209,7 @@ def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress
     rollout = generate(
         model, tokenizer, prompts, sampling=Sampling(temperature=0.0), stop_strings=config.stop_strings, progress=progress,
         max_new_tokens=config.eval_max_new_tokens or config.max_completion_length, kv_budget=int(config.kv_budget_gb * 2**30),
+        most_rows=max(EVALUATION_ROWS, config.batch_size * config.num_generations),  # it takes no more memory than a rollout
     )
     answers = [[config.completion_prefix + text, len(ids)] for text, ids in zip(rollout.texts, rollout.completions)]
     texts, lengths = zip(*ranks.merge(answers))

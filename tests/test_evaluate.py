@@ -94,6 +94,15 @@ def test_greedy_scores_are_the_trainers(score):
         assert result[kind] == pytest.approx([expected[kind], *expected[f"{kind}_ci"]])
 
 
+def test_an_evaluation_decodes_no_more_rows_at_a_time_than_a_rollout(monkeypatch):
+    seen, real = [], mlx_grpo.decode
+    monkeypatch.setattr(mlx_grpo, "decode", lambda *given: (seen.append(len(given[3])), real(*given))[1])
+    config = mlx_grpo.MLXGRPOConfig(dataset=DATA, max_completion_length=8, batch_size=3, num_generations=12)
+    rows = mlx_grpo.load_dataset_split(config, "test")[:40]
+    mlx_grpo.evaluate(*mlx_grpo.open_model(STARTER)[:2], rows, config)
+    assert sum(seen[:-1]) <= 36 and sum(seen) == 40  # in lanes
+
+
 def test_samples_answers_file_and_comparison(score, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 8)  # several batches
     output = tmp_path / "answers.jsonl"

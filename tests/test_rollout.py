@@ -52,6 +52,13 @@ def test_a_small_kv_budget_decodes_in_several_batches_with_the_same_result(name)
     assert roll(model, kv_budget=1).completions == roll(model).completions
 
 
+def test_no_more_rows_than_asked_for_are_decoded_at_a_time(monkeypatch):
+    model, seen, real = tiny_model("qwen2"), [], mlx_grpo.decode
+    monkeypatch.setattr(mlx_grpo, "decode", lambda *given: (seen.append(len(given[3])), real(*given))[1])
+    limited = roll(model, most_rows=7).completions
+    assert seen == [6, 6] and limited == roll(model).completions
+
+
 def test_the_sampled_distribution_is_the_models():
     logits = mx.array([[0.0, 1.0, 2.0, -1e30, 1.5]])
     n = 40_000
