@@ -1139,6 +1139,12 @@ class MasterAdamW(optim.AdamW):
         return updated.astype(parameter.dtype)
 
 
+def gradient_norm(grads) -> float:
+    """The global norm, in float32, of a tree of gradients."""
+    exact = [g.astype(mx.float32) for _, g in tree_flatten(grads)]
+    return mx.sqrt(sum((g * g).sum() for g in exact)).item()  # g * g: ten times faster than MLX's square on CPUs
+
+
 def learning_rate(config: MLXGRPOConfig, update: int, updates: int) -> float:
     """Learning rate of update 0, 1, .. updates-1: linear warm-up to the peak, then the schedule, down to 0 at the end."""
     warmup = math.ceil(config.warmup_ratio * updates)
@@ -1549,8 +1555,7 @@ class MLXGRPOTrainer:
             mx.eval(grads, results[-1])  # before the next one's activations take memory
         grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))  # a rank may have no part
         results = [r for part in self.ranks.gather(tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, results)) for r in part]
-        exact = [g.astype(mx.float32) for _, g in tree_flatten(grads)]
-        norm = mx.sqrt(sum((g * g).sum() for g in exact)).item()  # g * g: ten times faster than MLX's square on CPUs
+        norm = gradient_norm(grads)
         record = {"loss": sum(loss for loss, *_ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
         tokens, rows = np.array([n for _, _, n, _, _ in results]), np.array([n for *_, n, _ in results])
         by_row = config.importance_sampling_level == "sequence" or config.loss_type == "vespo"
@@ -1858,17 +1863,19 @@ class MLXGRPOTrainer:
         self.build_step()
         seconds = dict.fromkeys(("rollout", "reward"), 0.0)
         groups = self.sample_groups(self.ranks.size, seconds)
-        loss = self.trial_gradient(groups)
+        norm = self.trial_gradient(groups)
+        if not math.isfinite(norm):
+            raise RunError("NaN gradient encountered: in the first backward pass; load the model in float32, or check its weights")
         self.config = whole
         print("to fit     " + "\n           ".join(memory_plan.suggestions(self.memory_work())))
-        print(f"dry run    {sum(map(len, groups[0].completions))} tokens sampled, loss {loss:.4f}, one backward pass: all well")
+        print(f"dry run    {sum(map(len, groups[0].completions))} tokens sampled, one backward pass (gradient norm {norm:.3g}): all well")
 
     def trial_gradient(self, groups: list[Group]) -> float:
-        """The loss of a gradient that is thrown away: of as many micro-batches as go at once, with made-up advantages."""
+        """The norm of a gradient that is thrown away: of as many micro-batches as go at once, with made-up advantages."""
         self.model.train()
         advantages = np.tile(np.linspace(-1, 1, self.config.num_generations, dtype=np.float32), (len(groups), 1))
         batches = self.add_log_probs(self.micro_batches(groups, advantages)[: lane_count()])
-        return sum(loss.item() for loss, *_ in spread(self.gradient, batches))
+        return gradient_norm([part for _, _, part in spread(self.gradient, batches)])
 
     def probe_memory(self) -> None:
         """One gradient at the largest micro-batch there can be: memory that will not suffice fails here, not in the night."""

@@ -164,6 +164,15 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(tmp_path, loss_type):
     assert many == 8  # two groups with signal of four rows: at the smallest budget one row a batch
 
 
+def test_a_dry_run_says_what_its_gradient_was_and_does_not_pass_one_that_is_not_finite(tmp_path, capsys):
+    trainer = trainer_of(tmp_path)
+    trainer.dry_run()
+    assert float(capsys.readouterr().out.split("gradient norm ")[1].split(")")[0]) > 0
+    trainer.model.model.norm.weight = mx.full(trainer.model.model.norm.weight.shape, mx.nan)
+    with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered: in the first backward pass"):
+        trainer.dry_run()
+
+
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.build_step()
