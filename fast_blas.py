@@ -28,11 +28,12 @@ def load_blas() -> ctypes.CDLL | None:
 def set_blas_threads(count: int) -> int:
     """Let one matrix product use so many cores; how many it could use before."""
     for get, set_ in (("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"), ("openblas_get_num_threads", "openblas_set_num_threads")):
-        if hasattr(BLAS, set_):
-            before = getattr(BLAS, get)()
-            getattr(BLAS, set_)(count)
+        if hasattr(LIBRARY, set_):
+            before = getattr(LIBRARY, get)()
+            getattr(LIBRARY, set_)(count)
             return before
     return count
 
 
-BLAS = load_blas()
+LIBRARY = load_blas()
+BLAS = LIBRARY and LIBRARY._name

@@ -1215,7 +1215,8 @@ def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress
     rollout = generate(
         model, tokenizer, prompts, sampling=Sampling(temperature=0.0), stop_strings=config.stop_strings, progress=progress,
         max_new_tokens=config.eval_max_new_tokens or config.max_completion_length, kv_budget=int(config.kv_budget_gb * 2**30),
-        most_rows=max(EVALUATION_ROWS, config.batch_size * config.num_generations),  # it takes no more memory than a rollout
+        # No more rows than a rollout has on this rank: it takes no more memory.
+        most_rows=max(EVALUATION_ROWS, config.batch_size * config.num_generations // ranks.size),
     )
     answers = [[config.completion_prefix + text, len(ids)] for text, ids in zip(rollout.texts, rollout.completions)]
     texts, lengths = zip(*ranks.merge(answers))
@@ -1548,11 +1549,12 @@ class MLXGRPOTrainer:
         """One optimizer step on the sum of the micro-batches' gradients; its metrics."""
         config = self.config
         grads, results = None, []
-        for batch, (loss, metrics, part) in zip(batches, spread(self.gradient, batches)):
+        for batch, loss, metrics, part in spread(lambda batch: (batch, *self.gradient(batch)), batches):
             # Parts are added in float32: in half precision small ones would be lost.
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
             results.append((loss, metrics, batch["mask"].sum(), batch["ids"].shape[0], batch["num_items"]))
-            mx.eval(grads, results[-1])  # before the next one's activations take memory
+            mx.eval(grads, results[-1])
+            del part  # or it would lie beside the next one while that is computed
         grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))  # a rank may have no part
         results = [r for part in self.ranks.gather(tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, results)) for r in part]
         norm = gradient_norm(grads)

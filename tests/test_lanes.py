@@ -1,4 +1,4 @@
-"""Parts of one computation side by side on a CPU: the same results, each lane at work, and within the memory of one."""
+"""Parts of one computation side by side on a CPU: the same results, and each lane at work."""
 
 import mlx.core as mx
 import numpy as np
@@ -70,3 +70,17 @@ def test_lanes_share_an_update_and_add_up_to_its_gradient(tmp_path, monkeypatch)
     assert (one, two) == (1, 2)
     assert split_loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
     assert largest_gap(split_grads, grads) < 1e-4
+
+
+def test_an_update_by_two_lanes_is_that_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(mlx_grpo, "LANE_POSITIONS", 1)
+    records, weights = [], []
+    for count in (1, 2):
+        monkeypatch.setattr(lanes, "cores", lambda: count)
+        trainer = trainer_of(tmp_path, "use_compile=true", "kl_coeff=0.1", "num_iterations=2")  # the reference and the old log-probs too
+        trainer.build_step()
+        records.append(trainer.train_on(groups_of(trainer)))
+        weights.append(trainer.trainable())
+    for one, two in zip(*records):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
+    assert largest_gap(weights[1], weights[0]) < 1e-3

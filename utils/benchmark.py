@@ -309,7 +309,7 @@ def machine() -> str:
     if not on_gpu() and Path("/proc/cpuinfo").is_file():
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         name = found[1] if found else platform.machine()
-    blas = f", {Path(mlx_grpo.BLAS._name).name}" if mlx_grpo.BLAS and not on_gpu() else ""
+    blas = f", {Path(mlx_grpo.BLAS).name}" if mlx_grpo.BLAS and not on_gpu() else ""
     return f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, Python {platform.python_version()}; {name}, {os.cpu_count()} CPU cores{blas}"
 
 
@@ -511,7 +511,7 @@ class Peer:
         python = args.peer_python or peer_python(args.peer)
         self.name, self.log = args.peer, folder / "peer.log"
         work |= {"prompts": config.batch_size, "completions": config.num_generations, "tokens": config.max_completion_length}
-        work |= {"model": str(mlx_grpo.resolve_model(config.model_name)), "gpu": on_gpu(), "blas": mlx_grpo.BLAS and mlx_grpo.BLAS._name}
+        work |= {"model": str(mlx_grpo.resolve_model(config.model_name)), "gpu": on_gpu(), "blas": mlx_grpo.BLAS}
         try:
             self.process = subprocess.Popen(
                 [python, "-c", DRIVER + REWARDS + PEERS[args.peer][1][args.command]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
