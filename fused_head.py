@@ -10,11 +10,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 HEAD_CHUNK_LOGITS = 2**27  # alive at once in the head, forward and backward, at most: 512 MB of float32
 
 
+def exp(x: mx.array) -> mx.array:
+    """e to the power of float32 numbers. On x86 CPUs as a power: MLX's exp takes 13 ns a number there, its power 5."""
+    return mx.exp(x) if mx.default_device() == mx.gpu or platform.machine() != "x86_64" else mx.power(math.e, x)
+
+
 def softmax(logits: mx.array) -> mx.array:
-    """Probabilities (.., V) of float32 logits. On x86 CPUs by powers of e: MLX's exp takes 13 ns a number there, its power 5."""
-    if mx.default_device() == mx.gpu or platform.machine() != "x86_64":
+    """Probabilities (.., V) of float32 logits."""
+    if mx.default_device() == mx.gpu:
         return mx.softmax(logits, axis=-1)
-    powers = mx.power(math.e, logits - logits.max(axis=-1, keepdims=True))
+    powers = exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
@@ -77,20 +82,24 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
         return logits
 
     def scaled(logits):
-        logits = logits.astype(mx.float32)
-        return logits if temperature == 1.0 else logits / temperature
+        return logits if temperature == 1.0 else logits.astype(mx.float32) / temperature
 
     def stats(logits, ids):
+        """Log-probs, entropies, the logarithms of the softmax's normalisers (C,), and the probabilities (C, V), all in float32."""
         logits = scaled(logits)
-        # One pass of exponentials, in the kernel that has the least memory traffic; the largest p gives the normaliser.
-        probs = softmax(logits)
-        normaliser = logits.max(axis=-1) - mx.log(probs.max(axis=-1))
-        entropies = normaliser - (probs * logits).sum(axis=-1)
-        return mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - normaliser, entropies, probs
+        chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0].astype(mx.float32)
+        if mx.default_device() == mx.gpu:  # one pass over the logits in their own precision, its sums in float32
+            normalisers = chosen + mx.fast.cross_entropy(logits, ids)
+            probs = exp(logits.astype(mx.float32) - normalisers[:, None])
+        else:
+            probs = softmax(logits.astype(mx.float32))
+            normalisers = logits.max(axis=-1) - mx.log(probs.max(axis=-1))
+        return chosen - normalisers, normalisers - (probs * logits).sum(axis=-1), normalisers, probs
 
-    def logit_gradient(logits, ids, probs, entropies, logp_grad, entropy_grad):
-        probs = softmax(scaled(logits)) if probs is None else probs
-        grad = (-logp_grad[:, None] * probs).at[mx.arange(ids.shape[0]), ids].add(logp_grad)
+    def logit_gradient(logits, ids, probs, entropies, normalisers, logp_grad, entropy_grad):
+        if probs is None:
+            probs = exp(scaled(logits).astype(mx.float32) - normalisers[:, None])
+        grad = logp_grad[:, None] * ((ids[:, None] == mx.arange(probs.shape[1])) - probs)
         if entropy_gradient:
             logps = mx.log(mx.maximum(probs, 1e-38))  # p log p is 0 at 0
             grad = grad - entropy_grad[:, None] * probs * (logps + entropies[:, None])
@@ -105,21 +114,26 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
         for part in chunks(ids.shape[0]):
             here = mx.depends([hidden[part]], list(parts[-1][:2]))[0] if parts else hidden[part]
             parts.append(stats(logits_of(here, *weights), ids[part]))
-        logps, entropies, probs = zip(*parts)
-        return mx.concatenate(logps), mx.concatenate(entropies), probs[0] if len(parts) == 1 else mx.zeros((0,))
+        *vectors, probs = zip(*parts)
+        keep = len(parts) == 1 and mx.default_device() == mx.cpu
+        return *map(mx.concatenate, vectors), probs[0] if keep else mx.zeros((0,))
 
     @chunked.vjp
     def chunked_vjp(primals, cotangents, outputs):
         hidden, ids, *weights = primals
-        _, entropies, kept = outputs
+        _, entropies, normalisers, kept = outputs
         hidden_grads, weight_grads = [], None
         for part in chunks(ids.shape[0]):
             here = hidden[part]
             if hidden_grads:
                 here = mx.depends([here], [hidden_grads[-1], *weight_grads])[0]
-            known = ids[part], kept if kept.size else None, entropies[part]
-            grad = logit_gradient(logits_of(here, *weights), *known, cotangents[0][part], cotangents[1][part])
-            grads = mx.vjp(logits_of, [here, *weights], [grad])[1]
+            known = ids[part], kept if kept.size else None, entropies[part], normalisers[part]
+
+            def towards(here, *weights):  # its gradient in the logits is the one written out above
+                logits = logits_of(here, *weights)
+                return (logits * mx.stop_gradient(logit_gradient(logits, *known, cotangents[0][part], cotangents[1][part]))).sum()
+
+            grads = mx.vjp(towards, [here, *weights], [mx.array(1.0)])[1]
             hidden_grads.append(grads[0])
             exact = [g.astype(mx.float32) for g in grads[1:]]  # many chunks add up: not in half precision
             weight_grads = exact if weight_grads is None else [a + b for a, b in zip(weight_grads, exact)]
