@@ -10,6 +10,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 HEAD_CHUNK_LOGITS = 2**27  # alive at once in the head, forward and backward, at most: 512 MB of float32
 
 
+def on_cuda() -> bool:
+    return mx.default_device() == mx.gpu and not mx.metal.is_available()
+
+
 def exp(x: mx.array) -> mx.array:
     """e to the power of float32 numbers. On x86 CPUs as a power: MLX's exp takes 13 ns a number there, its power 5."""
     return mx.exp(x) if mx.default_device() == mx.gpu or platform.machine() != "x86_64" else mx.power(math.e, x)
@@ -61,8 +65,8 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
     """f(hidden (M, D), ids (M,)) -> log-probs (M,), entropies (M,) in float32, without an (M, V) tensor.
 
     Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the backward
-    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are. Where
-    all positions are one chunk, its probabilities are kept for the backward pass instead. The gradient is written
+    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are. On a CPU,
+    where all positions are one chunk, its probabilities are kept for the backward pass instead. The gradient is written
     out: of log p_id it is onehot - p, of the entropy H -p (log p + H), the latter only where `entropy_gradient`.
     chunk: positions in one.
     """
@@ -88,13 +92,17 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
         """Log-probs, entropies, the logarithms of the softmax's normalisers (C,), and the probabilities (C, V), all in float32."""
         logits = scaled(logits)
         chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0].astype(mx.float32)
-        if mx.default_device() == mx.gpu:  # one pass over the logits in their own precision, its sums in float32
+        exact, probs = logits.astype(mx.float32), None
+        if on_cuda():  # a kernel that reads logits in half precision and sums in float32
             normalisers = chosen + mx.fast.cross_entropy(logits, ids)
-            probs = exp(logits.astype(mx.float32) - normalisers[:, None])
-        else:
-            probs = softmax(logits.astype(mx.float32))
-            normalisers = logits.max(axis=-1) - mx.log(probs.max(axis=-1))
-        return chosen - normalisers, normalisers - (probs * logits).sum(axis=-1), normalisers, probs
+        elif mx.default_device() == mx.gpu:
+            normalisers = mx.logsumexp(exact, axis=-1)
+        else:  # exponentials are dear: one pass, and the largest p gives the normaliser
+            probs = softmax(exact)
+            normalisers = exact.max(axis=-1) - mx.log(probs.max(axis=-1))
+        if probs is None:
+            probs = exp(exact - normalisers[:, None])
+        return chosen - normalisers, normalisers - (probs * exact).sum(axis=-1), normalisers, probs
 
     def logit_gradient(logits, ids, probs, entropies, normalisers, logp_grad, entropy_grad):
         if probs is None:
@@ -128,10 +136,13 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
             if hidden_grads:
                 here = mx.depends([here], [hidden_grads[-1], *weight_grads])[0]
             known = ids[part], kept if kept.size else None, entropies[part], normalisers[part]
+            logp_grad, entropy_grad = (cotangent[part] for cotangent in cotangents[:2])
 
-            def towards(here, *weights):  # its gradient in the logits is the one written out above
+            def towards(here, *weights):  # a number with the gradient that is wanted
                 logits = logits_of(here, *weights)
-                return (logits * mx.stop_gradient(logit_gradient(logits, *known, cotangents[0][part], cotangents[1][part]))).sum()
+                if on_cuda() and not entropy_gradient:
+                    return -(mx.fast.cross_entropy(scaled(logits), known[0]) * logp_grad).sum()  # noqa: B023
+                return (logits * mx.stop_gradient(logit_gradient(logits, *known, logp_grad, entropy_grad))).sum()  # noqa: B023
 
             grads = mx.vjp(towards, [here, *weights], [mx.array(1.0)])[1]
             hidden_grads.append(grads[0])

@@ -55,7 +55,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import memory_plan
-from fused_head import HEAD_CHUNK_LOGITS, make_head_stats, softmax, split_head
+from fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
 from lanes import lane_count, lanes, spread
 from loading import ROOT, is_quantized, local_path, open_dataset, open_model, read_model_config, resolve_model
 from monitoring import (
@@ -662,17 +662,12 @@ def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> lis
 
     tokens: (P, L) left-padded by pads: (P,), or None where no row is padded. The head is never evaluated.
     """
-    from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+    from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
-    class PaddedKVCache(BatchKVCache):
-        """Padding sees itself: an attention row with nothing to see has a NaN gradient on CUDA."""
-
-        def make_mask(self, N, return_array=False, **kwargs):
-            mask = super().make_mask(N, return_array, **kwargs)
-            return mask | mx.eye(N, self._idx + N, k=self._idx, dtype=mx.bool_) if N > 1 else mask
+    class Joining:
+        """A block joins what is there; only single positions fill a buffer that grows by steps, which costs a gradient dear."""
 
         def update_and_fetch(self, keys, values):
-            """A block joins what is there; only single positions fill a buffer that grows by steps, which costs a gradient dear."""
             if keys.shape[2] == 1:
                 return super().update_and_fetch(keys, values)
             self.offset = self.offset + keys.shape[2]
@@ -681,7 +676,17 @@ def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> lis
             self.keys, self.values, self._idx = keys, values, keys.shape[2]
             return keys, values
 
-    cache = make_prompt_cache(model)
+    class PlainKVCache(Joining, KVCache):
+        pass
+
+    class PaddedKVCache(Joining, BatchKVCache):
+        """Padding sees itself: an attention row with nothing to see has a NaN gradient on CUDA."""
+
+        def make_mask(self, N, return_array=False, **kwargs):
+            mask = super().make_mask(N, return_array, **kwargs)
+            return mask | mx.eye(N, self._idx + N, k=self._idx, dtype=mx.bool_) if N > 1 else mask
+
+    cache = [PlainKVCache() if type(layer) is KVCache else layer for layer in make_prompt_cache(model)]
     if pads is not None:
         cache = [PaddedKVCache([0]) for _ in cache]
         for layer in cache:
@@ -814,10 +819,6 @@ def kv_bytes_per_token(model) -> int:
     model(mx.zeros((1, 1), mx.int32), cache=cache)
     arrays = [x for layer in cache for _, x in tree_flatten(layer.state) if isinstance(x, mx.array) and x.ndim == 4]
     return sum(x.nbytes // x.shape[2] for x in arrays) or 1
-
-
-def on_cuda() -> bool:
-    return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
 def memory_bytes() -> int:

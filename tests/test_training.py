@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from tiny import ARCHITECTURES, tiny_model
 
+import fused_head
 import mlx_grpo
 from mlx_grpo import CompletionLogProbs, Group, MLXGRPOTrainer, left_pad, load_config
 
@@ -68,6 +69,21 @@ def test_log_probs_entropies_and_gradients_equal_plain_sequences(name, share):
     expected, expected_grads = nn.value_and_grad(model, plainly)(model)
     assert value.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-3)
     assert largest_gap(grads, expected_grads) < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_the_head_by_cudas_kernel_gives_the_same(monkeypatch, temperature):
+    def stats_and_gradient():
+        model, batch = tiny_model("llama"), batch_of()
+        forward = CompletionLogProbs(model, temperature, True, entropy_gradient=False, head_chunk=97 * 7)
+        return forward(batch), nn.value_and_grad(model, lambda m: (forward(batch)[0] * batch["mask"]).sum())(model)[1]
+
+    written_out, expected_gradient = stats_and_gradient()
+    monkeypatch.setattr(fused_head, "on_cuda", lambda: True)  # the CPU computes it by other operations
+    by_kernel, gradient = stats_and_gradient()
+    for a, b in zip(by_kernel, written_out):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-5)
+    assert largest_gap(gradient, expected_gradient) < 1e-5
 
 
 def test_prompts_of_one_length_need_no_padding():
