@@ -14,11 +14,12 @@ There is no value network and no reward model: rewards are plain Python function
     uv run mlx-grpo.py --config configs/prod.toml --set learning_rate=2e-6
     uv run mlx-grpo.py --config configs/prod.toml --resume         carry on after a stop
 
-The file reads in the order data flows: config, prompts, model, data, rewards, rollout, objective, log-probs, checkpoints,
-evaluation, trainer, command line. What is not the algorithm lies beside it: loading.py (models and datasets, local or from
-the hub), tiktoken_wrapper.py (nanochat's tokenizer), fused_head.py (log-probs without the logits in memory), settings.py
-(TOML to typed values), scoring.py (calls reward functions), ranks.py (several processes), memory_plan.py (what a run will
-hold), run_directory.py (files of a run, errors), monitoring.py (terminal, trackers), fast_blas.py and lanes.py (MLX on CPUs).
+The file reads in the order data flows: config, prompts, model, data, rewards, rollout, objective, log-probs, optimizer,
+checkpoints, evaluation, trainer, command line. What is not the algorithm lies beside it: loading.py (models and datasets,
+local or from the hub), tiktoken_wrapper.py (nanochat's tokenizer), fused_head.py (log-probs without the logits in memory),
+batching.py (an update as padded arrays), settings.py (TOML to typed values), scoring.py (calls reward functions), ranks.py
+(several processes), memory_plan.py (what a run will hold), run_directory.py (files of a run, errors), monitoring.py
+(terminal, trackers), fast_blas.py and lanes.py (MLX on CPUs).
 
 Shapes are written where an array is born:
 
@@ -55,6 +56,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import memory_plan
+from batching import bucket, left_pad, micro_batches
 from fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
 from lanes import lane_count, lanes, spread
 from loading import ROOT, is_quantized, local_path, open_dataset, open_model, read_model_config, resolve_model
@@ -702,12 +704,6 @@ def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> lis
     return cache
 
 
-def left_pad(prompts: list[list[int]], length: int) -> tuple[mx.array, mx.array]:
-    """Ragged prompts as ids (P, length) and the padding before each (P,)."""
-    pads = [length - len(p) for p in prompts]
-    return mx.array([[0] * pad + p for pad, p in zip(pads, prompts)]), mx.array(pads)
-
-
 def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.array | None) -> tuple[mx.array, mx.array]:
     """Draw one id a row: logits (N, V) and uniforms (N,) in [0, 1) -> ids (N,), log-probs (N,) of what was drawn.
 
@@ -1109,13 +1105,9 @@ class CompletionLogProbs:
         return mx.take_along_axis(logits, ids[..., None], axis=-1)[..., 0], entropies
 
 
-LANE_POSITIONS = 256  # that a lane must have to train on to be worth it
-
-
-def bucket(n: int, least: int = 8) -> int:
-    """The length n is padded to: steps of a quarter of its power of two, so that few shapes are ever compiled."""
-    step = max(least, 2 ** max(0, (n - 1).bit_length() - 3))
-    return -(-n // step) * step
+# ---------------------------------------------------------------------------------------------------------------
+# Optimizer
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class MasterAdamW(optim.AdamW):
@@ -1403,85 +1395,8 @@ class MLXGRPOTrainer:
     # The update
 
     def micro_batches(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
-        """This rank's share of the update's arrays, in batches of at most micro_batch_tokens positions; advantages: (B, G).
-
-        Each has prompts (P, L), pads (P,), ids and mask (P*K, T), sampler_logps (P*K, T), advantages (P*K,), and what
-        makes the parts add up to the whole: `weight` of its loss, and num_items.
-        """
-        config, g = self.config, self.config.num_generations
-        lengths = [[0 if config.mask_truncated_completions and r == "length" else len(c) for c, r in zip(x.completions, x.finish_reasons)] for x in groups]
-        total_tokens = max(1, sum(map(sum, lengths)))
-        plain = config.kl_coeff == 0 and config.entropy_coef == 0 and config.top_entropy_quantile == 1
-        # Where nothing but the advantage drives the loss, groups without signal have no gradient: only the sums count them.
-        used = [b for b in range(len(groups)) if not plain or np.any(advantages[b])]
-        used.sort(key=lambda b: max(map(len, groups[b].completions)))
-        prompts = lambda rows: 1 if self.log_probs.shares_padded else rows  # noqa: E731
-        cost = lambda count, prompt, longest, rows: bucket(count, 1) * (prompts(rows) * bucket(prompt) + rows * bucket(longest))  # noqa: E731
-        whole = lambda b: cost(1, len(groups[b].prompt), max(map(len, groups[b].completions)), g)  # noqa: E731
-        used = self.ranks.balanced(used, whole)
-        if not used:
-            return []
-        units, k = self.cut(groups, used, cost, sum(map(whole, used)))
-        batches = [self.collate(groups, advantages, lengths, unit, k) for unit in units]
-        for batch in batches:
-            if config.loss_type in ("dapo", "cispo", "vespo"):
-                batch["weight"] = mx.array(1.0)
-            elif config.loss_type == "bnpo":
-                batch["weight"] = mx.maximum(batch["mask"].sum(), 1) / total_tokens
-            else:
-                batch["weight"] = mx.array(batch["ids"].shape[0] / (len(groups) * g))
-            batch["num_items"] = mx.array(float(total_tokens))
-        return batches
-
-    def cut(self, groups, used, cost, total: int) -> tuple[list[list], int]:
-        """The parts of an update as lists of (group, first row), and k, the rows from there on.
-
-        used: the groups, by length. cost(count, prompt, longest, rows): positions that count such groups take when padded,
-        and `total` their sum. On a CPU lanes work side by side: within the budget together, and each on its share.
-        """
-        config, g, side_by_side = self.config, self.config.num_generations, lane_count()
-        budget = config.micro_batch_tokens // side_by_side
-        parts = side_by_side * math.ceil(total / config.micro_batch_tokens) if total >= side_by_side * LANE_POSITIONS else 1
-        # Rows of a group that go together: all of them, unless one group alone is over the budget, or parts are too few.
-        widest = max(len(groups[b].prompt) for b in used), max(len(c) for b in used for c in groups[b].completions)
-        fits = lambda k: cost(1, *widest, k) <= budget and len(used) * g // k >= parts  # noqa: E731
-        k = next(k for k in range(g, 0, -1) if g % k == 0 and (k == 1 or fits(k)))
-
-        def positions(unit):
-            longest = max(len(c) for b, first in unit for c in groups[b].completions[first : first + k])
-            return cost(len(unit), max(len(groups[b].prompt) for b, _ in unit), longest, k)
-
-        first, *rest = [(b, start) for b in used for start in range(0, g, k)]
-        units = [[first]]
-        for piece in rest:
-            now, larger = positions(units[-1]), positions([*units[-1], piece])
-            is_nearer = len(units) < parts and now + larger > 2 * total / parts  # to an equal share, without the piece
-            if is_nearer or larger > budget:
-                units.append([])
-            units[-1].append(piece)
-        return units, k
-
-    def collate(self, groups, advantages, lengths, unit, k) -> dict:
-        """The arrays of the (group, first row) pairs in `unit`, k rows each, padded to bucketed shapes."""
-        rows = [(b, i) for b, first in unit for i in range(first, first + k)]
-        count = bucket(len(unit), 1)
-        width = bucket(max(len(groups[b].completions[i]) for b, i in rows))
-        prompts = [groups[b].prompt for b, _ in unit]
-        prompts += prompts[:1] * (count - len(unit))
-        # Where a padded prompt cannot be shared, one of exact length can; elsewhere few shapes are worth more.
-        equal = len(set(map(len, prompts))) == 1 and not self.log_probs.shares_padded
-        tokens, pads = left_pad(prompts, len(prompts[0]) if equal else bucket(max(map(len, prompts))))
-        arrays = {name: np.zeros((count * k, width), kind) for name, kind in
-                  (("ids", np.int32), ("mask", np.float32), ("sampler_logps", np.float32))}  # fmt: skip
-        for n, (b, i) in enumerate(rows):
-            ids = groups[b].completions[i]
-            arrays["ids"][n, : len(ids)] = ids
-            arrays["mask"][n, : lengths[b][i]] = 1
-            arrays["sampler_logps"][n, : len(ids)] = groups[b].sampler_logps[i]
-        flat = np.zeros(count * k, np.float32)
-        flat[: len(rows)] = [advantages[b, i] for b, i in rows]
-        batch = {"prompts": tokens, "advantages": mx.array(flat), **{n: mx.array(a) for n, a in arrays.items()}}
-        return batch if equal else {**batch, "pads": pads}
+        """This rank's share of the update as arrays; advantages: (B, G)."""
+        return micro_batches(groups, advantages, self.config, self.ranks, self.log_probs.shares_padded)
 
     def build_step(self) -> None:
         """The two functions of an update, compiled once with the state they read and write."""

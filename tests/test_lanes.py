@@ -7,6 +7,7 @@ from test_rollout import roll
 from test_training import groups_of, largest_gap, trainer_of, whole_gradient
 from tiny import tiny_model
 
+import batching
 import lanes
 import mlx_grpo
 
@@ -62,7 +63,7 @@ def test_lanes_share_an_update_and_add_up_to_its_gradient(tmp_path, monkeypatch)
     groups = groups_of(trainer)
     one, loss, grads = whole_gradient(trainer, groups, 10**6)
     monkeypatch.setattr(lanes, "cores", lambda: 2)
-    monkeypatch.setattr(mlx_grpo, "LANE_POSITIONS", 1)
+    monkeypatch.setattr(batching, "LANE_POSITIONS", 1)
     advantages = np.array([[1.0, -1.0] * (trainer.config.num_generations // 2)] * len(groups))
     assert len(trainer.micro_batches(groups, advantages)) == 2
     assert len(trainer.micro_batches(groups[:1], advantages[:1])) == 2  # one group: its rows are split
@@ -73,7 +74,7 @@ def test_lanes_share_an_update_and_add_up_to_its_gradient(tmp_path, monkeypatch)
 
 
 def test_an_update_by_two_lanes_is_that_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(mlx_grpo, "LANE_POSITIONS", 1)
+    monkeypatch.setattr(batching, "LANE_POSITIONS", 1)
     records, weights = [], []
     for count in (1, 2):
         monkeypatch.setattr(lanes, "cores", lambda: count)

@@ -676,6 +676,9 @@ def speed(args: argparse.Namespace) -> None:
                 own.append(once())
                 if peer:
                     theirs.append(peer.ask())
+                whole = list(own[-1])[-1]  # the table comes at the end: whoever stops earlier has seen what there was
+                seconds = ", ".join(f"{name} {runs[-1][whole]:.3f} s" for name, runs in (("this trainer", own), (args.peer, theirs)) if runs)
+                print(f"{f'turn {turn} of {args.repeats}' if turn else 'to warm up'}: {seconds}", file=sys.stderr, flush=True)
         finally:
             if peer:
                 peer.close()
@@ -729,6 +732,7 @@ def memory(args: argparse.Namespace) -> None:
                 positions = args.prompts * args.completions * (args.prompt_tokens + args.tokens)
                 best = median(seconds[1:])
                 table.append([case, f"{mx.get_peak_memory() / 2**30:.2f}", f"{best:.3f}", f"{positions / best:,.0f}"])
+                print(", ".join(map(": ".join, zip(table[0], table[-1]))), file=sys.stderr, flush=True)
             except RuntimeError as error:  # out of memory, as each backend words it
                 table.append([case, "does not fit", "-", "-"])
                 print(f"{case}: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -1,0 +1,115 @@
+"""An update's completions as padded arrays, in parts that fit the budget of positions.
+
+A unit is the list of (group, first row) pairs that go through the model together, `k` rows from each first one on.
+"""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+
+from lanes import lane_count
+
+LANE_POSITIONS = 256  # that a lane must have to train on to be worth it
+
+
+def bucket(n: int, least: int = 8) -> int:
+    """The length n is padded to: steps of a quarter of its power of two, so that few shapes are ever compiled."""
+    step = max(least, 2 ** max(0, (n - 1).bit_length() - 3))
+    return -(-n // step) * step
+
+
+def left_pad(prompts: list[list[int]], length: int) -> tuple[mx.array, mx.array]:
+    """Ragged prompts as ids (P, length) and the padding before each (P,)."""
+    pads = [length - len(p) for p in prompts]
+    return mx.array([[0] * pad + p for pad, p in zip(pads, prompts)]), mx.array(pads)
+
+
+def micro_batches(groups: list, advantages: np.ndarray, config, ranks, shares_padded: bool) -> list[dict]:
+    """This rank's share of an update's arrays, in batches of at most micro_batch_tokens positions; advantages: (B, G).
+
+    Each has prompts (P, L), pads (P,), ids and mask (P*K, T), sampler_logps (P*K, T), advantages (P*K,), and what
+    makes the parts add up to the whole: `weight` of its loss, and num_items. shares_padded: whether a padded prompt is
+    computed once for its group's rows.
+    """
+    g = config.num_generations
+    lengths = [[0 if config.mask_truncated_completions and r == "length" else len(c) for c, r in zip(x.completions, x.finish_reasons)] for x in groups]
+    total_tokens = max(1, sum(map(sum, lengths)))
+
+    def cost(count: int, prompt: int, longest: int, rows: int) -> int:
+        """Positions of `count` groups, padded: `rows` rows each, of prompts and completions up to these lengths."""
+        return bucket(count, 1) * ((1 if shares_padded else rows) * bucket(prompt) + rows * bucket(longest))
+
+    def whole(b: int) -> int:
+        return cost(1, len(groups[b].prompt), max(map(len, groups[b].completions)), g)
+
+    # Where nothing but the advantage drives the loss, groups without signal have no gradient: only the sums count them.
+    plain = config.kl_coeff == 0 and config.entropy_coef == 0 and config.top_entropy_quantile == 1
+    used = [b for b in range(len(groups)) if not plain or np.any(advantages[b])]
+    used.sort(key=lambda b: max(map(len, groups[b].completions)))
+    used = ranks.balanced(used, whole)
+    if not used:
+        return []
+    units, k = cut(groups, used, cost, sum(map(whole, used)), config)
+    batches = [collate(groups, advantages, lengths, unit, k, shares_padded) for unit in units]
+    for batch in batches:
+        if config.loss_type in ("dapo", "cispo", "vespo"):
+            batch["weight"] = mx.array(1.0)
+        elif config.loss_type == "bnpo":
+            batch["weight"] = mx.maximum(batch["mask"].sum(), 1) / total_tokens
+        else:
+            batch["weight"] = mx.array(batch["ids"].shape[0] / (len(groups) * g))
+        batch["num_items"] = mx.array(float(total_tokens))
+    return batches
+
+
+def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[list], int]:
+    """The units of an update, and k.
+
+    used: the groups in it, by length; `total`: the sum of their costs. On a CPU lanes work side by side: within the
+    budget together, and each on its share.
+    """
+    g, side_by_side = config.num_generations, lane_count()
+    budget = config.micro_batch_tokens // side_by_side
+    parts = side_by_side * math.ceil(total / config.micro_batch_tokens) if total >= side_by_side * LANE_POSITIONS else 1
+    # Rows of a group that go together: all of them, unless one group alone is over the budget, or parts are too few.
+    widest = max(len(groups[b].prompt) for b in used), max(len(c) for b in used for c in groups[b].completions)
+    fits = lambda k: cost(1, *widest, k) <= budget and len(used) * g // k >= parts  # noqa: E731
+    k = next(k for k in range(g, 0, -1) if g % k == 0 and (k == 1 or fits(k)))
+
+    def positions(unit):
+        longest = max(len(c) for b, first in unit for c in groups[b].completions[first : first + k])
+        return cost(len(unit), max(len(groups[b].prompt) for b, _ in unit), longest, k)
+
+    first, *rest = [(b, start) for b in used for start in range(0, g, k)]
+    units = [[first]]
+    for piece in rest:
+        now, larger = positions(units[-1]), positions([*units[-1], piece])
+        is_nearer = len(units) < parts and now + larger > 2 * total / parts  # to an equal share, without the piece
+        if is_nearer or larger > budget:
+            units.append([])
+        units[-1].append(piece)
+    return units, k
+
+
+def collate(groups: list, advantages: np.ndarray, lengths: list[list[int]], unit: list, k: int, shares_padded: bool) -> dict:
+    """The arrays of a unit, padded to bucketed shapes; lengths: of each completion, the tokens that are trained."""
+    rows = [(b, i) for b, first in unit for i in range(first, first + k)]
+    count = bucket(len(unit), 1)
+    width = bucket(max(len(groups[b].completions[i]) for b, i in rows))
+    prompts = [groups[b].prompt for b, _ in unit]
+    prompts += prompts[:1] * (count - len(unit))
+    # Where a padded prompt cannot be shared, one of exact length can; elsewhere few shapes are worth more.
+    equal = len(set(map(len, prompts))) == 1 and not shares_padded
+    tokens, pads = left_pad(prompts, len(prompts[0]) if equal else bucket(max(map(len, prompts))))
+    arrays = {name: np.zeros((count * k, width), kind) for name, kind in
+              (("ids", np.int32), ("mask", np.float32), ("sampler_logps", np.float32))}  # fmt: skip
+    for n, (b, i) in enumerate(rows):
+        ids = groups[b].completions[i]
+        arrays["ids"][n, : len(ids)] = ids
+        arrays["mask"][n, : lengths[b][i]] = 1
+        arrays["sampler_logps"][n, : len(ids)] = groups[b].sampler_logps[i]
+    flat = np.zeros(count * k, np.float32)
+    flat[: len(rows)] = [advantages[b, i] for b, i in rows]
+    batch = {"prompts": tokens, "advantages": mx.array(flat), **{n: mx.array(a) for n, a in arrays.items()}}
+    return batch if equal else {**batch, "pads": pads}
