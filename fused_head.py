@@ -14,14 +14,18 @@ def on_cuda() -> bool:
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
+def exp_is_slow() -> bool:
+    """On x86 CPUs MLX's exp takes 13 ns a number, its power 5."""
+    return mx.default_device() == mx.cpu and platform.machine() == "x86_64"
+
+
 def exp(x: mx.array) -> mx.array:
-    """e to the power of float32 numbers. On x86 CPUs as a power: MLX's exp takes 13 ns a number there, its power 5."""
-    return mx.exp(x) if mx.default_device() == mx.gpu or platform.machine() != "x86_64" else mx.power(math.e, x)
+    return mx.power(math.e, x) if exp_is_slow() else mx.exp(x)
 
 
 def softmax(logits: mx.array) -> mx.array:
     """Probabilities (.., V) of float32 logits."""
-    if mx.default_device() == mx.gpu:
+    if not exp_is_slow():
         return mx.softmax(logits, axis=-1)
     powers = exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
@@ -65,9 +69,9 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
     """f(hidden (M, D), ids (M,)) -> log-probs (M,), entropies (M,) in float32, without an (M, V) tensor.
 
     Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the backward
-    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are. On a CPU,
-    where all positions are one chunk, its probabilities are kept for the backward pass instead. The gradient is written
-    out: of log p_id it is onehot - p, of the entropy H -p (log p + H), the latter only where `entropy_gradient`.
+    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are. Where
+    all positions are one chunk, its probabilities are kept for the backward pass instead (not on CUDA). The gradient is
+    written out: of log p_id it is onehot - p, of the entropy H -p (log p + H), the latter only where `entropy_gradient`.
     chunk: positions in one.
     """
     # Tied models keep their head's weight in the embedding, under the backbone.
@@ -91,23 +95,23 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
     def stats(logits, ids):
         """Log-probs, entropies, the logarithms of the softmax's normalisers (C,), and the probabilities (C, V), all in float32."""
         logits = scaled(logits)
-        chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0].astype(mx.float32)
-        exact, probs = logits.astype(mx.float32), None
+        exact = logits.astype(mx.float32)
+        chosen = mx.take_along_axis(exact, ids[:, None], axis=-1)[:, 0]
         if on_cuda():  # a kernel that reads logits in half precision and sums in float32
             normalisers = chosen + mx.fast.cross_entropy(logits, ids)
-        elif mx.default_device() == mx.gpu:
-            normalisers = mx.logsumexp(exact, axis=-1)
-        else:  # exponentials are dear: one pass, and the largest p gives the normaliser
+            probs = exp(exact - normalisers[:, None])
+        else:  # one pass of exponentials; the largest p gives the normaliser
             probs = softmax(exact)
             normalisers = exact.max(axis=-1) - mx.log(probs.max(axis=-1))
-        if probs is None:
-            probs = exp(exact - normalisers[:, None])
         return chosen - normalisers, normalisers - (probs * exact).sum(axis=-1), normalisers, probs
+
+    def losses_of(ids):
+        return lambda hidden, *weights: mx.fast.cross_entropy(scaled(logits_of(hidden, *weights)), ids)
 
     def logit_gradient(logits, ids, probs, entropies, normalisers, logp_grad, entropy_grad):
         if probs is None:
             probs = exp(scaled(logits).astype(mx.float32) - normalisers[:, None])
-        grad = logp_grad[:, None] * ((ids[:, None] == mx.arange(probs.shape[1])) - probs)
+        grad = (-logp_grad[:, None] * probs).at[mx.arange(ids.shape[0]), ids].add(logp_grad)
         if entropy_gradient:
             logps = mx.log(mx.maximum(probs, 1e-38))  # p log p is 0 at 0
             grad = grad - entropy_grad[:, None] * probs * (logps + entropies[:, None])
@@ -123,7 +127,7 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
             here = mx.depends([hidden[part]], list(parts[-1][:2]))[0] if parts else hidden[part]
             parts.append(stats(logits_of(here, *weights), ids[part]))
         *vectors, probs = zip(*parts)
-        keep = len(parts) == 1 and mx.default_device() == mx.cpu
+        keep = len(parts) == 1 and not on_cuda()
         return *map(mx.concatenate, vectors), probs[0] if keep else mx.zeros((0,))
 
     @chunked.vjp
@@ -135,16 +139,13 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
             here = hidden[part]
             if hidden_grads:
                 here = mx.depends([here], [hidden_grads[-1], *weight_grads])[0]
-            known = ids[part], kept if kept.size else None, entropies[part], normalisers[part]
             logp_grad, entropy_grad = (cotangent[part] for cotangent in cotangents[:2])
-
-            def towards(here, *weights):  # a number with the gradient that is wanted
-                logits = logits_of(here, *weights)
-                if on_cuda() and not entropy_gradient:
-                    return -(mx.fast.cross_entropy(scaled(logits), known[0]) * logp_grad).sum()  # noqa: B023
-                return (logits * mx.stop_gradient(logit_gradient(logits, *known, logp_grad, entropy_grad))).sum()  # noqa: B023
-
-            grads = mx.vjp(towards, [here, *weights], [mx.array(1.0)])[1]
+            if on_cuda() and not entropy_gradient:  # the gradient of the same kernel
+                grads = mx.vjp(losses_of(ids[part]), [here, *weights], [-logp_grad])[1]
+            else:
+                known = ids[part], kept if kept.size else None, entropies[part], normalisers[part]
+                grad = logit_gradient(logits_of(here, *weights), *known, logp_grad, entropy_grad)
+                grads = mx.vjp(logits_of, [here, *weights], [grad])[1]
             hidden_grads.append(grads[0])
             exact = [g.astype(mx.float32) for g in grads[1:]]  # many chunks add up: not in half precision
             weight_grads = exact if weight_grads is None else [a + b for a, b in zip(weight_grads, exact)]
