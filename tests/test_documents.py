@@ -273,7 +273,12 @@ def scaled(command: str) -> list[str] | None:
 def copy(tmp_path_factory):
     """A copy of the repository in which the quickstart has been run, and its run stands there a second time."""
     folder = tmp_path_factory.mktemp("documents") / "repository"
-    left_out = shutil.ignore_patterns(".*", "outputs", "__pycache__", "uv.lock", "tests")
+
+    def left_out(parent, names):  # of the folders only the repository's are taken: a reader's runs and models lie beside them
+        at_the_top = Path(parent) == ROOT
+        foreign = {n for n in names if at_the_top and (ROOT / n).is_dir() and n not in ("configs", "starter", "utils")}
+        return foreign | {n for n in names if n.startswith(".") or n in ("__pycache__", "uv.lock")}
+
     shutil.copytree(ROOT, folder, ignore=left_out)
     (folder / "tests").symlink_to(ROOT / "tests")
     run(scaled("uv run mlx-grpo.py"), folder)
