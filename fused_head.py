@@ -84,7 +84,7 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
         given = iter(weights)
         for holder, holder_names in zip(holders, names):
             holder.update(tree_unflatten([(n, next(given)) for n in holder_names]))
-        logits = head(hidden[None])[0]  # (C, V)
+        logits = head(hidden[None]).squeeze(0)  # (C, V); [0] would be a gather, whose gradient is a scatter
         for holder, tree in zip(holders, current):
             holder.update(tree)
         return logits
@@ -95,8 +95,8 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
     def stats(logits, ids):
         """Log-probs, entropies, the logarithms of the softmax's normalisers (C,), and the probabilities (C, V), all in float32."""
         logits = scaled(logits)
+        chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0].astype(mx.float32)
         exact = logits.astype(mx.float32)
-        chosen = mx.take_along_axis(exact, ids[:, None], axis=-1)[:, 0]
         if on_cuda():  # a kernel that reads logits in half precision and sums in float32
             normalisers = chosen + mx.fast.cross_entropy(logits, ids)
             probs = exp(exact - normalisers[:, None])

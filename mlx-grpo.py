@@ -644,8 +644,8 @@ def can_pad(model) -> bool:
     if type(model) not in PADDING_WORKS:
         tokens, pads, last = mx.array([[0, 0, 1, 2, 3], [1, 2, 3, 4, 3]]), mx.array([2, 0]), mx.array([[3], [3]])
         try:
-            padded = model(last, cache=prefill(model, tokens, pads, 1))[0]
-            alone = model(last[:1], cache=prefill(model, tokens[:1, 2:], None, 1))[0]
+            padded = model(last, cache=prefill(model, tokens, pads, 1))[:1]
+            alone = model(last[:1], cache=prefill(model, tokens[:1, 2:], None, 1))
             gap, spread = mx.abs(padded - alone).max(), alone.max() - alone.min()
             PADDING_WORKS[type(model)] = (gap < 0.03 * spread).item()  # half precision differs by a little
         except ValueError:  # the shapes of mask and scores do not match
@@ -686,7 +686,8 @@ def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> lis
 
         def make_mask(self, N, return_array=False, **kwargs):
             mask = super().make_mask(N, return_array, **kwargs)
-            return mask | mx.eye(N, self._idx + N, k=self._idx, dtype=mx.bool_) if N > 1 else mask
+            itself = self._idx + mx.arange(N)[:, None] == mx.arange(self._idx + N)
+            return mask | itself if N > 1 else mask
 
     cache = [PlainKVCache() if type(layer) is KVCache else layer for layer in make_prompt_cache(model)]
     if pads is not None:
@@ -1088,14 +1089,14 @@ class CompletionLogProbs:
             out = run(inputs, cache=cache)  # (N, T, D), or (N, T, V) from a model without a split head
         else:
             rows = mx.concatenate([mx.repeat(prompts, repeats, axis=0), ids], axis=1)  # (N, L+T)
-            shift = 0 if pads is None else mx.repeat(pads, repeats)[:, None]
-            if pads is not None:  # padding moved from the left to the right: then attention needs no mask
-                places = mx.minimum(mx.arange(rows.shape[1]) + shift, rows.shape[1] - 1)
-                rows = mx.take_along_axis(rows, places, axis=1)
-            out = run(rows)
-            first = prompts.shape[1] - 1 - shift  # where the first completion id is predicted
-            places = mx.broadcast_to(first + mx.arange(ids.shape[1]), ids.shape)
-            out = mx.take_along_axis(out, places[..., None], axis=1)
+            first, length = prompts.shape[1] - 1, ids.shape[1]  # where the first completion id is predicted, and T
+            if pads is None:
+                out = run(rows)[:, first : first + length]
+            else:  # padding goes from the left to the right, where attention needs no mask and no position looks
+                starts, shift = rows.shape[1] * mx.arange(len(rows))[:, None], mx.repeat(pads, repeats)[:, None]
+                rows = rows.reshape(-1)[(starts + shift + mx.arange(rows.shape[1])) % rows.size]
+                out = run(rows)
+                out = out.reshape(-1, out.shape[-1])[starts - shift + first + mx.arange(length)]
         if self.split:
             logps, entropies = self.head_stats(out.reshape(-1, out.shape[-1]), ids.reshape(-1))
             return logps.reshape(ids.shape), entropies.reshape(ids.shape)
@@ -1403,23 +1404,29 @@ class MLXGRPOTrainer:
         config = self.config
         options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS}
 
-        def loss_and_metrics(batch):
-            logps, entropies = self.log_probs(batch)  # (N, T)
+        def objective(batch, logps, entropies):
+            """Loss and metrics of a micro-batch from its (N, T) log-probs and entropies."""
             loss, metrics = grpo_loss(
                 logps, batch.get("old_logps"), batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
                 sampler_logps=batch["sampler_logps"], entropies=entropies, num_items=batch["num_items"],
                 entropy_threshold=batch.get("entropy_threshold"), sampler_correction=config.correction, **options,
             )  # fmt: skip
-            gap = mx.where(batch["mask"] > 0, mx.stop_gradient(batch.get("old_logps", logps)) - batch["sampler_logps"], 0.0)
+            gap = mx.where(batch["mask"] > 0, batch.get("old_logps", logps) - batch["sampler_logps"], 0.0)
             tokens = mx.maximum(batch["mask"].sum(), 1)
             metrics["mismatch/mean"] = mx.abs(gap).sum() / tokens
             metrics["mismatch/kl"] = ((mx.exp(mx.clip(gap, -20, 20)) - gap - 1) * (batch["mask"] > 0)).sum() / tokens
             metrics["mismatch/max"] = mx.abs(gap).max()
             return loss * batch["weight"], metrics
 
+        def loss_and_stats(batch):
+            stats = self.log_probs(batch)
+            return objective(batch, *stats)[0], stats
+
+        loss_and_gradient = nn.value_and_grad(self.model, loss_and_stats)
+
         def gradient(batch):
-            (loss, metrics), grads = nn.value_and_grad(self.model, loss_and_metrics)(batch)
-            return loss, metrics, grads
+            (loss, stats), grads = loss_and_gradient(batch)
+            return loss, objective(batch, *stats)[1], grads  # metrics are not compiled: on CUDA each kernel costs seconds
 
         def apply(grads, scale):
             self.optimizer.update(self.model, tree_map(lambda g: g * scale.astype(g.dtype), grads))
@@ -1428,7 +1435,7 @@ class MLXGRPOTrainer:
             if on_cuda():
                 print("compiling the training step: on CUDA the first update may take minutes, or set use_compile to false", flush=True)
             model, optimizer = [self.model.state], [self.model.state, self.optimizer.state]
-            gradient, apply = mx.compile(gradient, model, model), mx.compile(apply, optimizer, optimizer)
+            loss_and_gradient, apply = mx.compile(loss_and_gradient, model, model), mx.compile(apply, optimizer, optimizer)
         self.gradient, self.apply = gradient, apply
 
     def train_on(self, groups: list[Group]) -> list[dict]:
