@@ -43,8 +43,7 @@ def plan(work: Work) -> dict[str, int]:
     at a time is computed again.
     """
     length = work.prompt + work.completion
-    shares = work.shares_prompts and not work.grad_checkpoint
-    prompts = work.rows // work.generations if shares else work.rows
+    prompts = work.rows // work.generations if work.shares_prompts else work.rows
     whole = prompts * work.prompt + work.rows * work.completion
     group = whole * work.generations // work.rows
     fits = work.micro_batch_tokens // group * group or max(work.micro_batch_tokens, length)  # groups go whole where they can

@@ -361,15 +361,41 @@ def load_model(config: MLXGRPOConfig):
         blocks = len(model.layers) if config.num_layers < 0 else min(config.num_layers, len(model.layers))
         linear_to_lora_layers(model, blocks, {"dropout": 0.0, **config.lora_parameters}, use_dora=kind == "dora")
     if config.grad_checkpoint:
-        from mlx_lm.tuner.trainer import grad_checkpoint
-
-        checkpointed = {type(layer): layer for layer in model.layers if not hasattr(type(layer), "_checkpointed")}
-        for kind_of_layer, layer in checkpointed.items():
-            grad_checkpoint(layer)  # patches the class: once a class
-            kind_of_layer._checkpointed = True
+        for kind_of_layer in {type(layer) for layer in model.layers}:
+            kind_of_layer.__call__ = checkpointed(kind_of_layer.__call__)
     if not tree_flatten(model.trainable_parameters()):
         raise UserError("Nothing would be trained: no parameter is trainable with these adapter settings")
     return model, tokenizer
+
+
+def checkpointed(call):
+    """A layer's `call`, but in training it keeps its input alone and computes the rest again in the backward pass.
+
+    What it adds to a KV cache is an output too, with a gradient: mlx-lm's grad_checkpoint has none there, and a group's
+    prompt could not be computed once.
+    """
+
+    def call_checkpointed(layer, *args, **kwargs):
+        if not layer.training:
+            return call(layer, *args, **kwargs)
+        cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch")), None)
+        before = dict(vars(cache)) if cache is not None else {}
+
+        def run(parameters, stored, args, kwargs):
+            layer.update(parameters)
+            if cache is not None:  # as it was: the backward pass comes here a second time
+                vars(cache).update(before | stored)
+            out = call(layer, *args, **kwargs)
+            return out, {name: getattr(cache, name) for name in stored}
+
+        stored = {name: before[name] for name in ("keys", "values") if name in before}
+        out, stored = mx.checkpoint(run)(layer.trainable_parameters(), stored, args, kwargs)
+        if cache is not None:
+            vars(cache).update(stored)
+        return out
+
+    # A class is changed for good, and for every model of the process: once is enough.
+    return call if call.__name__ == "call_checkpointed" else call_checkpointed
 
 
 def shared_copy(model):
@@ -1063,12 +1089,12 @@ class CompletionLogProbs:
     """Log-probs and entropies of given completions under a model, at the sampling temperature.
 
     A group's prompt is computed once, forward and backward, and its KV repeated to the group's rows; models without
-    plain KV caches and models with gradient checkpointing take whole sequences instead, with the same result.
+    plain KV caches take whole sequences instead, with the same result.
     """
 
-    def __init__(self, model, temperature: float, share_prompts: bool, entropy_gradient=True, head_chunk=HEAD_CHUNK_LOGITS):
+    def __init__(self, model, temperature: float, entropy_gradient=True, head_chunk=HEAD_CHUNK_LOGITS):
         self.model, self.temperature = model, temperature
-        self.share_prompts = share_prompts and can_pad(model)
+        self.share_prompts = can_pad(model)
         # CUDA's fused attention takes no mask: there a padded prompt costs more than it saves.
         self.shares_padded = self.share_prompts and not on_cuda()
         self.split = split_head(model)
@@ -1272,16 +1298,15 @@ class MLXGRPOTrainer:
         self.updates = rollouts * config.num_iterations
         self.monitor = Monitor(self.updates, config.logging_steps)
 
-        share = not config.grad_checkpoint
         # A device that runs ahead holds the results of everything on its way: the limit bounds that, not what must be held.
         limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
         mx.set_memory_limit(limit)
         self.head_chunk = min(HEAD_CHUNK_LOGITS, limit // 256) // lane_count()  # in float32 at most a 64th of the limit
-        self.log_probs = CompletionLogProbs(self.model, config.temperature, share, config.entropy_coef > 0, self.head_chunk)
+        self.log_probs = CompletionLogProbs(self.model, config.temperature, config.entropy_coef > 0, self.head_chunk)
         self.reference = None
         if config.kl_coeff > 0:
             frozen = without_adapters(self.model) if adapter_layers(self.model) else shared_copy(self.model)
-            self.reference = CompletionLogProbs(frozen, config.temperature, share, head_chunk=self.head_chunk)
+            self.reference = CompletionLogProbs(frozen, config.temperature, head_chunk=self.head_chunk)
         self.optimizer = MasterAdamW(config)
         self.optimizer.init(self.model.trainable_parameters())
         self.quantize_rollouts = config.quantize_for_rollouts

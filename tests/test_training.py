@@ -42,13 +42,24 @@ def largest_gap(a, b):
     return max(mx.abs(x - y).max().item() for (_, x), (_, y) in pairs) / top
 
 
+def log_probs(model, temperature=1.0, share=True, **options):
+    """The forward, or that of a model whose groups' prompts cannot be shared."""
+    forward = CompletionLogProbs(model, temperature, **options)
+    if not share:
+        forward.share_prompts = forward.shares_padded = False
+    return forward
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_log_probs_entropies_and_gradients_equal_plain_sequences(name, share):
+def test_log_probs_entropies_and_gradients_equal_plain_sequences(monkeypatch, name, share, checkpoint):
     model = tiny_model(name)
+    for kind in {type(layer) for layer in model.layers} if checkpoint else ():
+        monkeypatch.setattr(kind, "__call__", mlx_grpo.checkpointed(kind.__call__))
     model.train()
     # Seven positions a chunk: several chunks, one ragged; else one chunk, whose probabilities are kept.
-    forward, batch = CompletionLogProbs(model, 0.8, share, head_chunk=97 * (7 if share else 1000)), batch_of()
+    forward, batch = log_probs(model, 0.8, share, head_chunk=97 * (7 if share else 1000)), batch_of()
     assert forward.split is not None
     weights = np.random.default_rng(0).normal(size=batch["ids"].shape)
 
@@ -75,7 +86,7 @@ def test_log_probs_entropies_and_gradients_equal_plain_sequences(name, share):
 def test_the_head_by_cudas_kernel_gives_the_same(monkeypatch, temperature):
     def stats_and_gradient():
         model, batch = tiny_model("llama"), batch_of()
-        forward = CompletionLogProbs(model, temperature, True, entropy_gradient=False, head_chunk=97 * 7)
+        forward = log_probs(model, temperature, entropy_gradient=False, head_chunk=97 * 7)
         return forward(batch), nn.value_and_grad(model, lambda m: (forward(batch)[0] * batch["mask"]).sum())(model)[1]
 
     written_out, expected_gradient = stats_and_gradient()
@@ -93,14 +104,14 @@ def test_prompts_of_one_length_need_no_padding():
     del exact["pads"]
     mask = np.array(padded["mask"])
     for share in (True, False):
-        for a, b in zip(CompletionLogProbs(model, 1.0, True)(padded), CompletionLogProbs(model, 1.0, share)(exact)):
+        for a, b in zip(log_probs(model)(padded), log_probs(model, share=share)(exact)):
             np.testing.assert_allclose(np.array(a) * mask, np.array(b) * mask, atol=1e-4)
 
 
 def test_a_quantised_head_is_read_through_too():
     model = tiny_model("llama", hidden_size=64)
     nn.quantize(model, 32, 4)
-    logps, _ = CompletionLogProbs(model, 1.0, True)(batch_of())
+    logps, _ = log_probs(model)(batch_of())
     for n, completion in enumerate(COMPLETIONS):
         expected, _ = reference_stats(model, PROMPTS[n // 2], completion, 1.0)
         np.testing.assert_allclose(np.array(logps[n, : len(completion)]), np.array(expected), atol=2e-3)
@@ -108,9 +119,9 @@ def test_a_quantised_head_is_read_through_too():
 
 def test_a_model_whose_head_cannot_be_split_gives_the_same(monkeypatch):
     model = tiny_model("qwen2")
-    split = CompletionLogProbs(model, 1.0, True)(batch_of())
+    split = log_probs(model)(batch_of())
     monkeypatch.setattr(mlx_grpo, "split_head", lambda model: None)
-    whole = CompletionLogProbs(model, 1.0, True)(batch_of())
+    whole = log_probs(model)(batch_of())
     mask = np.array(batch_of()["mask"])
     for a, b in zip(split, whole):
         np.testing.assert_allclose(np.array(a) * mask, np.array(b) * mask, atol=1e-4)
