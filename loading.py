@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
+from answers import extract_hash_answer
 from run_directory import RunError, UserError
 from tiktoken_wrapper import TiktokenTokenizerWrapper
 
@@ -175,3 +176,30 @@ def open_dataset(name: str, config_name: str, split: str):
             raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}. {CHECK_HUB}") from None
         where = broken_json_line(file) if file.suffix in (".jsonl", ".json") and file.is_file() else ""
         raise UserError(f"Failed to read dataset {file}{where or ': ' + str(error).strip().splitlines()[0]}") from None
+
+
+def check_rows(config, rows, source: str) -> list[dict]:
+    """Rows with all their columns, and "prompt" and "answer", the gold one, which is read after ####.
+
+    Raises UserError with file and row (counted from 1) where a field is missing, empty or of the wrong type.
+    """
+    checked = []
+    for number, row in enumerate(rows, 1):
+        for name in (config.prompt_field, config.answer_field):
+            if name not in row:
+                raise UserError(f"{source}, row {number}: no field {name!r}; it has {', '.join(row)}. Set prompt_field and answer_field")
+            if row[name] is None or row[name] == [] or row[name] != row[name] or not str(row[name]).strip():
+                raise UserError(f"{source}, row {number}: field {name!r} is empty")
+        question, answer = row[config.prompt_field], row[config.answer_field]
+        chat = isinstance(question, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
+        if not isinstance(question, str) and not chat:
+            raise UserError(f"{source}, row {number}: field {config.prompt_field!r} is neither text nor chat messages")
+        if not isinstance(answer, (str, int, float)):
+            raise UserError(f"{source}, row {number}: field {config.answer_field!r} is neither text nor a number")
+        gold = extract_hash_answer(str(answer))
+        if gold == "":
+            raise UserError(f"{source}, row {number}: field {config.answer_field!r} is empty")
+        checked.append({**row, "prompt": question, "answer": str(answer).strip() if gold is None else gold})
+    if not checked:
+        raise UserError(f"No rows in {source}")
+    return checked

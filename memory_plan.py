@@ -4,9 +4,27 @@ The peak is what stays (weights, optimizer, reference) plus the larger of what t
 """
 
 import itertools
+import os
+import sys
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from adapters import adapter_layers
+from fused_head import on_cuda
+from kv_cache import kv_bytes_per_token
+from lanes import lane_count
+from run_directory import UserError
+
 GB = 2**30
+LESS_MEMORY = "Lower micro_batch_tokens, memory_limit_gb or kv_budget_gb, or set grad_checkpoint to true; with --resume too, by --set"
+
+
+def memory_bytes() -> int:
+    """Memory of the machine's accelerator, or of the machine where there is none."""
+    info = mx.device_info()
+    return int(info.get("memory_size") or info.get("total_memory") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 @dataclass(frozen=True)
@@ -90,3 +108,46 @@ def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[s
         settings = " ".join(f"--set {change}" for change, made in changes.items() if made) or "as it is"
         lines.append(f"{size} GB: {settings} (about {peak / GB:.1f} GB)")
     return lines
+
+
+def work_of(trainer) -> Work:
+    """What the memory plan counts with: this model, these settings, the longest prompt."""
+    config, model, args = trainer.config, trainer.model, trainer.model.args
+    arrays = [p for _, p in tree_flatten(model.parameters())]
+    hidden = getattr(args, "hidden_size", 1024)
+    return Work(
+        weights=sum(p.nbytes for p in arrays), trained=sum(p.size for p in trainer.trainable().values()),
+        item=2 if any(p.dtype in (mx.bfloat16, mx.float16) for p in arrays) else 4, hidden=hidden,
+        wide=getattr(args, "intermediate_size", 4 * hidden), heads=0 if on_cuda() else getattr(args, "num_attention_heads", 16),
+        layers=len(model.layers), vocabulary=getattr(args, "vocab_size", 1), kv_per_token=kv_bytes_per_token(model),
+        rows=-(-trainer.prompts_per_update // trainer.ranks.size) * config.num_generations, generations=config.num_generations,
+        shares_prompts=trainer.log_probs.shares_padded,
+        prompt=max(len(row["prompt_ids"]) for row in trainer.rows), completion=config.rollout_tokens,
+        has_reference=trainer.reference is not None and not adapter_layers(model),
+        micro_batch_tokens=config.micro_batch_tokens, grad_checkpoint=config.grad_checkpoint, head_chunk=trainer.head_chunk, lanes=lane_count(),
+        kv_budget=int(config.kv_budget_gb * 2**30) or memory_bytes() // 4,
+    )  # fmt: skip
+
+
+def print_plan(trainer) -> None:
+    """What the run will do, and hold. Raises UserError where several ranks cannot hold it."""
+    config = trainer.config
+    count = sum(p.size for p in trainer.trainable().values())
+    rows = trainer.prompts_per_update * config.num_generations
+    print(f"model      {config.model_name}: {count / 1e6:.2f}M trainable parameters, on {mx.default_device()}")
+    print(f"data       {len(trainer.rows)} training prompts, {len(trainer.eval_rows['test'])} held-out")
+    print(f"updates    {trainer.updates} of {trainer.prompts_per_update} prompts x {config.num_generations} completions")
+    print(f"tokens     at most {rows * config.rollout_tokens * trainer.updates // config.num_iterations:,} sampled")
+    if trainer.ranks.size > 1:
+        print(f"ranks      {trainer.ranks.size}, each with the whole model and its share of the prompts: the memory below is one rank's")
+    held = {name: size / GB for name, size in plan(work_of(trainer)).items()}
+    if held["peak"] * GB > memory_bytes():
+        print(f"Warning: memory may not suffice: about {held['peak']:.1f} GB at the peak of {memory_bytes() / GB:.1f} GB. {LESS_MEMORY}", file=sys.stderr)
+    if trainer.ranks.size > 1 and held["weights"] + held["optimizer"] > memory_bytes() / GB:
+        raise UserError(
+            f"The model does not fit one rank: weights and optimizer take {held['weights'] + held['optimizer']:.1f} GB of "
+            f"{memory_bytes() / GB:.1f} GB, and ranks hold the whole model. Train adapters, quantise it, or take a smaller one"
+        )
+    if config.sampling_filters:
+        print(f"Warning: {', '.join(config.sampling_filters)} in force: completions are not drawn from the policy itself", file=sys.stderr)
+    print(f"memory     about {held.pop('peak'):.2f} GB at the peak: " + ", ".join(f"{n} {v:.2f}" for n, v in held.items() if v > 0.005))

@@ -15,11 +15,12 @@ There is no value network and no reward model: rewards are plain Python function
     uv run mlx-grpo.py --config configs/prod.toml --resume         carry on after a stop
 
 The file reads in the order data flows: config, prompts, model, data, rewards, rollout, objective, log-probs, optimizer,
-checkpoints, evaluation, trainer, command line. What is not the algorithm lies beside it: loading.py (models and datasets,
-local or from the hub), tiktoken_wrapper.py (nanochat's tokenizer), fused_head.py (log-probs without the logits in memory),
-batching.py (an update as padded arrays), settings.py (TOML to typed values), scoring.py (calls reward functions), ranks.py
-(several processes), memory_plan.py (what a run will hold), run_directory.py (files of a run, errors), monitoring.py
-(terminal, trackers), fast_blas.py and lanes.py (MLX on CPUs).
+evaluation, trainer, command line. What is not the algorithm lies beside it: settings.py (TOML to typed values), loading.py
+(models and datasets, local or from the hub), tiktoken_wrapper.py (nanochat's tokenizer), adapters.py (LoRA layers, merged and
+saved), answers.py (answers, found and compared), scoring.py (reward functions, found and called), kv_cache.py (prompts computed
+once, padded rows), batching.py (an update as padded arrays), fused_head.py (log-probs without the logits in memory),
+resuming.py (a trainer's state on disk), run_directory.py (files of a run, errors), memory_plan.py (what a run will hold),
+monitoring.py (terminal, trackers), ranks.py (several processes), fast_blas.py and lanes.py (MLX on CPUs).
 
 Shapes are written where an array is born:
 
@@ -29,12 +30,10 @@ Shapes are written where an array is born:
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import difflib
 import gc
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -45,7 +44,6 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from fast_blas import BLAS  # ahead of MLX
@@ -53,22 +51,23 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
-import memory_plan
+from adapters import adapter_layers, fused, shared_copy, without_adapters
+from answers import extract_hash_answer, extract_xml_answer, grade, parse_number  # noqa: F401  users import the first from here
 from batching import bucket, left_pad, micro_batches
 from fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
+from kv_cache import can_pad, checkpointed, kv_bytes_per_token, map_rows, prefill
 from lanes import lane_count, lanes, spread
-from loading import ROOT, is_quantized, local_path, open_dataset, open_model, read_model_config, resolve_model
+from loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
+from memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
 from monitoring import (
     TRACKERS, Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, write_report,
 )  # fmt: skip
 from ranks import ALONE, Ranks, start_ranks
-from run_directory import (
-    RunError, RunLogs, UserError, checkpoints, choose_run_dir, find_checkpoint, lock_directory, remove_directory,
-    remove_old_checkpoints, write_directory,
-)  # fmt: skip
-from scoring import name_of, score
+from resuming import RESUMED_STATE, read_checkpoint, write_checkpoint, write_model
+from run_directory import RunError, RunLogs, UserError, choose_run_dir, find_checkpoint, lock_directory, write_directory
+from scoring import load_rewards, name_of, score
 from settings import config_as_toml, read_settings
 from tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
 
@@ -334,11 +333,6 @@ def build_prompt(tokenizer, question: str | list[dict], system_prompt: str = "",
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def adapter_layers(model) -> list[tuple[str, nn.Module]]:
-    """The (name, module) of each LoRA or DoRA layer."""
-    return [(name, m) for name, m in model.named_modules() if "lora_a" in m]
-
-
 def load_model(config: MLXGRPOConfig):
     """The policy and its tokenizer, with exactly what `fine_tune_type` asks for left trainable.
 
@@ -368,132 +362,9 @@ def load_model(config: MLXGRPOConfig):
     return model, tokenizer
 
 
-def checkpointed(call):
-    """A layer's `call`, but in training it keeps its input alone and computes the rest again in the backward pass.
-
-    What it adds to a KV cache is an output too, with a gradient: mlx-lm's grad_checkpoint has none there, and a group's
-    prompt could not be computed once.
-    """
-
-    def call_checkpointed(layer, *args, **kwargs):
-        if not layer.training:
-            return call(layer, *args, **kwargs)
-        cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch")), None)
-        before = dict(vars(cache)) if cache is not None else {}
-
-        def run(parameters, stored, args, kwargs):
-            layer.update(parameters)
-            if cache is not None:  # as it was: the backward pass comes here a second time
-                vars(cache).update(before | stored)
-            out = call(layer, *args, **kwargs)
-            return out, {name: getattr(cache, name) for name in stored}
-
-        stored = {name: before[name] for name in ("keys", "values") if name in before}
-        out, stored = mx.checkpoint(run)(layer.trainable_parameters(), stored, args, kwargs)
-        if cache is not None:
-            vars(cache).update(stored)
-        return out
-
-    # A class is changed for good, and for every model of the process: once is enough.
-    return call if call.__name__ == "call_checkpointed" else call_checkpointed
-
-
-def shared_copy(model):
-    """A second module tree over the same arrays: it keeps today's weights while the original moves on, for no memory."""
-    return copy.deepcopy(model, {id(a): a for _, a in tree_flatten(model.parameters())})
-
-
-def without_adapters(model):
-    """The model beneath its LoRA or DoRA layers, sharing their base weights."""
-    base = shared_copy(model)
-    names = [(name, m.linear if "linear" in m else m.embedding) for name, m in adapter_layers(base)]
-    base.update_modules(tree_unflatten(names))
-    return base
-
-
-def fused(model):
-    """The model with its adapters merged into full-precision weights, sharing every other array."""
-    merged = shared_copy(model)
-    merged.update_modules(tree_unflatten([(name, m.fuse(dequantize=True)) for name, m in adapter_layers(merged)]))
-    return merged
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------
-
-# A sign counts where nothing is written straight before it: "5-10" ends in 10, "x = -10" in -10.
-NUMBER = re.compile(r"(?:(?<![\w)%.$])[-+−])?(?:\$\s?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)\.?\d*|\.\d+)(?:[eE][-+]?\d+)?%?")
-
-
-def parse_number(text: str) -> Decimal | None:
-    """The number that the whole text is, or None: "$1,080.00" is 1080, "12 apples" is none."""
-    text = re.sub(r"^(\$?)\s*([-+−]?)\s*", r"\2\1", text.strip()).rstrip(".").replace("−", "-")
-    if not NUMBER.fullmatch(text):
-        return None
-    with contextlib.suppress(InvalidOperation):
-        return Decimal(re.sub(r"[\s$,%]", "", text))
-    return None
-
-
-def answers_equal(given: str, gold: str) -> bool:
-    """Whether two answers are the same number or, where either is no number, the same text but for case."""
-    a, b = parse_number(given), parse_number(gold)
-    return a == b if a is not None and b is not None else bool(given.strip()) and given.strip().lower() == gold.strip().lower()
-
-
-def extract_xml_answer(text: str) -> str:
-    """What stands in the last complete <answer>..</answer>, stripped; "" where there is none."""
-    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
-    return found[-1].strip() if found else ""
-
-
-def extract_hash_answer(text: str) -> str | None:
-    """What follows the last ####, as GSM8K writes its gold answers, without thousands commas; None without a ####."""
-    if "####" not in text:
-        return None
-    answer = text.rsplit("####", 1)[1].strip()
-    return answer.replace(",", "").replace("$", "") if parse_number(answer) is not None else answer
-
-
-def last_number(text: str) -> str:
-    """The last number written in the text, or ""."""
-    found = NUMBER.findall(text)
-    return found[-1].rstrip(".") if found else ""
-
-
-def grade(text: str, gold: str) -> tuple[bool, bool]:
-    """Exact match of a completion, strict (the answer tags are required) and lenient (the last number counts)."""
-    strict = answers_equal(extract_xml_answer(text), gold)
-    return strict, strict or answers_equal(last_number(text), gold)
-
-
-def check_rows(config: MLXGRPOConfig, rows, source: str) -> list[dict]:
-    """Rows with all their columns, and "prompt" and "answer", the gold one, which is read after ####.
-
-    Raises UserError with file and row (counted from 1) where a field is missing, empty or of the wrong type.
-    """
-    checked = []
-    for number, row in enumerate(rows, 1):
-        for name in (config.prompt_field, config.answer_field):
-            if name not in row:
-                raise UserError(f"{source}, row {number}: no field {name!r}; it has {', '.join(row)}. Set prompt_field and answer_field")
-            if row[name] is None or row[name] == [] or row[name] != row[name] or not str(row[name]).strip():
-                raise UserError(f"{source}, row {number}: field {name!r} is empty")
-        question, answer = row[config.prompt_field], row[config.answer_field]
-        chat = isinstance(question, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
-        if not isinstance(question, str) and not chat:
-            raise UserError(f"{source}, row {number}: field {config.prompt_field!r} is neither text nor chat messages")
-        if not isinstance(answer, (str, int, float)):
-            raise UserError(f"{source}, row {number}: field {config.answer_field!r} is neither text nor a number")
-        gold = extract_hash_answer(str(answer))
-        if gold == "":
-            raise UserError(f"{source}, row {number}: field {config.answer_field!r} is empty")
-        checked.append({**row, "prompt": question, "answer": str(answer).strip() if gold is None else gold})
-    if not checked:
-        raise UserError(f"No rows in {source}")
-    return checked
-
 
 def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
     """The rows of split "train" or "test" as {"prompt", "answer", other columns}; max_train_samples is applied.
@@ -584,37 +455,7 @@ def repetition_reward_func(completions, **kwargs) -> list[float]:
     return scores
 
 
-def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
-    """The reward functions with their weights. A user's file may define `reward_weights = {"name": weight}`.
-
-    The file is the user's own code and runs with their rights. Raises UserError or RunError with its name.
-    """
-    functions, weights = [], []
-    for name in config.reward_funcs:
-        path, _, attribute = name.rpartition(":")
-        if path:
-            if (file := local_path(path)) is None:
-                raise UserError(f"Reward file not found: {path}")
-            spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
-            if spec is None or not file.is_file():
-                raise UserError(f"Reward file is no Python file: {path}; its name must end in .py")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # where its data classes look themselves up
-            try:
-                spec.loader.exec_module(module)
-            except Exception as error:  # whatever the user's file raises, named and passed on with its traceback
-                raise RunError(f"Reward file failed to import: {path}: {type(error).__name__}: {error}") from error
-        function = getattr(module, attribute, None) if path else globals().get(attribute)
-        if not callable(function) or (not path and not attribute.endswith("_reward_func")):
-            built_in = [n for n in globals() if n.endswith("_reward_func")]
-            raise UserError(f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function")
-        functions.append(function)
-        own = getattr(module, "reward_weights", {}) if path else {}
-        weight = own.get(attribute, 1.0) if isinstance(own, dict) else None
-        if type(weight) not in (int, float) or not math.isfinite(weight):
-            raise UserError(f"{path}: reward_weights must be a dict from function names to finite numbers")
-        weights.append(float(weight))
-    return functions, list(config.reward_weights) or weights
+BUILT_IN_REWARDS = {name: function for name, function in globals().items() if name.endswith("_reward_func")}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -623,7 +464,6 @@ def load_rewards(config: MLXGRPOConfig) -> tuple[list, list[float]]:
 
 DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
 LANE_ROWS = 16  # rows that a lane must have to decode to be worth it
-PREFILL_CHUNK = 2048  # prompt positions in one forward
 
 
 @dataclass(frozen=True)
@@ -652,83 +492,6 @@ def random_key(*parts) -> mx.array:
     """A key that depends on nothing but `parts`, so that no random state needs saving and streams never meet."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return mx.random.key(int.from_bytes(digest) >> 1)
-
-
-PADDING_WORKS = {}  # by model class
-
-
-def can_pad(model) -> bool:
-    """Whether rows of different length may share a batch: every layer keeps a plain KV cache and masks its padding.
-
-    Sliding-window and recurrent caches may not be padded, and some models' attention takes no mask of its own for each
-    row; that is found out by trying, once a class.
-    """
-    from mlx_lm.models.cache import KVCache, make_prompt_cache
-
-    if any(type(c) is not KVCache for c in make_prompt_cache(model)):
-        return False
-    if type(model) not in PADDING_WORKS:
-        tokens, pads, last = mx.array([[0, 0, 1, 2, 3], [1, 2, 3, 4, 3]]), mx.array([2, 0]), mx.array([[3], [3]])
-        try:
-            padded = model(last, cache=prefill(model, tokens, pads, 1))[:1]
-            alone = model(last[:1], cache=prefill(model, tokens[:1, 2:], None, 1))
-            gap, spread = mx.abs(padded - alone).max(), alone.max() - alone.min()
-            PADDING_WORKS[type(model)] = (gap < 0.03 * spread).item()  # half precision differs by a little
-        except ValueError:  # the shapes of mask and scores do not match
-            PADDING_WORKS[type(model)] = False
-    return PADDING_WORKS[type(model)]
-
-
-def map_rows(cache: list, change) -> None:
-    """Apply `change` to every array of a cache; all that are not scalars have the rows as their first axis."""
-    for layer in cache:
-        layer.state = tree_map(lambda x: change(x) if isinstance(x, mx.array) and x.ndim else x, layer.state)
-
-
-def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> list:
-    """Run P prompts once and return a KV cache of P*repeats rows that holds all but their last ids.
-
-    tokens: (P, L) left-padded by pads: (P,), or None where no row is padded. The head is never evaluated.
-    """
-    from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
-
-    class Joining:
-        """A block joins what is there; only single positions fill a buffer that grows by steps, which costs a gradient dear."""
-
-        def update_and_fetch(self, keys, values):
-            if keys.shape[2] == 1:
-                return super().update_and_fetch(keys, values)
-            self.offset = self.offset + keys.shape[2]
-            if self.keys is not None:
-                keys, values = (mx.concatenate(pair, axis=2) for pair in zip(self.keys_and_values(), (keys, values)))
-            self.keys, self.values, self._idx = keys, values, keys.shape[2]
-            return keys, values
-
-    class PlainKVCache(Joining, KVCache):
-        pass
-
-    class PaddedKVCache(Joining, BatchKVCache):
-        """Padding sees itself: an attention row with nothing to see has a NaN gradient on CUDA."""
-
-        def make_mask(self, N, return_array=False, **kwargs):
-            mask = super().make_mask(N, return_array, **kwargs)
-            itself = self._idx + mx.arange(N)[:, None] == mx.arange(self._idx + N)
-            return mask | itself if N > 1 else mask
-
-    cache = [PlainKVCache() if type(layer) is KVCache else layer for layer in make_prompt_cache(model)]
-    if pads is not None:
-        cache = [PaddedKVCache([0]) for _ in cache]
-        for layer in cache:
-            layer.left_padding, layer.offset = pads, -pads
-    length = tokens.shape[1] - 1
-    for start in range(0, length, PREFILL_CHUNK):
-        model(tokens[:, start : min(start + PREFILL_CHUNK, length)], cache=cache)
-    if length and repeats > 1:
-        map_rows(cache, lambda x: mx.repeat(x, repeats, axis=0))
-    elif repeats > 1 and pads is not None:  # one-id prompts: nothing is cached yet but the padding
-        for layer in cache:
-            layer.left_padding, layer.offset = (mx.repeat(x, repeats) for x in (layer.left_padding, layer.offset))
-    return cache
 
 
 def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.array | None) -> tuple[mx.array, mx.array]:
@@ -832,22 +595,6 @@ def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], unif
             rows, keep = [rows[i] for i in going], mx.array(going, dtype=mx.int32)
             map_rows(cache, lambda x: x[keep])
             last, uniforms, seen = last[keep], uniforms[keep], None if seen is None else seen[keep]
-
-
-def kv_bytes_per_token(model) -> int:
-    """Bytes that one position of one row takes in the KV cache, over all layers."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache = make_prompt_cache(model)
-    model(mx.zeros((1, 1), mx.int32), cache=cache)
-    arrays = [x for layer in cache for _, x in tree_flatten(layer.state) if isinstance(x, mx.array) and x.ndim == 4]
-    return sum(x.nbytes // x.shape[2] for x in arrays) or 1
-
-
-def memory_bytes() -> int:
-    """Memory of the machine's accelerator, or of the machine where there is none."""
-    info = mx.device_info()
-    return int(info.get("memory_size") or info.get("total_memory") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def generate(
@@ -1176,35 +923,6 @@ def learning_rate(config: MLXGRPOConfig, update: int, updates: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def save_model(folder: Path, model, tokenizer, model_config: dict, source: Path, config: MLXGRPOConfig) -> None:
-    """Write a model directory that mlx_lm.load opens; adapters are merged, and kept beside in mlx-lm's own format."""
-    from mlx_lm.utils import save_config, save_model as save_weights
-
-    model_config = copy.deepcopy(model_config)
-    adapters = adapter_layers(model)
-    if adapters:
-        weights = {name: w for name, w in tree_flatten(model.trainable_parameters())}
-        mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
-        kind = "dora" if any("m" in layer for _, layer in adapters) else "lora"
-        blocks = len(model.layers) if config.num_layers < 0 else config.num_layers
-        settings = {"fine_tune_type": kind, "num_layers": blocks, "lora_parameters": {"dropout": 0.0, **config.lora_parameters}}
-        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
-        for name, _ in adapters:  # merged layers are in full precision, also where their base was quantised
-            for key in ("quantization", "quantization_config"):
-                model_config.get(key, {}).pop(name, None)
-    save_weights(folder, fused(model) if adapters else model)
-    save_config(model_config, folder / "config.json")
-    tokenizer.save_pretrained(folder)
-    for name in ("generation_config.json", "tokenizer.pkl", model_config.get("model_file") or ""):
-        if name and (source / name).is_file():
-            shutil.copy(source / name, folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1282,7 +1000,7 @@ class MLXGRPOTrainer:
     def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
         self.after_evaluation = lambda run_dir: None  # the command line puts the report here
         self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
-        self.reward_functions, self.reward_weights = load_rewards(config)
+        self.reward_functions, self.reward_weights = load_rewards(config, BUILT_IN_REWARDS)
         self.source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
         train_rows, test_rows = load_dataset_split(config, "train"), load_dataset_split(config, "test")
         self.model, self.tokenizer = load_model(config)
@@ -1571,7 +1289,7 @@ class MLXGRPOTrainer:
                 return {}
             after = self.evaluations()
             monitor.phase("saving")
-            self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.write_model))
+            self.ranks.on_first(lambda: write_directory(self.run_dir / "final", lambda folder: write_model(self, folder)))
         return {"before": self.before, "after": after}
 
     def is_stopped(self) -> bool:
@@ -1677,9 +1395,6 @@ class MLXGRPOTrainer:
 
     # Saving and resuming
 
-    def write_model(self, folder: Path) -> None:
-        save_model(folder, self.model, self.tokenizer, self.model_config, self.source, self.config)
-
     def check_weights(self) -> None:
         """Stop the run where the ranks' weights have come apart: what they learn from then on is nobody's."""
         self.ranks.check_equal(self.trainable(), f"after update {self.update}")
@@ -1687,38 +1402,11 @@ class MLXGRPOTrainer:
     def save_checkpoint(self) -> None:
         """Have rank 0 write a checkpoint; the others wait."""
         self.check_weights()
-        self.ranks.on_first(self.write_checkpoint)
-
-    def write_checkpoint(self) -> None:
-        """Write checkpoint-UPDATE, with all that an exact resume needs; a failure is fatal only the third time in a row."""
-        target = self.run_dir / f"checkpoint-{self.update}"
-        if target.exists():  # nothing has happened since
-            return
-
-        def write(folder: Path) -> None:
-            logs = self.logs.sync()
-            self.write_model(folder)
-            mx.save_safetensors(str(folder / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
-            if self.config.sync_every > 1:
-                mx.save_safetensors(str(folder / "sampler.safetensors"), self.synced)
-            state = {name: getattr(self, name) for name in RESUMED_STATE}
-            state |= {"config": dataclasses.asdict(self.config), "logs": logs}
-            (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
-
-        try:
-            write_directory(target, write)
-        except RunError as error:
-            self.failed_saves += 1
-            if self.stop_signal or self.failed_saves >= 3:
-                raise
-            print(f"{error}; training goes on, the next save will try again", file=sys.stderr)
-            return
-        self.failed_saves = 0
-        remove_old_checkpoints(self.run_dir, self.config.save_total_limit, self.best_update)
+        self.ranks.on_first(lambda: write_checkpoint(self))
 
     def resume(self, folder: Path, asked: set[str] = frozenset()) -> None:
         """Continue from a checkpoint as if there had been no stop; only rank 0 needs to have it. `asked`: settings given by --set."""
-        self.ranks.on_first(lambda: self.read_checkpoint(folder, asked))
+        self.ranks.on_first(lambda: read_checkpoint(self, folder, asked))
         if self.ranks.size > 1:
             for name, value in self.ranks.on_first(lambda: {name: getattr(self, name) for name in RESUMED_STATE}).items():
                 setattr(self, name, value)
@@ -1726,85 +1414,7 @@ class MLXGRPOTrainer:
             self.optimizer.state = self.ranks.from_first(self.optimizer.state)
             self.refresh_sampler(self.ranks.from_first(self.synced))
 
-    def read_checkpoint(self, folder: Path, asked: set[str]) -> None:
-        """Take over what a checkpoint holds, and set aside what the run wrote after it.
-
-        Raises UserError where other settings have changed, or where the checkpoint is not this model's.
-        """
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text())
-            then, sizes = dict(state["config"]), {name: int(size) for name, size in state["logs"].items()}
-            adapters, stale = folder / "adapters.safetensors", folder / "sampler.safetensors"
-            weights = {}
-            for file in [adapters] if adapters.is_file() else sorted(folder.glob("model*.safetensors")):
-                weights |= mx.load(str(file))
-            optimizer = tree_unflatten(list(mx.load(str(folder / "optimizer.safetensors")).items()))
-            fits = all(type(state[name]) is type(getattr(self, name)) for name in RESUMED_STATE)
-            fits = fits and all(weights[name].shape == old.shape for name, old in self.trainable().items())
-        except (ValueError, TypeError, AttributeError, KeyError, OSError, RuntimeError):
-            fits = False
-        if not fits:
-            raise UserError(f"Cannot resume {folder}: it is not a checkpoint of this model, or of another version of this program")
-        now = dataclasses.asdict(self.config)
-        changed = {k: [then.get(k), now[k]] for k in now if now[k] != then.get(k) and k not in MAY_CHANGE}
-        if refused := [k for k in changed if k not in MAY_BE_SET or k not in asked]:
-            raise UserError(f"Cannot resume {folder}: changed settings would alter the run: {', '.join(refused)}")
-        self.model.load_weights(list(weights.items()), strict=False)
-        self.optimizer.state = optimizer
-        for name in RESUMED_STATE:
-            setattr(self, name, state[name])
-        self.refresh_sampler(mx.load(str(stale)) if stale.is_file() else None)
-        for newer in checkpoints(self.run_dir):  # damaged, or of a course that this resume leaves
-            if int(newer.name.rpartition("-")[2]) > self.update:
-                remove_directory(newer.with_name(f"superseded-{newer.name}"))
-                newer.rename(newer.with_name(f"superseded-{newer.name}"))
-                print(f"{newer} is now superseded-{newer.name}")
-        remove_old_checkpoints(self.run_dir, self.config.save_total_limit, self.best_update)  # a kill may have come before
-        self.logs.cut(sizes)
-        if changed:
-            self.log("training_log", {"event": "resume", "update": self.update, "changed": changed})
-
     # Before the first update
-
-    def memory_work(self) -> memory_plan.Work:
-        """What the memory plan counts with: this model, these settings, the longest prompt."""
-        config, args, model = self.config, self.model.args, self.model
-        arrays = [p for _, p in tree_flatten(model.parameters())]
-        hidden = getattr(args, "hidden_size", 1024)
-        return memory_plan.Work(
-            weights=sum(p.nbytes for p in arrays), trained=sum(p.size for p in self.trainable().values()),
-            item=2 if any(p.dtype in (mx.bfloat16, mx.float16) for p in arrays) else 4, hidden=hidden,
-            wide=getattr(args, "intermediate_size", 4 * hidden), heads=0 if on_cuda() else getattr(args, "num_attention_heads", 16),
-            layers=len(model.layers), vocabulary=getattr(args, "vocab_size", 1), kv_per_token=kv_bytes_per_token(model),
-            rows=-(-self.prompts_per_update // self.ranks.size) * config.num_generations, generations=config.num_generations,
-            shares_prompts=self.log_probs.shares_padded,
-            prompt=max(len(row["prompt_ids"]) for row in self.rows), completion=config.rollout_tokens,
-            has_reference=self.reference is not None and not adapter_layers(model), micro_batch_tokens=config.micro_batch_tokens,
-            grad_checkpoint=config.grad_checkpoint, head_chunk=self.head_chunk, lanes=lane_count(),
-            kv_budget=int(config.kv_budget_gb * 2**30) or memory_bytes() // 4,
-        )  # fmt: skip
-
-    def print_plan(self) -> None:
-        config = self.config
-        count = sum(p.size for p in self.trainable().values())
-        rows = self.prompts_per_update * config.num_generations
-        print(f"model      {config.model_name}: {count / 1e6:.2f}M trainable parameters, on {mx.default_device()}")
-        print(f"data       {len(self.rows)} training prompts, {len(self.eval_rows['test'])} held-out")
-        print(f"updates    {self.updates} of {self.prompts_per_update} prompts x {config.num_generations} completions")
-        print(f"tokens     at most {rows * config.rollout_tokens * self.updates // config.num_iterations:,} sampled")
-        if self.ranks.size > 1:
-            print(f"ranks      {self.ranks.size}, each with the whole model and its share of the prompts: the memory below is one rank's")
-        plan = {name: size / 2**30 for name, size in memory_plan.plan(self.memory_work()).items()}
-        if plan["peak"] * 2**30 > memory_bytes():
-            print(f"Warning: memory may not suffice: about {plan['peak']:.1f} GB at the peak of {memory_bytes() / 2**30:.1f} GB. {LESS_MEMORY}", file=sys.stderr)
-        if self.ranks.size > 1 and plan["weights"] + plan["optimizer"] > memory_bytes() / 2**30:
-            raise UserError(
-                f"The model does not fit one rank: weights and optimizer take {plan['weights'] + plan['optimizer']:.1f} GB of "
-                f"{memory_bytes() / 2**30:.1f} GB, and ranks hold the whole model. Train adapters, quantise it, or take a smaller one"
-            )
-        if config.sampling_filters:
-            print(f"Warning: {', '.join(config.sampling_filters)} in force: completions are not drawn from the policy itself", file=sys.stderr)
-        print(f"memory     about {plan.pop('peak'):.2f} GB at the peak: " + ", ".join(f"{n} {v:.2f}" for n, v in plan.items() if v > 0.005))
 
     def dry_run(self) -> None:
         """One tiny rollout, its rewards, and one backward pass; nothing is written and no weight changes."""
@@ -1817,7 +1427,7 @@ class MLXGRPOTrainer:
         if not math.isfinite(norm):
             raise RunError("NaN gradient encountered: in the first backward pass; load the model in float32, or check its weights")
         self.config = whole
-        print("to fit     " + "\n           ".join(memory_plan.suggestions(self.memory_work())))
+        print("to fit     " + "\n           ".join(suggestions(work_of(self))))
         print(f"dry run    {sum(map(len, groups[0].completions))} tokens sampled, one backward pass (gradient norm {norm:.3g}): all well")
 
     def trial_gradient(self, groups: list[Group]) -> float:
@@ -1848,17 +1458,6 @@ OBJECTIVE_OPTIONS = (
 NO_METRICS = {"loss": 0.0, "grad_norm": 0.0} | dict.fromkeys(  # of an update without a forward pass
     "kl entropy clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean mismatch/mean mismatch/kl mismatch/max".split()
 )
-RESUMED_STATE = ("update", "cursor", "nan_updates", "best", "best_update", "tokens", "quantize_rollouts", "before")
-MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes
-    "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps", "save_total_limit", "eval_steps",
-    "eval_every_updates", "max_nan_updates", "reward_timeout", "trust_remote_code", "report_to",
-    "distributed_timeout", "check_weights_steps",
-}  # fmt: skip
-MAY_BE_SET = {  # and those that alter it, but only by --set: rate, lengths, and what makes it fit into memory
-    "learning_rate", "num_epochs", "max_completion_length", "max_new_tokens", "micro_batch_tokens", "grad_checkpoint", "kv_budget_gb", "memory_limit_gb",
-    "use_compile",
-}  # fmt: skip
-LESS_MEMORY = "Lower micro_batch_tokens, memory_limit_gb or kv_budget_gb, or set grad_checkpoint to true; with --resume too, by --set"
 MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 
@@ -1981,7 +1580,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     run_dir = Path(run_dir)
     trainer = MLXGRPOTrainer(config, run_dir, ranks)
     gc.freeze()  # what is loaded stays: collections pass over it
-    trainer.print_plan()
+    print_plan(trainer)
     if arguments.dry_run:
         trainer.dry_run()
         return 0

@@ -1,16 +1,19 @@
-"""Calling the user's reward functions: each within its time, and a failure named with the completion it was met on."""
+"""Reward functions: found by name, called each within its time, and a failure named with the completion it was met on."""
 
 import asyncio
 import contextlib
+import importlib.util
 import inspect
 import math
 import signal
+import sys
 import time
 
 import mlx.core as mx
 import numpy as np
 
-from run_directory import RunError
+from loading import local_path
+from run_directory import RunError, UserError
 
 
 class OutOfTime(BaseException):
@@ -31,6 +34,38 @@ def alarm(seconds: float):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def load_rewards(config, built_in: dict) -> tuple[list, list[float]]:
+    """The reward functions with their weights. A user's file may define `reward_weights = {"name": weight}`.
+
+    The file is the user's own code and runs with their rights. Raises UserError or RunError with its name.
+    """
+    functions, weights = [], []
+    for name in config.reward_funcs:
+        path, _, attribute = name.rpartition(":")
+        if path:
+            if (file := local_path(path)) is None:
+                raise UserError(f"Reward file not found: {path}")
+            spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
+            if spec is None or not file.is_file():
+                raise UserError(f"Reward file is no Python file: {path}; its name must end in .py")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # where its data classes look themselves up
+            try:
+                spec.loader.exec_module(module)
+            except Exception as error:  # whatever the user's file raises, named and passed on with its traceback
+                raise RunError(f"Reward file failed to import: {path}: {type(error).__name__}: {error}") from error
+        function = getattr(module, attribute, None) if path else built_in.get(attribute)
+        if not callable(function):
+            raise UserError(f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function")
+        functions.append(function)
+        own = getattr(module, "reward_weights", {}) if path else {}
+        weight = own.get(attribute, 1.0) if isinstance(own, dict) else None
+        if type(weight) not in (int, float) or not math.isfinite(weight):
+            raise UserError(f"{path}: reward_weights must be a dict from function names to finite numbers")
+        weights.append(float(weight))
+    return functions, list(config.reward_weights) or weights
 
 
 def call_rewards(functions, timeout: float, arguments: dict) -> list:

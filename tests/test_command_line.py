@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mlx_grpo
+from run_directory import checkpoints
 
 ROOT = Path(mlx_grpo.__file__).parent
 SMALL = [
@@ -116,7 +117,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path):
     wait_for_update(process, tmp_path, 4)
     process.kill()
     process.communicate()
-    newest = mlx_grpo.checkpoints(tmp_path / "run")[-1]
+    newest = checkpoints(tmp_path / "run")[-1]
     with open(newest / "optimizer.safetensors", "r+b") as file:
         file.truncate(100)
     resumed = finished(tmp_path, "--resume", settings=["save_steps=1"])

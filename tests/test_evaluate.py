@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx_grpo
 import pytest
+from adapters import save_model
 
 ROOT = Path(__file__).parents[1]
 STARTER, DATA = str(ROOT / "starter" / "model"), str(ROOT / "starter" / "data")
@@ -136,7 +137,7 @@ def test_tables_and_adapters(score, tmp_path):
     model, tokenizer = mlx_grpo.load_model(config)
     for _, layer in mlx_grpo.adapter_layers(model):
         layer.lora_b = layer.lora_b + 0.3  # enough to write nonsense
-    mlx_grpo.save_model(tmp_path, model, tokenizer, mlx_grpo.open_model(STARTER)[2], Path(STARTER), config)
+    save_model(tmp_path, model, tokenizer, mlx_grpo.open_model(STARTER)[2], Path(STARTER), config)
     arguments = ["--dataset", DATA, "--max-samples", "12", "--max-tokens", "60", "--adapter-path", "none", tmp_path]
     result = json.loads(score("--model", STARTER, STARTER, *arguments, "--json")[1])
     plain, adapted = result["models"]

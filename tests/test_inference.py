@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx_grpo
 import numpy as np
 import pytest
+from adapters import save_model
 from mlx.utils import tree_flatten
 from nanochat_tokenizer import SPECIAL, make_encoding
 from tiny import LetterTokenizer, tiny_model
@@ -291,7 +292,7 @@ def test_adapters_and_the_merged_model(ask, tmp_path, kind):
     model, tokenizer = mlx_grpo.load_model(config)
     randomise_adapters(model)
     (tmp_path / "final").mkdir()
-    mlx_grpo.save_model(tmp_path / "final", model, tokenizer, mlx_grpo.open_model(STARTER)[2], Path(STARTER), config)
+    save_model(tmp_path / "final", model, tokenizer, mlx_grpo.open_model(STARTER)[2], Path(STARTER), config)
     question = ["--prompt", QUESTION, "--max-tokens", "40"]
     plain = ask("--model", STARTER, *question)[1]
     merged = ask("--model", tmp_path / "final", *question)

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 import mlx_grpo
-from mlx_grpo import MLXGRPOTrainer, checkpoints, load_config
+from mlx_grpo import MLXGRPOTrainer, load_config
+from run_directory import checkpoints
 from ranks import ALONE, Ranks, digest, start_ranks
 from run_directory import RunError, UserError
 

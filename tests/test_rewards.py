@@ -1,6 +1,7 @@
 """Answers, numbers and rewards: what counts as right, and what happens when a user's reward function misbehaves."""
 
 import asyncio
+import functools
 import math
 import textwrap
 import time
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 
 import mlx_grpo
+import scoring
+from answers import answers_equal, last_number
 from mlx_grpo import (
-    MLXGRPOConfig, RunError, UserError, answers_equal, correctness_reward_func, extract_hash_answer, extract_xml_answer, grade,
-    int_reward_func, last_number, load_rewards, parse_number, repetition_reward_func, score, soft_format_reward_func,
+    MLXGRPOConfig, RunError, UserError, correctness_reward_func, extract_hash_answer, extract_xml_answer, grade,
+    int_reward_func, parse_number, repetition_reward_func, score, soft_format_reward_func,
     soft_overlong_reward_func, strict_format_reward_func, xmlcount_reward_func,
 )  # fmt: skip
+
+load_rewards = functools.partial(scoring.load_rewards, built_in=mlx_grpo.BUILT_IN_REWARDS)
 
 WELL_FORMED = "<reasoning>\n6 times 3 is 18.\n</reasoning>\n<answer>\n18\n</answer>\n"
 

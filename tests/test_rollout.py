@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tiny import ARCHITECTURES, LetterTokenizer, tiny_model
 
+import kv_cache
 import mlx_grpo
 from mlx_grpo import Sampling, generate, random_key
 
@@ -133,7 +134,7 @@ def test_a_repetition_penalty_changes_what_is_sampled_and_is_in_the_log_probs():
 def test_long_prompts_prefill_in_chunks(monkeypatch):
     model = tiny_model("qwen2")
     whole = roll(model)
-    monkeypatch.setattr(mlx_grpo, "PREFILL_CHUNK", 2)
+    monkeypatch.setattr(kv_cache, "PREFILL_CHUNK", 2)
     assert roll(model).completions == whole.completions
 
 

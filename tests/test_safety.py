@@ -19,9 +19,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import memory_plan
 import mlx_grpo
-from mlx_grpo import MLXGRPOTrainer, checkpoints, load_config
-from run_directory import damage, file_digest
+from mlx_grpo import MLXGRPOTrainer, load_config
+from run_directory import checkpoints, damage, file_digest, remove_old_checkpoints
 
 ROOT = Path(mlx_grpo.__file__).parent
 REWARD = """
@@ -270,7 +271,7 @@ def test_a_kill_at_every_step_of_a_save_leaves_it_complete_or_absent(tmp_path, r
             touches = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
             sys.addaudithook(lambda event, _: event in touches and next(calls, None) is None and os.kill(os.getpid(), signal.SIGKILL))
             mlx_grpo.write_directory(new, write)
-            mlx_grpo.remove_old_checkpoints(tmp_path, 2, 0 if replaced else -1)
+            remove_old_checkpoints(tmp_path, 2, 0 if replaced else -1)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         assert damage(old) == "" and (damage(new) == "" or not new.exists()) and (damage(oldest) == "" or not oldest.exists())
@@ -647,7 +648,7 @@ def test_folders_that_only_look_like_checkpoints_are_left_alone(finished_run, st
 
 
 def test_memory_that_will_not_suffice_is_said_by_the_estimate(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mlx_grpo, "memory_bytes", lambda: 10 * 2**20)
+    monkeypatch.setattr(memory_plan, "memory_bytes", lambda: 10 * 2**20)
     assert mlx_grpo.main(arguments(tmp_path, more=["--dry-run"])) == 0
     error = capsys.readouterr().err
     assert error.startswith("Warning: memory may not suffice: about 0.0 GB at the peak of 0.0 GB.") and "micro_batch_tokens" in error
@@ -826,9 +827,14 @@ def test_no_shell_no_eval_no_pickle_in_the_program():
 @pytest.mark.slow
 def test_three_hundred_updates_take_no_more_memory_and_time_than_the_first(tmp_path, monkeypatch):
     traces, seen = [], []
-    loss, one_rollout = mlx_grpo.grpo_loss, MLXGRPOTrainer.one_rollout
+    forward, one_rollout = mlx_grpo.CompletionLogProbs.__call__, MLXGRPOTrainer.one_rollout
     compiled = mlx_grpo.compile_works()
-    monkeypatch.setattr(mlx_grpo, "grpo_loss", lambda *given, **named: (traces.append(1), loss(*given, **named))[1])  # once a compiled variant
+
+    def counted(self, batch):
+        if "ref_logps" in batch:  # the policy's, once a compiled variant; the reference's come before
+            traces.append(1)
+        return forward(self, batch)
+
 
     def measured(self):
         start = time.perf_counter()
@@ -837,6 +843,7 @@ def test_three_hundred_updates_take_no_more_memory_and_time_than_the_first(tmp_p
         seen.append((time.perf_counter() - start, mx.get_active_memory(), resident, len(traces)))
         return result
 
+    monkeypatch.setattr(mlx_grpo.CompletionLogProbs, "__call__", counted)
     monkeypatch.setattr(MLXGRPOTrainer, "one_rollout", measured)
     options = ["max_train_samples=300", "batch_size=2", "num_epochs=2", "learning_rate=1e-5", "eval_steps=100", "save_steps=100", "log_completions_steps=10", "use_compile=true", "kl_coeff=0.01"]
     assert train(tmp_path, *options) == 0
@@ -852,7 +859,7 @@ def test_three_hundred_updates_take_no_more_memory_and_time_than_the_first(tmp_p
 
 def test_a_model_too_large_for_a_rank_is_refused(monkeypatch, tmp_path):
     trainer = MLXGRPOTrainer(load_config(None, small(tmp_path)), tmp_path / "run")
-    monkeypatch.setattr(mlx_grpo, "memory_bytes", lambda: 5 * 2**20)
+    monkeypatch.setattr(memory_plan, "memory_bytes", lambda: 5 * 2**20)
     trainer.ranks = types.SimpleNamespace(size=2)
     with pytest.raises(mlx_grpo.UserError, match="The model does not fit one rank"):
-        trainer.print_plan()
+        memory_plan.print_plan(trainer)

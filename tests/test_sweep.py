@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx_grpo
 import pytest
+from run_directory import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "utils" / "sweep.py"
@@ -122,7 +123,7 @@ def test_a_stopped_sweep_continues(stand_in, tmp_path, capfd):
 
 
 def test_an_interrupted_point_resumes_from_its_checkpoint(stand_in, tmp_path, monkeypatch):
-    monkeypatch.setattr(mlx_grpo, "checkpoints", lambda run_dir: [run_dir / "checkpoint-1"])
+    monkeypatch.setattr(sweep, "checkpoints", lambda run_dir: [run_dir / "checkpoint-1"])
     status, calls = stand_in("5")
     assert status == 0 and calls[0][-1] == "--resume"
 
@@ -165,4 +166,4 @@ def test_sigterm_reaches_the_trainer_and_the_sweep_can_go_on(tmp_path):
     process.terminate()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143 and "Sweep stopped at 1/2 seed=1" in errors and "Traceback" not in errors
-    assert mlx_grpo.checkpoints(tmp_path / "out" / "seed=1") and not (tmp_path / "out" / "seed=2").exists()
+    assert checkpoints(tmp_path / "out" / "seed=1") and not (tmp_path / "out" / "seed=2").exists()

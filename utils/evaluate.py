@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from inference import Parser, exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
 
 import mlx.core as mx  # noqa: E402
+from answers import answers_equal, last_number  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -51,7 +52,7 @@ def maj_at_k(answers: list[str], gold: str, k: int) -> float:
     for start in range(0, len(answers) - k + 1, k):
         votes = [(mlx_grpo.parse_number(a), a) for a in answers[start : start + k] if a]
         common = Counter(a.lower() if number is None else str(number.normalize()) for number, a in votes).most_common(1)
-        wins.append(bool(common) and mlx_grpo.answers_equal(common[0][0], gold))
+        wins.append(bool(common) and answers_equal(common[0][0], gold))
     return fmean(wins)
 
 
@@ -117,7 +118,7 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
             strict, lenient = (None, None) if gold is None else mlx_grpo.grade(text, gold)
             yield {
                 "index": part[n // each], "sample": n % each if samples else None, "question": row["prompt"], "gold": gold,
-                "text": text, "answer_strict": tagged, "answer_lenient": tagged or mlx_grpo.last_number(text),
+                "text": text, "answer_strict": tagged, "answer_lenient": tagged or last_number(text),
                 "strict": strict, "lenient": lenient, "tokens": len(ids), "finish_reason": reason,
             }  # fmt: skip
 

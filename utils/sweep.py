@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 mlx_grpo = importlib.import_module("mlx-grpo")
+from run_directory import checkpoints  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/sweep.py configs/quickstart.toml --grid learning_rate=1e-4,2e-4 --grid num_generations=4,8
@@ -67,7 +68,7 @@ def run_point(config: Path, run_dir: Path, settings: list[str]) -> int:
     command = [sys.executable, str(ROOT / "mlx-grpo.py"), "--config", str(config)]
     for setting in [*settings, f"output_dir={run_dir.parent}", f"run_name={run_dir.name}"]:
         command += ["--set", setting]
-    if mlx_grpo.checkpoints(run_dir):
+    if checkpoints(run_dir):
         command.append("--resume")
     elif (run_dir / "training_log.jsonl").is_file():  # stopped before its first checkpoint: keep the records, begin anew
         aside = next(p for i in itertools.count(1) if not (p := run_dir.with_name(f"{run_dir.name}.interrupted-{i}")).exists())
