@@ -354,6 +354,11 @@ def load_model(config: MLXGRPOConfig):
         model.freeze()
         blocks = len(model.layers) if config.num_layers < 0 else min(config.num_layers, len(model.layers))
         linear_to_lora_layers(model, blocks, {"dropout": 0.0, **config.lora_parameters}, use_dora=kind == "dora")
+        if kind == "lora" and any(p.dtype == mx.bfloat16 for _, p in tree_flatten(model.parameters())):
+            # They are made in float32, to which every activation would be cast; the optimizer's masters keep what the steps
+            # add up to. DoRA's stay: it divides by norms of the merged weights.
+            for _, layer in adapter_layers(model):
+                layer.update(tree_map(lambda p: p.astype(mx.bfloat16), layer.trainable_parameters()))
     if config.grad_checkpoint:
         for kind_of_layer in {type(layer) for layer in model.layers}:
             kind_of_layer.__call__ = checkpointed(kind_of_layer.__call__)

@@ -270,6 +270,29 @@ def test_the_adapters_reference_is_the_base(tmp_path):
         assert trainer.train_on(groups)[0]["kl"] > 1e-6
 
 
+def test_the_adapters_of_a_half_precision_model_are_as_it_is_but_for_dora(tmp_path):
+    from mlx_lm.utils import save_config
+
+    model, tokenizer, config = mlx_grpo.open_model("starter/model")
+    model.set_dtype(mx.bfloat16)
+    folder = tmp_path / "half"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    save_config(config, folder / "config.json")
+    tokenizer.save_pretrained(folder)
+    for kind, precision in (("lora", mx.bfloat16), ("dora", mx.float32)):
+        trainer = trainer_of(tmp_path, f"model_name={folder}", f"fine_tune_type={kind}", "learning_rate=1e-4")
+        adapters = trainer.trainable()
+        assert {a.dtype for name, a in adapters.items() if "lora_" in name} == {precision}
+        assert trainer.model(mx.array([[1, 2]])).dtype == mx.bfloat16
+        masters = [a for name, a in tree_flatten(trainer.optimizer.state) if name.endswith("master")]
+        assert len(masters) == (len(adapters) if kind == "lora" else 0) and all(a.dtype == mx.float32 for a in masters)
+        trainer.build_step()
+        trainer.train_on(groups_of(trainer))
+        moved = [name for name, a in trainer.trainable().items() if mx.any(a != adapters[name]).item()]
+        assert any("lora_b" in name for name in moved)
+
+
 def test_quantised_rollouts_are_measured_and_corrected(tmp_path):
     trainer = trainer_of(tmp_path, "quantize_for_rollouts=true", "group_size=32")
     assert mlx_grpo.is_quantized(trainer.sampler) and not mlx_grpo.is_quantized(trainer.model)
