@@ -58,7 +58,7 @@ def plan(work: Work) -> dict[str, int]:
 
     A layer keeps for its backward pass, of each position, about 8 numbers of the hidden width, 4 of the feed-forward
     width, and unfused attention twice its scores. With gradient checkpointing it keeps its input alone, and one layer
-    at a time is computed again.
+    at a time is computed again. A shared prompt's KV is kept once a row.
     """
     length = work.prompt + work.completion
     prompts = work.rows // work.generations if work.shares_prompts else work.rows
@@ -69,6 +69,7 @@ def plan(work: Work) -> dict[str, int]:
     answers = positions * work.rows * work.completion // whole
     layer = 8 * work.hidden + 4 * work.wide + 2 * work.heads * length
     kept = work.layers * work.hidden + layer if work.grad_checkpoint else work.layers * layer
+    prefixes = work.kv_per_token * work.prompt * (answers // work.completion) if work.shares_prompts else 0
     masters = work.trained * 4 if work.item < 4 else 0
     parts = {
         "weights": work.weights,
@@ -76,7 +77,7 @@ def plan(work: Work) -> dict[str, int]:
         "reference": work.trained * work.item if work.has_reference else 0,
         "KV cache": min(work.rows * length * work.kv_per_token, work.kv_budget),
         "gradients": work.trained * work.item * work.lanes,
-        "activations": positions * kept * work.item,
+        "activations": positions * kept * work.item + prefixes,
         "head": 5 * 4 * min(work.head_chunk * work.lanes, answers * work.vocabulary),
     }
     stays = parts["weights"] + parts["optimizer"] + parts["reference"]

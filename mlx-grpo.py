@@ -371,6 +371,7 @@ def load_model(config: MLXGRPOConfig):
 # Data
 # ---------------------------------------------------------------------------------------------------------------
 
+
 def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
     """The rows of split "train" or "test" as {"prompt", "answer", other columns}; max_train_samples is applied.
 

@@ -120,10 +120,9 @@ def test_the_reading_is_deterministic_and_holds_no_problem_of_the_data():
     assert any(re.search(r"<\|user\|>(.*?)<\|end\|>", document)[1] in held_out for document in unfiltered)
 
 
-def test_the_starter_is_capable_but_undisciplined(starter):
+def test_the_starter_is_capable_but_undisciplined():
     """It does the sums (lenient, primed) and seldom answers in the form (strict): what the quickstart has to mend."""
-    tokenizer = make_starter.Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    figures = make_starter.measure(starter[0], tokenizer, rows("test")[:60])
+    figures = make_starter.measure(MODEL, rows("test")[:60])
     assert 0.05 < figures["greedy strict"] < 0.40
     assert figures["greedy lenient"] > 0.95 and figures["primed greedy strict"] > 0.95
     assert 0.05 < figures["sampled strict"] < 0.40

@@ -24,9 +24,10 @@ import re
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-SYSTEM_PROMPT = importlib.import_module("mlx-grpo").SYSTEM_PROMPT  # ahead of MLX: it loads a fast BLAS first
+mlx_grpo = importlib.import_module("mlx-grpo")  # ahead of MLX: it loads a fast BLAS first
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -34,8 +35,9 @@ import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
-from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+
+SYSTEM_PROMPT = mlx_grpo.SYSTEM_PROMPT
 
 # The word problems. A step is a sentence with one sum in brackets: [a+b=s] prints as 3+4=7 and names its result s for later steps.
 # `habit` is how the place the problem was found in writes its solutions (STYLES below): text from one source looks alike.
@@ -300,55 +302,19 @@ def pretrain(model, tokens, *, steps, batch_size, learning_rate, seed, log_every
             print(f"step {number}/{steps}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def complete(model, tokenizer, prompts, *, temperature=0.0, max_tokens=96, seed=0):
-    """The completions' texts. Prompts of one length decode as one batch, so none needs padding."""
-    end, key, texts = SPECIAL.index("<|end|>"), mx.random.key(seed), [None] * len(prompts)
-    encoded, groups = [tokenizer.encode(prompt).ids for prompt in prompts], {}
-    for index, ids in enumerate(encoded):
-        groups.setdefault(len(ids), []).append(index)
-    for indices in groups.values():
-        cache, produced = make_prompt_cache(model), []
-        current, running = mx.array([encoded[i] for i in indices]), mx.array([True] * len(indices))
-        while len(produced) < max_tokens and running.any().item():
-            logits = model(current, cache=cache)[:, -1]  # (rows, V)
-            if temperature:
-                key, now = mx.random.split(key)
-                ids = mx.random.categorical(logits / temperature, key=now)
-            else:
-                ids = mx.argmax(logits, axis=-1)
-            produced.append(ids)
-            running = running & (ids != end)
-            current = ids[:, None]
-        for index, row in zip(indices, np.array(mx.stack(produced, axis=1)).tolist()):
-            text = tokenizer.decode(row[: row.index(end)] if end in row else row)
-            texts[index] = "".join(text.partition("</answer>")[:2])  # a closed answer ends a completion, as in the trainer
-    return texts
-
-
-FORM = re.compile(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n(\d+)\n</answer>", re.DOTALL)
-
-
-def measure(model, tokenizer, rows):
-    """Exact match of greedy, sampled and primed completions; strict asks for the form, lenient takes the last number."""
-    gold = [row["answer"].split("#### ")[1] for row in rows]
-    prompts = [render_prompt(row["question"]) for row in rows]
-
-    def strict(texts):
-        found = [FORM.fullmatch(text) for text in texts]
-        return sum(bool(f) and f[1] == g for f, g in zip(found, gold)) / len(gold)
-
-    def lenient(texts):
-        return sum(re.findall(r"\d+", text)[-1:] == [g] for text, g in zip(texts, gold)) / len(gold)
-
-    greedy, sampled = complete(model, tokenizer, prompts), complete(model, tokenizer, prompts, temperature=1.0)
-    primed = ["<reasoning>\n" + text for text in complete(model, tokenizer, [prompt + "<reasoning>\n" for prompt in prompts])]
-    length = lambda texts: sum(len(tokenizer.encode(text).ids) for text in texts) / len(texts)  # noqa: E731
-    return {
-        "greedy strict": strict(greedy), "greedy lenient": lenient(greedy),
-        "sampled strict": strict(sampled), "sampled lenient": lenient(sampled),
-        "primed greedy strict": strict(primed), "primed greedy lenient": lenient(primed),
-        "prompt tokens": length(prompts), "completion tokens": length(sampled), "tokens in the form": length(primed),
-    }
+def measure(folder, rows):
+    """Exact match of greedy, sampled and primed completions, sampled and graded as the trainer does it, and their mean lengths in tokens."""
+    model, tokenizer, _ = mlx_grpo.open_model(str(folder))
+    gold = [mlx_grpo.extract_hash_answer(row["answer"]) for row in rows]
+    keys, figures = [mlx_grpo.random_key("measure", i) for i in range(len(rows))], {}
+    for name, temperature, prefix in (("greedy", 0.0, ""), ("sampled", 1.0, ""), ("primed greedy", 0.0, "<reasoning>\n")):
+        prompts = [mlx_grpo.build_prompt(tokenizer, row["question"], SYSTEM_PROMPT, prefix) for row in rows]
+        sampling = mlx_grpo.Sampling(temperature)
+        rollout = mlx_grpo.generate(model, tokenizer, prompts, sampling=sampling, max_new_tokens=96, stop_strings=["</answer>"], keys=keys)
+        hits = [mlx_grpo.grade(prefix + text, answer) for text, answer in zip(rollout.texts, gold)]
+        figures[f"{name} strict"], figures[f"{name} lenient"] = np.mean(hits, axis=0)
+        figures[f"{name} prompt tokens"], figures[f"{name} completion tokens"] = fmean(map(len, prompts)), fmean(map(len, rollout.completions))
+    return figures
 
 
 def write_jsonl(path, rows):
@@ -403,7 +369,7 @@ def main():
     print(f"{sum(v.size for _, v in tree_flatten(model.parameters()))} parameters", flush=True)
     pretrain(model, tokens, steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed)
     save_model(args.output / "model", model, tokenizer, config)
-    for name, value in measure(model, tokenizer, test).items():
+    for name, value in measure(args.output / "model", test).items():
         print(f"{name}: {value:.3f}")
     print(f"done in {time.perf_counter() - start:.0f} s")
 
