@@ -92,19 +92,18 @@ def checkpointed(call):
         if not layer.training:
             return call(layer, *args, **kwargs)
         cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch")), None)
-        before = dict(vars(cache)) if cache is not None else {}
+        state = {} if cache is None else vars(cache)
+        before = dict(state)
 
         def run(parameters, stored, args, kwargs):
             layer.update(parameters)
-            if cache is not None:  # as it was: the backward pass comes here a second time
-                vars(cache).update(before | stored)
+            state.update(before | stored)  # as it was: the backward pass comes here a second time
             out = call(layer, *args, **kwargs)
-            return out, {name: getattr(cache, name) for name in stored}
+            return out, {name: state[name] for name in stored}
 
         stored = {name: before[name] for name in ("keys", "values") if name in before}
         out, stored = mx.checkpoint(run)(layer.trainable_parameters(), stored, args, kwargs)
-        if cache is not None:
-            vars(cache).update(stored)
+        state.update(stored)
         return out
 
     # A class is changed for good, and for every model of the process: once is enough.

@@ -1,4 +1,4 @@
-"""What a run will hold in memory, by arithmetic, and the settings that fit smaller machines.
+"""What a run will hold in memory, by arithmetic, the settings that fit smaller machines, and the plan that is printed.
 
 The peak is what stays (weights, optimizer, reference) plus the larger of what the rollout and the update add to it.
 """
@@ -126,7 +126,7 @@ def work_of(trainer) -> Work:
         prompt=max(len(row["prompt_ids"]) for row in trainer.rows), completion=config.rollout_tokens,
         has_reference=trainer.reference is not None and not adapter_layers(model),
         micro_batch_tokens=config.micro_batch_tokens, grad_checkpoint=config.grad_checkpoint, head_chunk=trainer.head_chunk, lanes=lane_count(),
-        kv_budget=int(config.kv_budget_gb * 2**30) or memory_bytes() // 4,
+        kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ from tiny import ARCHITECTURES, tiny_model
 
 import fused_head
 import mlx_grpo
+from adapters import save_model
 from mlx_grpo import CompletionLogProbs, Group, MLXGRPOTrainer, left_pad, load_config
 
 PROMPTS = [[5, 6, 7, 8, 9], [20, 21], [30, 31, 32]]
@@ -271,15 +273,11 @@ def test_the_adapters_reference_is_the_base(tmp_path):
 
 
 def test_the_adapters_of_a_half_precision_model_are_as_it_is_but_for_dora(tmp_path):
-    from mlx_lm.utils import save_config
-
     model, tokenizer, config = mlx_grpo.open_model("starter/model")
     model.set_dtype(mx.bfloat16)
     folder = tmp_path / "half"
     folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    save_config(config, folder / "config.json")
-    tokenizer.save_pretrained(folder)
+    save_model(folder, model, tokenizer, config, Path("starter/model"), load_config())
     for kind, precision in (("lora", mx.bfloat16), ("dora", mx.float32)):
         trainer = trainer_of(tmp_path, f"model_name={folder}", f"fine_tune_type={kind}", "learning_rate=1e-4")
         adapters = trainer.trainable()
@@ -394,15 +392,12 @@ def test_the_final_model_opens_in_mlx_lm_with_the_policys_logits(tmp_path, extra
 
 
 def test_a_quantised_model_trains_through_adapters_only(tmp_path):
-    from mlx_lm.utils import save_config
-
     model, tokenizer, config = mlx_grpo.open_model("starter/model")
     nn.quantize(model, 32, 4, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0)
     folder = tmp_path / "q4"
     folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    save_config({**config, "quantization": {"group_size": 32, "bits": 4}}, folder / "config.json")
-    tokenizer.save_pretrained(folder)
+    config["quantization"] = {"group_size": 32, "bits": 4}
+    save_model(folder, model, tokenizer, config, Path("starter/model"), load_config())
     with pytest.raises(mlx_grpo.UserError, match="is quantised and cannot be trained in full"):
         trainer_of(tmp_path, f"model_name={folder}", "fine_tune_type=full")
     trainer, records = run_and_read(tmp_path, "qlora", f"model_name={folder}", "max_train_samples=6")
