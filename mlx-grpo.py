@@ -19,8 +19,9 @@ evaluation, trainer, command line. What is not the algorithm lies beside it: set
 (models and datasets, local or from the hub), tiktoken_wrapper.py (nanochat's tokenizer), adapters.py (LoRA layers, merged and
 saved), answers.py (answers, found and compared), scoring.py (reward functions, found and called), kv_cache.py (prompts computed
 once, padded rows), batching.py (an update as padded arrays), fused_head.py (log-probs without the logits in memory),
-resuming.py (a trainer's state on disk), run_directory.py (files of a run, errors), memory_plan.py (what a run will hold),
-monitoring.py (terminal, trackers), ranks.py (several processes), fast_blas.py and lanes.py (MLX on CPUs).
+decoding.py (the next ids of a batch), resuming.py (a trainer's state on disk), run_directory.py (files of a run, errors),
+memory_plan.py (what a run will hold), monitoring.py (terminal, trackers), ranks.py (several processes), fast_blas.py,
+cpu_kernels.py and lanes.py (MLX on CPUs).
 
 Shapes are written where an array is born:
 
@@ -32,6 +33,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gc
 import hashlib
 import json
@@ -47,6 +49,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fast_blas import BLAS  # ahead of MLX
+import cpu_kernels  # noqa: F401  in the place of MLX's own, on a CPU
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -56,8 +59,9 @@ from mlx.utils import tree_flatten, tree_map
 from adapters import adapter_layers, fused, shared_copy, without_adapters
 from answers import extract_hash_answer, extract_xml_answer, grade, parse_number  # noqa: F401  users import the first from here
 from batching import bucket, left_pad, micro_batches
+from decoding import CompiledDecoder, Decoder, JoinedDecoder, Row, decode
 from fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
-from kv_cache import can_pad, checkpointed, kv_bytes_per_token, map_rows, prefill
+from kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
 from lanes import lane_count, lanes, spread
 from loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
 from memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
@@ -166,7 +170,7 @@ class MLXGRPOConfig:
     adam_beta2: float = 0.999
     weight_decay: float = 0.0  # decoupled, as in AdamW
     max_nan_updates: int = 3  # updates in a row with a non-finite gradient before the run stops
-    use_compile: bool = True  # mx.compile the training step
+    use_compile: bool = True  # mx.compile the training step and, on a CPU, the rollout's
     # Evaluation
     eval_steps: int = 50  # updates between evaluations on the held-out split; 0: only before and after
     eval_samples: int = 200  # rows of the held-out split, a fixed choice; 0 for all
@@ -257,6 +261,11 @@ class MLXGRPOConfig:
     def off_policy_sampler(self) -> bool:
         """Whether completions come from another distribution than the policy's: other weights, or a filtered one."""
         return self.quantize_for_rollouts or self.sync_every > 1 or bool(self.sampling_filters)
+
+    @property
+    def sampling(self) -> "Sampling":
+        """How a rollout draws."""
+        return Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty)
 
     @property
     def sampling_filters(self) -> list[str]:
@@ -468,7 +477,6 @@ BUILT_IN_REWARDS = {name: function for name, function in globals().items() if na
 # Rollout
 # ---------------------------------------------------------------------------------------------------------------
 
-DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
 LANE_ROWS = 16  # rows that a lane must have to decode to be worth it
 
 
@@ -528,92 +536,25 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
     return ids, mx.log(mx.take_along_axis(probs, ids[:, None], axis=-1)[:, 0])
 
 
-class Row:
-    """One completion while it is being decoded."""
-
-    def __init__(self, tokenizer, stop_strings, max_tokens):
-        self.tokenizer, self.stop_strings, self.max_tokens = tokenizer, stop_strings, max_tokens
-        self.ids, self.logps, self.finish_reason = [], [], ""
-
-    def take(self, ids: list[int], logps: list[float]) -> None:
-        """Append a block of ids, up to and including the one that ends the row."""
-        before = len(self.ids)
-        room = self.max_tokens - before
-        ends = [i for i, token in enumerate(ids[:room]) if token in self.tokenizer.eos_token_ids]
-        taken = ends[0] + 1 if ends else min(len(ids), room)
-        self.finish_reason = "eos" if ends else "length" if taken == room else ""
-        self.ids += ids[:taken]
-        tail = max(0, before - 16)  # a stop string may have begun in the block before
-        if any(stop in self.tokenizer.decode(self.ids[tail:]) for stop in self.stop_strings):
-            end = next(
-                n for n in range(before + 1, len(self.ids) + 1)
-                if any(stop in self.tokenizer.decode(self.ids[tail:n]) for stop in self.stop_strings)
-            )
-            taken, self.finish_reason = end - before, "stop"
-            del self.ids[end:]
-        self.logps += logps[:taken]
-
-
-def decode(model, tokens: mx.array, pads: mx.array | None, rows: list[Row], uniforms: mx.array, sampling: Sampling):
-    """Decode the completions of P prompts as one batch into `rows` (P*G), leaving out rows as they finish.
-
-    tokens: (P, L), pads: (P,) or None, uniforms: (P*G, T) in [0, 1), one a position. Yields each position's arrays, of
-    which the caller starts the evaluation: the device runs ahead while the next position's graph is built.
-    """
-    from mlx_lm.models.cache import make_prompt_cache
-
-    repeats = len(rows) // tokens.shape[0]
-    # A cache whose state cannot be set has its prompts computed once a row, and keeps finished rows to the end.
-    settable = all(type(layer).state.fset for layer in make_prompt_cache(model))
-    if not settable:
-        tokens, repeats = mx.repeat(tokens, repeats, axis=0), 1
-    cache = prefill(model, tokens, pads, repeats)
-    last = mx.repeat(tokens[:, -1:], repeats, axis=0)  # (N, 1)
-    seen, position, unread = None, 0, []
-    ahead = int(mx.default_device() == mx.gpu)  # blocks a GPU decodes while the host reads the one before
-    while not all(row.finish_reason for row in rows):
-        ids, logps = [], []
-        for _ in range(min(DECODE_BLOCK, uniforms.shape[1] - position)):
-            logits = model(last, cache=cache)[:, -1]  # (N, V)
-            if sampling.repetition_penalty != 1.0:
-                if seen is None:  # the last id stands in for the padding: it is seen anyway
-                    real = mx.where(mx.arange(tokens.shape[1]) < (0 if pads is None else pads[:, None]), tokens[:, -1:], tokens)
-                    real = mx.repeat(real, repeats, axis=0)
-                    seen = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), real, mx.array(True), axis=-1)
-                seen = mx.put_along_axis(seen, last, mx.array(True), axis=-1)
-            token, logp = sample(logits, uniforms[:, position], sampling, seen)
-            last = token[:, None]
-            yield token, logp
-            ids.append(token)
-            logps.append(logp)
-            position += 1
-        if ids:
-            unread.append((rows, mx.stack(ids, axis=1), mx.stack(logps, axis=1)))
-            mx.async_eval(unread[-1][1:])
-        if len(unread) <= ahead and position < uniforms.shape[1]:
-            continue
-        block_rows, block_ids, block_logps = unread.pop(0)
-        for row, row_ids, row_logps in zip(block_rows, block_ids.tolist(), block_logps.tolist()):  # the one host sync of the block
-            if not row.finish_reason:
-                row.take(row_ids, row_logps)
-        going = [i for i, row in enumerate(rows) if not row.finish_reason]
-        if settable and 0 < len(going) < len(rows):
-            rows, keep = [rows[i] for i in going], mx.array(going, dtype=mx.int32)
-            map_rows(cache, lambda x: x[keep])
-            last, uniforms, seen = last[keep], uniforms[keep], None if seen is None else seen[keep]
+def make_decoder(model, sampling: Sampling, use_compile: bool = True) -> Decoder:
+    """What draws the next ids, as is fastest on this device."""
+    compiled = use_compile and mx.default_device() == mx.cpu and can_pad(model) and compile_works()
+    kind = CompiledDecoder if compiled else JoinedDecoder if on_cuda() else Decoder
+    return kind(model, lambda logits, uniforms, seen: sample(logits, uniforms, sampling, seen))
 
 
 def generate(
     model, tokenizer, prompts, *, sampling=Sampling(), max_new_tokens=512, num_generations=1, stop_strings=(), keys=None,
-    kv_budget=None, most_rows=None, progress=None,
+    kv_budget=None, most_rows=None, progress=None, decoder=None,
 ) -> Rollout:
     """Complete each of B prompts (lists of ids) num_generations times.
 
     keys: (B, 2) random keys, one a prompt; a prompt's completions depend on its key and not on its company. Not
     needed at temperature 0. kv_budget: bytes of KV cache, most_rows: completions at a time; prompts beyond them wait for
-    the next batch. progress: called with the number of prompts done. Models whose caches cannot be padded decode prompts
-    of equal length together.
+    the next batch. progress: called with the number of prompts done. decoder: make_decoder's for this model and sampling,
+    where it is kept from call to call. Models whose caches cannot be padded decode prompts of equal length together.
     """
+    decoder = decoder or make_decoder(model, sampling)
     row = lambda: Row(tokenizer, stop_strings, max_new_tokens)  # noqa: E731
     rows = [[row() for _ in range(num_generations)] for _ in prompts]
     padded = can_pad(model)
@@ -636,7 +577,8 @@ def generate(
                 else:
                     uniforms = mx.zeros((len(part) * num_generations, max_new_tokens))
                 equal = len({len(prompts[i]) for i in part}) == 1  # without padding attention needs no mask
-                running.append((stream, decode(model, tokens, None if equal else pads, [r for i in part for r in rows[i]], uniforms, sampling)))
+                penalised = sampling.repetition_penalty != 1.0
+                running.append((stream, decode(decoder, tokens, None if equal else pads, [r for i in part for r in rows[i]], uniforms, penalised)))
             while running:  # one position of each
                 started = []
                 for stream, positions in running:
@@ -954,10 +896,11 @@ EVALUATION_ROWS = 32  # at a time, where a rollout has fewer
 
 def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None, ranks: Ranks = ALONE) -> dict:
     """Greedy exact match over `rows` ({"prompt", "answer"}): em_strict, em_lenient, their intervals and every text."""
-    mine = ranks.share(rows)
+    mine, greedy = ranks.share(rows), Sampling(temperature=0.0)
     prompts = [build_prompt(tokenizer, r["prompt"], config.system_prompt, config.completion_prefix) for r in mine]
     rollout = generate(
-        model, tokenizer, prompts, sampling=Sampling(temperature=0.0), stop_strings=config.stop_strings, progress=progress,
+        model, tokenizer, prompts, sampling=greedy, stop_strings=config.stop_strings, progress=progress,
+        decoder=make_decoder(model, greedy, config.use_compile),
         max_new_tokens=config.eval_max_new_tokens or config.max_completion_length, kv_budget=int(config.kv_budget_gb * 2**30),
         # No more rows than a rollout has on this rank: it takes no more memory.
         most_rows=max(EVALUATION_ROWS, config.batch_size * config.num_generations // ranks.size),
@@ -1073,6 +1016,7 @@ class MLXGRPOTrainer:
         self.synced = {}  # the sampler's weights, where they are not those of the policy
         if not self.quantize_rollouts and self.config.sync_every == 1:
             self.sampler = self.model
+            self.decoder = make_decoder(self.model, self.config.sampling, self.config.use_compile)
             return
         now = self.trainable()
         weights = weights or now
@@ -1085,6 +1029,7 @@ class MLXGRPOTrainer:
             fits = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % self.config.group_size == 0  # noqa: E731
             nn.quantize(self.sampler, self.config.group_size, self.config.bits, class_predicate=fits)
         mx.eval(self.sampler.parameters())
+        self.decoder = make_decoder(self.sampler, self.config.sampling, self.config.use_compile)
 
     # Rollout and rewards
 
@@ -1116,7 +1061,7 @@ class MLXGRPOTrainer:
         self.sampler.eval()
         rollout = generate(
             self.sampler, self.tokenizer, [row["prompt_ids"] for row in rows],
-            sampling=Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.repetition_penalty),
+            sampling=config.sampling, decoder=self.decoder,
             max_new_tokens=config.rollout_tokens, num_generations=config.num_generations, stop_strings=config.stop_strings,
             keys=[random_key(config.seed, "rollout", number) for number, _ in drawn], kv_budget=int(config.kv_budget_gb * 2**30),
         )  # fmt: skip
@@ -1478,6 +1423,7 @@ def nan_mean(values: np.ndarray) -> float | None:
     return float(known.mean()) if known.size else None
 
 
+@functools.cache
 def compile_works() -> bool:
     """Whether mx.compile can be used: on Linux CPUs it needs a C++ compiler at run time."""
     if mx.default_device() == mx.gpu or sys.platform != "linux" or shutil.which("g++"):

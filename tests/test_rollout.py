@@ -1,11 +1,16 @@
 """The rollout's log-probs are those of one full forward; padding, company and batching change nothing."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_map
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny import ARCHITECTURES, LetterTokenizer, tiny_model
 
+import decoding
 import kv_cache
+import lanes
 import mlx_grpo
 from mlx_grpo import Sampling, generate, random_key
 
@@ -157,3 +162,51 @@ def test_a_cache_whose_state_cannot_be_set_gives_the_same_completions():
         assert roll(model).completions == expected.completions
     finally:
         del type(model).make_cache
+
+
+@pytest.mark.parametrize("kind", [decoding.Decoder, decoding.CompiledDecoder, decoding.JoinedDecoder])
+@pytest.mark.parametrize("options", [{}, {"sampling": Sampling(repetition_penalty=1.3)}, {"stop_strings": ["*"]}])
+def test_every_decoder_draws_the_same(kind, options):
+    model = tiny_model("qwen2")
+    expected = roll(model, prompts=[*PROMPTS, [7]], g=4, tokens=90, decoder=decoder_of(decoding.Decoder, model, **options), **options)
+    again = roll(model, prompts=[*PROMPTS, [7]], g=4, tokens=90, decoder=decoder_of(kind, model, **options), **options)
+    assert again.completions == expected.completions and again.finish_reasons == expected.finish_reasons
+    for a, b in zip(again.sampler_logps, expected.sampler_logps):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def decoder_of(kind, model, sampling=Sampling(), **rest):
+    return kind(model, lambda logits, uniforms, seen: mlx_grpo.sample(logits, uniforms, sampling, seen))
+
+
+def test_a_kept_decoder_sees_the_weights_as_they_are():
+    for kind in (decoding.CompiledDecoder, decoding.JoinedDecoder):
+        model = tiny_model("qwen2")
+        decoder = decoder_of(kind, model)
+        before = roll(model, decoder=decoder)
+        model.update(tree_map(lambda w: 1.5 * w, model.parameters()))
+        after = roll(model, decoder=decoder)
+        assert before.completions != after.completions
+        assert after.completions == roll(model, decoder=decoder_of(decoding.Decoder, model)).completions
+
+
+def test_a_compiled_position_is_traced_once_for_each_shape(monkeypatch):
+    monkeypatch.setattr(lanes, "cores", lambda: 1)
+    model, traced = tiny_model("qwen2"), []
+    decoder = decoding.CompiledDecoder(model, lambda logits, uniforms, seen: (traced.append(logits.shape), mlx_grpo.sample(logits, uniforms, Sampling(), seen))[1])
+    for seed in range(3):
+        roll(model, g=1, tokens=40, seed=seed, decoder=decoder)
+    assert len(traced) == len(set(traced)) <= 5  # 4, 3, 2 and 1 rows; 64 positions hold all
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_layers_of_one_input_are_one_product_unless_they_differ(bits):
+    model = tiny_model("qwen2")
+    if bits:
+        nn.quantize(model, 32, bits, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0)
+    one = decoding.joined(model)
+    attention, ids = one.layers[0].self_attn, mx.array([[5, 6, 7]])
+    assert "q_proj" not in attention.children() and "o_proj" in attention.children()
+    np.testing.assert_allclose(np.array(one(ids)), np.array(model(ids)), atol=1e-5)
+    linear_to_lora_layers(model, 1, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]})
+    assert "q_proj" in decoding.joined(model).layers[-1].self_attn.children()

@@ -1,0 +1,220 @@
+"""Decoding: the completions of a batch of prompts, position by position; rows leave as they finish.
+
+What a position costs beside its arithmetic depends on the device, and so there is a decoder for each.
+"""
+
+import copy
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from adapters import shared_copy
+from batching import bucket
+from kv_cache import map_rows, prefill
+
+DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
+STEP_OF_ROWS = 0.75  # rows leave in steps to this share of them: few batch sizes are met
+STEP_OF_POSITIONS = 64  # by which buffers of fixed length grow, at the least
+
+
+class Row:
+    """One completion while it is being decoded."""
+
+    def __init__(self, tokenizer, stop_strings, max_tokens):
+        self.tokenizer, self.stop_strings, self.max_tokens = tokenizer, stop_strings, max_tokens
+        self.ids, self.logps, self.finish_reason = [], [], ""
+
+    def take(self, ids: list[int], logps: list[float]) -> None:
+        """Append a block of ids, up to and including the one that ends the row."""
+        before = len(self.ids)
+        room = self.max_tokens - before
+        ends = [i for i, token in enumerate(ids[:room]) if token in self.tokenizer.eos_token_ids]
+        taken = ends[0] + 1 if ends else min(len(ids), room)
+        self.finish_reason = "eos" if ends else "length" if taken == room else ""
+        self.ids += ids[:taken]
+        tail = max(0, before - 16)  # a stop string may have begun in the block before
+        if any(stop in self.tokenizer.decode(self.ids[tail:]) for stop in self.stop_strings):
+            end = next(
+                n for n in range(before + 1, len(self.ids) + 1)
+                if any(stop in self.tokenizer.decode(self.ids[tail:n]) for stop in self.stop_strings)
+            )
+            taken, self.finish_reason = end - before, "stop"
+            del self.ids[end:]
+        self.logps += logps[:taken]
+
+
+class Decoder:
+    """Draws the next id of every row of a batch.
+
+    draw: logits (N, V), uniforms (N,) and which ids each row has `seen`, (N, V) or None -> ids (N,), log-probs (N,).
+    """
+
+    def __init__(self, model, draw):
+        self.model, self.draw = model, draw
+
+    def start(self, tokens, pads, repeats):
+        """The KV cache of all ids but the last of the prompts (P, L), `repeats` rows each."""
+        return prefill(self.model, tokens, pads, repeats)
+
+    def __call__(self, cache, last, uniforms, seen):
+        """The ids (N,) that follow `last` (N, 1), their log-probs (N,), and what is seen then."""
+        logits = self.model(last, cache=cache)[:, -1]
+        if seen is not None:
+            seen = mx.put_along_axis(seen, last, mx.array(True), axis=-1)
+        return (*self.draw(logits, uniforms, seen), seen)
+
+    def keep(self, cache, rows) -> None:
+        map_rows(cache, lambda x: x[rows])
+
+
+class CompiledDecoder(Decoder):
+    """The same, compiled once for each number of rows and length of buffers. To be kept: it knows what it has compiled."""
+
+    def __init__(self, model, draw):
+        super().__init__(model, draw)
+
+        def position(filled, pads, layers, *rest):
+            cache = [FixedKVCache(*layer, filled, pads) for layer in layers]
+            return super(CompiledDecoder, self).__call__(cache, *rest), [(layer.keys, layer.values) for layer in cache]
+
+        self.position = mx.compile(position, inputs=[model.state])
+
+    def start(self, tokens, pads, repeats):
+        length = tokens.shape[1] - 1
+        # One-id prompts leave nothing in a cache; the shapes are those of another id.
+        cache = super().start(tokens if length else mx.repeat(tokens, 2, axis=1), pads, repeats)
+        layers = [tuple(x[:, :, :length] for x in layer.keys_and_values()) for layer in cache]
+        return {"length": length, "pads": None if pads is None else mx.repeat(pads, repeats), "layers": layers}
+
+    def __call__(self, cache, *rest):
+        room = bucket(cache["length"] + 1, STEP_OF_POSITIONS) - cache["layers"][0][0].shape[2]
+        if room > 0:
+            cache["layers"] = tree_map(lambda x: mx.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), cache["layers"])
+        drawn, cache["layers"] = self.position(mx.array(cache["length"]), cache["pads"], cache["layers"], *rest)
+        cache["length"] += 1
+        return drawn
+
+    def keep(self, cache, rows) -> None:
+        cache.update(tree_map(lambda x: x[rows] if isinstance(x, mx.array) else x, cache))
+
+
+class JoinedDecoder(Decoder):
+    """The same with layers of one input as one product: few rows take a GPU less time than its host takes to launch kernels."""
+
+    def start(self, tokens, pads, repeats):
+        model = joined(self.model)  # of the weights as they are now, and gone with the batch
+        return model, prefill(model, tokens, pads, repeats)
+
+    def __call__(self, state, *rest):
+        model, cache = state
+        return Decoder(model, self.draw)(cache, *rest)
+
+    def keep(self, state, rows) -> None:
+        super().keep(state[1], rows)
+
+
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what models call them, and in which order
+
+
+def joined(model):
+    """A second module tree in which linear layers of one input are one layer; it shares all other arrays."""
+    model = shared_copy(model)
+    for module in model.modules():
+        for names in ONE_INPUT:
+            layers = [module.get(name) for name in names]
+            alike = len({(type(layer), getattr(layer, "bits", None), getattr(layer, "group_size", None)) for layer in layers}) == 1
+            if alike and type(layers[0]) in (nn.Linear, nn.QuantizedLinear):
+                for name, part in zip(names, parts_of(layers)):
+                    setattr(module, name, part)
+    return model
+
+
+def parts_of(layers: list[nn.Module]) -> list:
+    """Functions that give what each of `layers` gives, from one product: the first computes it, the others follow at once."""
+    whole, ends, results = copy.copy(layers[0]), [], []
+    whole.update({name: mx.concatenate([layer[name] for layer in layers]) for name in layers[0].parameters()})
+    for layer in layers[:-1]:
+        ends.append(layer.weight.shape[0] + (ends[-1] if ends else 0))
+
+    def first(x):
+        results.extend(mx.split(whole(x), ends, axis=-1))
+        return results.pop(0)
+
+    return [first] + [lambda x: results.pop(0)] * (len(layers) - 1)
+
+
+class FixedKVCache:
+    """A layer's KV in buffers (N, H, S, D) of which `filled` positions are: a position is the same computation as the next.
+
+    filled: (), pads: the padding before each row, (N,), or None.
+    """
+
+    def __init__(self, keys, values, filled, pads):
+        self.keys, self.values, self.filled, self.pads = keys, values, filled, pads
+        self.offset = filled if pads is None else filled - pads
+
+    def update_and_fetch(self, keys, values):
+        start = self.filled.reshape(1)
+        self.keys = mx.slice_update(self.keys, keys, start, axes=(2,))
+        self.values = mx.slice_update(self.values, values, start, axes=(2,))
+        return self.keys, self.values
+
+    def make_mask(self, N, **kwargs):
+        places = mx.arange(self.keys.shape[2])
+        seen = places <= self.filled
+        if self.pads is not None:
+            seen = seen & (places >= self.pads[:, None])
+        return seen.reshape(-1, 1, 1, places.size)
+
+
+def decode(decoder: Decoder, tokens: mx.array, pads: mx.array | None, rows: list[Row], uniforms: mx.array, penalised: bool):
+    """Decode the completions of P prompts as one batch into `rows` (P*G), leaving out rows as they finish.
+
+    tokens: (P, L), pads: (P,) or None, uniforms: (P*G, T) in [0, 1), one a position; penalised: whether the ids of each
+    row are kept in mind. Yields each position's arrays, of which the caller starts the evaluation: the device runs ahead
+    while the next position's graph is built.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    repeats = len(rows) // tokens.shape[0]
+    # A cache whose state cannot be set has its prompts computed once a row, and keeps finished rows to the end.
+    settable = all(type(layer).state.fset for layer in make_prompt_cache(decoder.model))
+    if not settable:
+        tokens, repeats = mx.repeat(tokens, repeats, axis=0), 1
+    cache = decoder.start(tokens, pads, repeats)
+    last = mx.repeat(tokens[:, -1:], repeats, axis=0)  # (N, 1)
+    seen = None
+    if penalised:  # the last id stands in for the padding: it is seen anyway
+        real = mx.where(mx.arange(tokens.shape[1]) < (0 if pads is None else pads[:, None]), tokens[:, -1:], tokens)
+        vocabulary = decoder.model(last).shape[-1]
+        seen = mx.put_along_axis(mx.zeros((len(rows), vocabulary), mx.bool_), mx.repeat(real, repeats, axis=0), mx.array(True), axis=-1)
+    position, unread = 0, []
+    ahead = int(mx.default_device() == mx.gpu)  # blocks a GPU decodes while the host reads the one before
+    while not all(row.finish_reason for row in rows):
+        ids, logps = [], []
+        for _ in range(min(DECODE_BLOCK, uniforms.shape[1] - position)):
+            token, logp, seen = decoder(cache, last, uniforms[:, position], seen)
+            last = token[:, None]
+            yield token, logp
+            ids.append(token)
+            logps.append(logp)
+            position += 1
+        if ids:
+            unread.append((rows, mx.stack(ids, axis=1), mx.stack(logps, axis=1)))
+            mx.async_eval(unread[-1][1:])
+        if len(unread) <= ahead and position < uniforms.shape[1]:
+            continue
+        block_rows, block_ids, block_logps = unread.pop(0)
+        for row, row_ids, row_logps in zip(block_rows, block_ids.tolist(), block_logps.tolist()):  # the one host sync of the block
+            if not row.finish_reason:
+                row.take(row_ids, row_logps)
+        going = sum(not row.finish_reason for row in rows)
+        size = len(rows)
+        while 0 < going <= int(STEP_OF_ROWS * size):
+            size = int(STEP_OF_ROWS * size)
+        if settable and size < len(rows):
+            order = sorted(range(len(rows)), key=lambda i: bool(rows[i].finish_reason))[:size]
+            rows, keep = [rows[i] for i in order], mx.array(order, dtype=mx.int32)
+            decoder.keep(cache, keep)
+            last, uniforms, seen = last[keep], uniforms[keep], None if seen is None else seen[keep]
