@@ -36,7 +36,7 @@ class Work:
     item: int  # bytes of one weight or activation
     hidden: int
     wide: int  # width of the feed-forward layer
-    heads: int  # attention heads whose scores are kept for the backward pass: 0 where attention is fused
+    scores: int  # attention's numbers kept for the backward pass, of a position and a key: 0 where it is fused
     layers: int
     vocabulary: int
     kv_per_token: int  # KV cache of one position of one row, over all layers
@@ -57,7 +57,7 @@ def plan(work: Work) -> dict[str, int]:
     """Bytes by purpose, and their "peak".
 
     A layer keeps for its backward pass, of each position, about 8 numbers of the hidden width, 4 of the feed-forward
-    width, and unfused attention twice its scores. With gradient checkpointing it keeps its input alone, and one layer
+    width, and unfused attention its scores: twice by MLX, once by cpu_kernels.py. With gradient checkpointing it keeps its input alone, and one layer
     at a time is computed again. A shared prompt's KV is kept once a row.
     """
     length = work.prompt + work.completion
@@ -67,7 +67,7 @@ def plan(work: Work) -> dict[str, int]:
     fits = work.micro_batch_tokens // group * group or max(work.micro_batch_tokens, length)  # groups go whole where they can
     positions = min(fits, whole)
     answers = positions * work.rows * work.completion // whole
-    layer = 8 * work.hidden + 4 * work.wide + 2 * work.heads * length
+    layer = 8 * work.hidden + 4 * work.wide + work.scores * length
     kept = work.layers * work.hidden + layer if work.grad_checkpoint else work.layers * layer
     prefixes = work.kv_per_token * work.prompt * (answers // work.completion) if work.shares_prompts else 0
     masters = work.trained * 4 if work.item < 4 else 0
@@ -116,10 +116,11 @@ def work_of(trainer) -> Work:
     config, model, args = trainer.config, trainer.model, trainer.model.args
     arrays = [p for _, p in tree_flatten(model.parameters())]
     hidden = getattr(args, "hidden_size", 1024)
+    times_kept = 0 if on_cuda() else 2 if mx.default_device() == mx.gpu else 1
     return Work(
         weights=sum(p.nbytes for p in arrays), trained=sum(p.size for p in trainer.trainable().values()),
         item=2 if any(p.dtype in (mx.bfloat16, mx.float16) for p in arrays) else 4, hidden=hidden,
-        wide=getattr(args, "intermediate_size", 4 * hidden), heads=0 if on_cuda() else getattr(args, "num_attention_heads", 16),
+        wide=getattr(args, "intermediate_size", 4 * hidden), scores=times_kept * getattr(args, "num_attention_heads", 16),
         layers=len(model.layers), vocabulary=getattr(args, "vocab_size", 1), kv_per_token=kv_bytes_per_token(model),
         rows=-(-trainer.prompts_per_update // trainer.ranks.size) * config.num_generations, generations=config.num_generations,
         shares_prompts=trainer.log_probs.shares_padded,

@@ -9,7 +9,7 @@ from test_training import trainer_of
 from memory_plan import GB, Work, plan, suggestions, work_of
 
 WORK = Work(
-    weights=1000, trained=250, item=4, hidden=10, wide=20, heads=2, layers=3, vocabulary=50, kv_per_token=6, rows=8, generations=4,
+    weights=1000, trained=250, item=4, hidden=10, wide=20, scores=4, layers=3, vocabulary=50, kv_per_token=6, rows=8, generations=4,
     shares_prompts=True, prompt=5, completion=10, has_reference=False, micro_batch_tokens=10**6, grad_checkpoint=False,
     head_chunk=10**6, lanes=1, kv_budget=10**6,
 )  # fmt: skip
@@ -18,7 +18,7 @@ WORK = Work(
 def test_a_plan_by_hand():
     parts = plan(WORK)
     positions = 2 * 5 + 8 * 10  # two prompts once, eight completions
-    assert parts["activations"] == positions * 3 * (80 + 80 + 2 * 2 * 15) * 4 + 8 * 5 * 6  # and the prompts' KV for each row
+    assert parts["activations"] == positions * 3 * (80 + 80 + 4 * 15) * 4 + 8 * 5 * 6  # and the prompts' KV for each row
     assert parts["optimizer"] == 2000 and parts["gradients"] == 1000 and parts["KV cache"] == 8 * 15 * 6
     assert parts["head"] == 20 * 80 * 50
     assert parts["peak"] == 3000 + 1000 + parts["activations"] + parts["head"]
@@ -33,7 +33,7 @@ def test_half_precision_keeps_master_weights_and_checkpointing_one_layer():
 
 
 def test_smaller_machines_get_harder_settings():
-    large = replace(WORK, weights=3 * GB, trained=3 * GB // 2, item=2, layers=28, hidden=1536, wide=8960, heads=12, vocabulary=150_000,
+    large = replace(WORK, weights=3 * GB, trained=3 * GB // 2, item=2, layers=28, hidden=1536, wide=8960, scores=24, vocabulary=150_000,
                     kv_per_token=28_672, rows=64, generations=8, prompt=200, completion=512, micro_batch_tokens=16384,
                     head_chunk=2**25, kv_budget=4 * GB)  # fmt: skip
     lines = suggestions(large)
