@@ -4,9 +4,11 @@ What a position costs beside its arithmetic depends on the device, and so there 
 """
 
 import copy
+import functools
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map
 
 from adapters import shared_copy
@@ -114,7 +116,7 @@ class JoinedDecoder(Decoder):
         super().keep(state[1], rows)
 
 
-ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what models call them, and in which order
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what models call them
 
 
 def joined(model):
@@ -125,23 +127,30 @@ def joined(model):
             layers = [module.get(name) for name in names]
             alike = len({(type(layer), getattr(layer, "bits", None), getattr(layer, "group_size", None)) for layer in layers}) == 1
             if alike and type(layers[0]) in (nn.Linear, nn.QuantizedLinear):
-                for name, part in zip(names, parts_of(layers)):
-                    setattr(module, name, part)
+                product = Product(layers)
+                for number, name in enumerate(names):
+                    setattr(module, name, functools.partial(product, number))
     return model
 
 
-def parts_of(layers: list[nn.Module]) -> list:
-    """Functions that give what each of `layers` gives, from one product: the first computes it, the others follow at once."""
-    whole, ends, results = copy.copy(layers[0]), [], []
-    whole.update({name: mx.concatenate([layer[name] for layer in layers]) for name in layers[0].parameters()})
-    for layer in layers[:-1]:
-        ends.append(layer.weight.shape[0] + (ends[-1] if ends else 0))
+class Product:
+    """What each of some linear layers gives for an input, from one product for all of them.
 
-    def first(x):
-        results.extend(mx.split(whole(x), ends, axis=-1))
-        return results.pop(0)
+    The first that is asked computes it. A model may ask in any order, leave one out, or give one another input.
+    """
 
-    return [first] + [lambda x: results.pop(0)] * (len(layers) - 1)
+    def __init__(self, layers: list[nn.Module]):
+        self.whole, self.ends = copy.copy(layers[0]), np.cumsum([layer.weight.shape[0] for layer in layers])[:-1].tolist()
+        self.whole.update({name: mx.concatenate([layer[name] for layer in layers]) for name in layers[0].parameters()})
+        self.input, self.parts = None, {}
+
+    def __call__(self, number: int, x):
+        if x is not self.input or number not in self.parts:
+            self.input, self.parts = x, dict(enumerate(mx.split(self.whole(x), self.ends, axis=-1)))
+        part = self.parts.pop(number)
+        if not self.parts:
+            self.input = None
+        return part
 
 
 class FixedKVCache:

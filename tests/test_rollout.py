@@ -210,3 +210,17 @@ def test_layers_of_one_input_are_one_product_unless_they_differ(bits):
     np.testing.assert_allclose(np.array(one(ids)), np.array(model(ids)), atol=1e-5)
     linear_to_lora_layers(model, 1, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]})
     assert "q_proj" in decoding.joined(model).layers[-1].self_attn.children()
+
+
+def test_joined_layers_may_be_asked_in_any_order_with_any_input():
+    layers = [nn.Linear(8, width) for width in (4, 6, 2)]
+    product, (x, y) = decoding.Product(layers), mx.random.normal((2, 3, 8))
+    for number, given in ((2, x), (0, x), (1, y), (1, y), (0, x), (1, x), (2, x), (2, x)):
+        np.testing.assert_allclose(np.array(product(number, given)), np.array(layers[number](given)), atol=1e-6)
+    assert product.input is x  # of the last: two parts are still to be taken
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_joined_layers_leave_every_architecture_as_it_is(name):
+    model, ids = tiny_model(name), mx.array([[5, 6, 7, 8]])
+    np.testing.assert_allclose(np.array(decoding.joined(model)(ids)), np.array(model(ids)), atol=1e-4)
