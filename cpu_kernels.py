@@ -9,15 +9,12 @@ import functools
 import mlx.core as mx
 import numpy as np
 
-from fused_head import exp
+import fused_head
 
 MLX_ATTENTION, MLX_ROPE = mx.fast.scaled_dot_product_attention, mx.fast.rope
 
 
-@mx.custom_function
-def softmax(scores):
-    powers = exp(scores - scores.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+softmax = mx.custom_function(fused_head.softmax)
 
 
 @softmax.vjp
@@ -28,7 +25,7 @@ def softmax_vjp(scores, cotangent, probs):
 
 def attention(queries, keys, values, *, scale, mask=None, sinks=None, **kwargs):
     """softmax(q k^T * scale) v of queries (N, H, L, D), keys and values (N, K, S, D); the H / K heads of one key go as one product."""
-    if queries.dtype != mx.float32 or sinks is not None:
+    if queries.dtype != mx.float32 or sinks is not None or kwargs:
         return MLX_ATTENTION(queries, keys, values, scale=scale, mask=mask, sinks=sinks, **kwargs)
     n, h, length, _ = queries.shape
     k, size = keys.shape[1:3]
@@ -54,7 +51,7 @@ def places(length: int) -> mx.array:
 
 def rope(x, dims, *, traditional, base, scale, offset, freqs=None, **kwargs):
     """Rotary embedding of x (N, H, L, D) from position `offset` on, an int or (), or (N,). Sines are shared by all layers."""
-    if traditional or freqs is not None or dims != x.shape[-1] or x.ndim != 4:
+    if traditional or freqs is not None or dims != x.shape[-1] or x.ndim != 4 or kwargs:
         return MLX_ROPE(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, **kwargs)
     if isinstance(offset, mx.array):
         offset = offset.reshape(-1, 1, 1, 1)

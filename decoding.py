@@ -105,12 +105,12 @@ class JoinedDecoder(Decoder):
     """The same with layers of one input as one product: few rows take a GPU less time than its host takes to launch kernels."""
 
     def start(self, tokens, pads, repeats):
-        model = joined(self.model)  # of the weights as they are now, and gone with the batch
-        return model, prefill(model, tokens, pads, repeats)
+        decoder = Decoder(joined(self.model), self.draw)  # of the weights as they are now, and gone with the batch
+        return decoder, decoder.start(tokens, pads, repeats)
 
     def __call__(self, state, *rest):
-        model, cache = state
-        return Decoder(model, self.draw)(cache, *rest)
+        decoder, cache = state
+        return decoder(cache, *rest)
 
     def keep(self, state, rows) -> None:
         super().keep(state[1], rows)
@@ -125,12 +125,17 @@ def joined(model):
     for module in model.modules():
         for names in ONE_INPUT:
             layers = [module.get(name) for name in names]
-            alike = len({(type(layer), getattr(layer, "bits", None), getattr(layer, "group_size", None)) for layer in layers}) == 1
-            if alike and type(layers[0]) in (nn.Linear, nn.QuantizedLinear):
+            if all(type(layer) in (nn.Linear, nn.QuantizedLinear) for layer in layers) and len(set(map(form, layers))) == 1:
                 product = Product(layers)
                 for number, name in enumerate(names):
                     setattr(module, name, functools.partial(product, number))
     return model
+
+
+def form(layer) -> tuple:
+    """What two linear layers must have in common to be one: kind, arrays, width of the input, quantisation."""
+    arrays = tuple((name, array.shape[1:]) for name, array in sorted(layer.parameters().items()))
+    return type(layer), arrays, *(getattr(layer, name, None) for name in ("bits", "group_size", "mode"))
 
 
 class Product:

@@ -33,7 +33,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import functools
 import gc
 import hashlib
 import json
@@ -554,7 +553,7 @@ def generate(
     the next batch. progress: called with the number of prompts done. decoder: make_decoder's for this model and sampling,
     where it is kept from call to call. Models whose caches cannot be padded decode prompts of equal length together.
     """
-    decoder = decoder or make_decoder(model, sampling)
+    decoder, penalised = decoder or make_decoder(model, sampling), sampling.repetition_penalty != 1.0
     row = lambda: Row(tokenizer, stop_strings, max_new_tokens)  # noqa: E731
     rows = [[row() for _ in range(num_generations)] for _ in prompts]
     padded = can_pad(model)
@@ -577,7 +576,6 @@ def generate(
                 else:
                     uniforms = mx.zeros((len(part) * num_generations, max_new_tokens))
                 equal = len({len(prompts[i]) for i in part}) == 1  # without padding attention needs no mask
-                penalised = sampling.repetition_penalty != 1.0
                 running.append((stream, decode(decoder, tokens, None if equal else pads, [r for i in part for r in rows[i]], uniforms, penalised)))
             while running:  # one position of each
                 started = []
@@ -987,6 +985,7 @@ class MLXGRPOTrainer:
         self.logs = RunLogs(self.run_dir)
         self.warned = set()
         self.stop_signal = 0
+        self.sampler = None
         self.refresh_sampler()
         data = [[row["prompt_ids"], row["answer"]] for rows in (self.rows, *self.eval_rows.values()) for row in rows]
         ranks.must_agree(settings=dataclasses.asdict(config), data=hashlib.sha256(json.dumps(data).encode()).hexdigest())
@@ -1014,22 +1013,25 @@ class MLXGRPOTrainer:
     def refresh_sampler(self, weights: dict | None = None) -> None:
         """Make the sampler: the policy itself where it may be, else a copy of it as it is now, or with `weights`."""
         self.synced = {}  # the sampler's weights, where they are not those of the policy
-        if not self.quantize_rollouts and self.config.sync_every == 1:
-            self.sampler = self.model
-            self.decoder = make_decoder(self.model, self.config.sampling, self.config.use_compile)
-            return
+        on_policy = not self.quantize_rollouts and self.config.sync_every == 1
+        sampler = self.model if on_policy else self.frozen_policy(weights)
+        if sampler is not self.sampler:  # the policy keeps its decoder, and what that has compiled, from update to update
+            self.sampler, self.decoder = sampler, make_decoder(sampler, self.config.sampling, self.config.use_compile)
+
+    def frozen_policy(self, weights: dict | None):
+        """A copy of the policy, adapters merged, as it is now or with `weights`; quantised where rollouts are to be."""
         now = self.trainable()
         weights = weights or now
         if self.config.sync_every > 1:
             self.synced = weights
         self.model.load_weights(list(weights.items()), strict=False)
-        self.sampler = fused(self.model)
+        copied = fused(self.model)
         self.model.load_weights(list(now.items()), strict=False)
         if self.quantize_rollouts:
             fits = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % self.config.group_size == 0  # noqa: E731
-            nn.quantize(self.sampler, self.config.group_size, self.config.bits, class_predicate=fits)
-        mx.eval(self.sampler.parameters())
-        self.decoder = make_decoder(self.sampler, self.config.sampling, self.config.use_compile)
+            nn.quantize(copied, self.config.group_size, self.config.bits, class_predicate=fits)
+        mx.eval(copied.parameters())
+        return copied
 
     # Rollout and rewards
 
@@ -1125,7 +1127,9 @@ class MLXGRPOTrainer:
         def apply(grads, scale):
             self.optimizer.update(self.model, tree_map(lambda g: g * scale.astype(g.dtype), grads))
 
-        if config.use_compile and compile_works():
+        if config.use_compile and not compile_works():
+            print("use_compile is off: on Linux CPUs it needs g++, which is not installed")
+        elif config.use_compile:
             if on_cuda():
                 print("compiling the training step: on CUDA the first update may take minutes, or set use_compile to false", flush=True)
             model, optimizer = [self.model.state], [self.model.state, self.optimizer.state]
@@ -1423,13 +1427,9 @@ def nan_mean(values: np.ndarray) -> float | None:
     return float(known.mean()) if known.size else None
 
 
-@functools.cache
 def compile_works() -> bool:
     """Whether mx.compile can be used: on Linux CPUs it needs a C++ compiler at run time."""
-    if mx.default_device() == mx.gpu or sys.platform != "linux" or shutil.which("g++"):
-        return True
-    print("use_compile is off: on Linux CPUs it needs g++, which is not installed")
-    return False
+    return mx.default_device() == mx.gpu or sys.platform != "linux" or bool(shutil.which("g++"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

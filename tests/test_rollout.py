@@ -220,7 +220,27 @@ def test_joined_layers_may_be_asked_in_any_order_with_any_input():
     assert product.input is x  # of the last: two parts are still to be taken
 
 
+@pytest.mark.parametrize("biased", [(True, False, True), (False, True, True)])
+def test_layers_of_different_forms_are_not_joined(biased):
+    model = tiny_model("qwen2")
+    for layer in model.layers:
+        for name, bias in zip(("q_proj", "k_proj", "v_proj"), biased):
+            if not bias:
+                layer.self_attn[name].pop("bias")
+    assert "q_proj" in decoding.joined(model).layers[0].self_attn.children()
+    assert roll(model, decoder=decoder_of(decoding.JoinedDecoder, model)).completions == roll(model).completions
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_joined_layers_leave_every_architecture_as_it_is(name):
     model, ids = tiny_model(name), mx.array([[5, 6, 7, 8]])
     np.testing.assert_allclose(np.array(decoding.joined(model)(ids)), np.array(model(ids)), atol=1e-4)
+
+
+def test_generate_prints_nothing_where_nothing_can_be_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(mlx_grpo.shutil, "which", lambda name: None)  # no g++; standard output may be JSON
+    model = tiny_model("qwen2")
+    if mx.default_device() == mx.cpu:
+        assert type(mlx_grpo.make_decoder(model, Sampling())) is decoding.Decoder
+    roll(model)
+    assert capsys.readouterr().out == ""

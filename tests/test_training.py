@@ -291,6 +291,15 @@ def test_the_adapters_of_a_half_precision_model_are_as_it_is_but_for_dora(tmp_pa
         assert any("lora_b" in name for name in moved)
 
 
+def test_the_policys_decoder_is_kept_from_update_to_update_and_a_copys_goes_with_it(tmp_path):
+    for overrides, kept in (((), True), (("quantize_for_rollouts=true", "group_size=32"), False)):
+        trainer = trainer_of(tmp_path, *overrides)
+        before = trainer.decoder
+        trainer.build_step()
+        trainer.one_rollout()
+        assert (trainer.decoder is before) == kept and trainer.decoder.model is trainer.sampler
+
+
 def test_quantised_rollouts_are_measured_and_corrected(tmp_path):
     trainer = trainer_of(tmp_path, "quantize_for_rollouts=true", "group_size=32")
     assert mlx_grpo.is_quantized(trainer.sampler) and not mlx_grpo.is_quantized(trainer.model)

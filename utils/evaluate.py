@@ -100,14 +100,15 @@ def read_rows(config, split: str) -> list[dict]:
 
 def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progress):
     """Yield a record for each greedy answer (samples = 0) or for `samples` sampled answers a question, in order."""
-    sampling = mlx_grpo.Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.repetition_penalty)
+    sampling = config.sampling if samples else mlx_grpo.Sampling(temperature=0.0)
+    decoder = mlx_grpo.make_decoder(model, sampling, config.use_compile)
     prompts = [mlx_grpo.build_prompt(tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
     each = samples or 1
     for start in range(0, len(rows), BATCH):
         part = range(start, min(start + BATCH, len(rows)))
         rollout = mlx_grpo.generate(
             model, tokenizer, [prompts[i] for i in part], num_generations=each, stop_strings=config.stop_strings,
-            sampling=sampling if samples else mlx_grpo.Sampling(temperature=0.0),
+            sampling=sampling, decoder=decoder,
             max_new_tokens=config.eval_max_new_tokens or config.max_completion_length,
             keys=[mlx_grpo.random_key("evaluate", config.seed, i) for i in part],
             kv_budget=int(config.kv_budget_gb * 2**30), progress=progress,
