@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from answers import extract_hash_answer
 from run_directory import RunError, UserError
+from swiglu import use_swiglu
 from tiktoken_wrapper import TiktokenTokenizerWrapper
 
 ROOT = Path(__file__).resolve().parent
@@ -115,6 +116,7 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
     largest = max(tokenizer.get_vocab().values())
     if rows and largest >= rows:
         raise UserError(f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}")
+    use_swiglu(model)
     return model, tokenizer, model_config
 
 

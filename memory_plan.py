@@ -56,7 +56,7 @@ class Work:
 def plan(work: Work) -> dict[str, int]:
     """Bytes by purpose, and their "peak".
 
-    A layer keeps for its backward pass, of each position, about 8 numbers of the hidden width, 4 of the feed-forward
+    A layer keeps for its backward pass, of each position, about 8 numbers of the hidden width, 3 of the feed-forward
     width, and unfused attention its scores: twice by MLX, once by cpu_kernels.py. With gradient checkpointing it keeps its input alone, and one layer
     at a time is computed again. A shared prompt's KV is kept once a row.
     """
@@ -67,7 +67,7 @@ def plan(work: Work) -> dict[str, int]:
     fits = work.micro_batch_tokens // group * group or max(work.micro_batch_tokens, length)  # groups go whole where they can
     positions = min(fits, whole)
     answers = positions * work.rows * work.completion // whole
-    layer = 8 * work.hidden + 4 * work.wide + work.scores * length
+    layer = 8 * work.hidden + 3 * work.wide + work.scores * length
     kept = work.layers * work.hidden + layer if work.grad_checkpoint else work.layers * layer
     prefixes = work.kv_per_token * work.prompt * (answers // work.completion) if work.shares_prompts else 0
     masters = work.trained * 4 if work.item < 4 else 0

@@ -19,8 +19,8 @@ evaluation, trainer, command line. What is not the algorithm lies beside it: set
 (models and datasets, local or from the hub), tiktoken_wrapper.py (nanochat's tokenizer), adapters.py (LoRA layers, merged and
 saved), answers.py (answers, found and compared), scoring.py (reward functions, found and called), kv_cache.py (prompts computed
 once, padded rows), batching.py (an update as padded arrays), fused_head.py (log-probs without the logits in memory),
-decoding.py (the next ids of a batch), resuming.py (a trainer's state on disk), run_directory.py (files of a run, errors),
-memory_plan.py (what a run will hold), monitoring.py (terminal, trackers), ranks.py (several processes), fast_blas.py,
+swiglu.py (a layer's product that keeps less), decoding.py (the next ids of a batch), resuming.py (a trainer's state on disk),
+run_directory.py (files of a run, errors), memory_plan.py (what a run will hold), monitoring.py (terminal, trackers), ranks.py (several processes), fast_blas.py,
 cpu_kernels.py and lanes.py (MLX on CPUs).
 
 Shapes are written where an array is born:

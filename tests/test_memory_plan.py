@@ -18,7 +18,7 @@ WORK = Work(
 def test_a_plan_by_hand():
     parts = plan(WORK)
     positions = 2 * 5 + 8 * 10  # two prompts once, eight completions
-    assert parts["activations"] == positions * 3 * (80 + 80 + 4 * 15) * 4 + 8 * 5 * 6  # and the prompts' KV for each row
+    assert parts["activations"] == positions * 3 * (80 + 60 + 4 * 15) * 4 + 8 * 5 * 6  # and the prompts' KV for each row
     assert parts["optimizer"] == 2000 and parts["gradients"] == 1000 and parts["KV cache"] == 8 * 15 * 6
     assert parts["head"] == 20 * 80 * 50
     assert parts["peak"] == 3000 + 1000 + parts["activations"] + parts["head"]
@@ -28,7 +28,7 @@ def test_a_plan_by_hand():
 def test_half_precision_keeps_master_weights_and_checkpointing_one_layer():
     assert plan(replace(WORK, item=2))["optimizer"] == 250 * 12
     checkpointed = plan(replace(WORK, grad_checkpoint=True))
-    assert checkpointed["activations"] == (2 * 5 + 8 * 10) * (3 * 10 + 220) * 4 + 8 * 5 * 6
+    assert checkpointed["activations"] == (2 * 5 + 8 * 10) * (3 * 10 + 200) * 4 + 8 * 5 * 6
     assert plan(replace(WORK, micro_batch_tokens=45))["activations"] == plan(WORK)["activations"] // 2
 
 
