@@ -16,12 +16,12 @@ There is no value network and no reward model: rewards are plain Python function
 
 The file reads in the order data flows: config, prompts, model, data, rewards, rollout, objective, log-probs, optimizer,
 evaluation, trainer, command line. What is not the algorithm lies beside it: settings.py (TOML to typed values), loading.py
-(models and datasets, local or from the hub), tiktoken_wrapper.py (nanochat's tokenizer), adapters.py (LoRA layers, merged and
-saved), answers.py (answers, found and compared), scoring.py (reward functions, found and called), kv_cache.py (prompts computed
-once, padded rows), batching.py (an update as padded arrays), fused_head.py (log-probs without the logits in memory),
-swiglu.py (a layer's product that keeps less), decoding.py (the next ids of a batch), resuming.py (a trainer's state on disk),
-run_directory.py (files of a run, errors), memory_plan.py (what a run will hold), monitoring.py (terminal, trackers), ranks.py (several processes), fast_blas.py,
-cpu_kernels.py and lanes.py (MLX on CPUs).
+(models and datasets, local or from the hub), tiktoken_wrapper.py (nanochat's tokenizer), adapters.py (LoRA layers, merged
+and saved), answers.py (answers, found and compared), scoring.py (reward functions, found and called), kv_cache.py (prompts
+computed once, padded rows), batching.py (an update as padded arrays), fused_head.py (log-probs without the logits in
+memory), swiglu.py (a layer's product that keeps less), decoding.py (the next ids of a batch), resuming.py (a trainer's
+state on disk), run_directory.py (files of a run, errors), memory_plan.py (what a run will hold), monitoring.py (terminal,
+trackers), ranks.py (several processes), fast_blas.py, cpu_kernels.py and lanes.py (MLX on CPUs).
 
 Shapes are written where an array is born:
 

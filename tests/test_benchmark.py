@@ -33,7 +33,7 @@ def own_cache(monkeypatch, tmp_path_factory):
         (["memory", "--ragged"], "--ragged is for rollout, train and step"),
         (["train", "--completions", "1"], "--completions must be at least 2"),
         (["learn", "--peer", "mlx-lm"], "invalid choice: 'mlx-lm'"),
-        (["learn", "--set", "num_iterations=2"], "--set: num_iterations: learn takes what both programs have: temperature"),
+        (["learn", "--set", "num_iterations=2"], "--set: num_iterations: learn takes what leaves both the same work: temperature"),
     ],
 )
 def test_argument_errors_are_one_line(argv, message, capsys):

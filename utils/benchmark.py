@@ -547,7 +547,7 @@ class Peer:
 
 SAME = "temperature max_completion_length num_generations loss_type scale_rewards learning_rate adam_beta1 adam_beta2 weight_decay max_grad_norm"
 BOTH_HAVE = {**{name: name for name in SAME.split()}, "clip_eps": "epsilon", "kl_coeff": "beta"}  # the trainer's name: TRL's
-LEARN_SETTINGS = (*BOTH_HAVE, "batch_size", "system_prompt", "stop_strings", "reward_weights")
+LEARN_SETTINGS = (*BOTH_HAVE, "batch_size", "system_prompt", "stop_strings", "reward_weights", "use_compile")
 SHARE = 0.9  # of the highest reward that both come to: what the time to reach it is taken of
 
 
@@ -795,7 +795,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         one.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of mlx-grpo.py; repeatable")
     args = parser.parse_args(argv)
     if args.command == "learn" and (ours := {s.partition("=")[0] for s in args.set} - set(LEARN_SETTINGS)):
-        parser.error(f"--set: {', '.join(sorted(ours))}: learn takes what both programs have: {', '.join(LEARN_SETTINGS)}")
+        parser.error(f"--set: {', '.join(sorted(ours))}: learn takes what leaves both the same work: {', '.join(LEARN_SETTINGS)}")
     if args.command in (*SPEEDS, "memory") and (args.completions < 2 or args.prompt_tokens < 20):
         parser.error("--completions must be at least 2 and --prompt-tokens at least 20")
     if args.command == "memory" and args.ragged:
