@@ -57,8 +57,9 @@ def plan(work: Work) -> dict[str, int]:
     """Bytes by purpose, and their "peak".
 
     A layer keeps for its backward pass, of each position, about 8 numbers of the hidden width, 3 of the feed-forward
-    width, and unfused attention its scores: twice by MLX, once by cpu_kernels.py. With gradient checkpointing it keeps its input alone, and one layer
-    at a time is computed again. A shared prompt's KV is kept once a row.
+    width (a SwiGLU layer: its two inputs and its product), and unfused attention its scores: twice by MLX, once by
+    cpu_kernels.py. With gradient checkpointing it keeps its input alone, and one layer at a time is computed again. A
+    shared prompt's KV is kept once a row.
     """
     length = work.prompt + work.completion
     prompts = work.rows // work.generations if work.shares_prompts else work.rows
