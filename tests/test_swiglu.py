@@ -58,12 +58,14 @@ def peak(function):
     gradient = mx.compile(mx.grad(loss, (0, 1)))
     arrays = mx.ones((256, 256)), mx.ones((256, 256))
     mx.eval(arrays)
+    before = mx.get_active_memory()  # other tests' models too
     mx.reset_peak_memory()
     limit = mx.set_memory_limit(1)  # nothing is begun before what is under way has ended
     mx.eval(gradient(*arrays))
     mx.set_memory_limit(limit)
-    return mx.get_peak_memory() - sum(x.nbytes for x in arrays)
+    return mx.get_peak_memory() - before
 
 
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="a GPU frees memory behind its work; utils/benchmark.py memory measures there")
 def test_less_is_kept_for_the_backward_pass():
     assert peak(swiglu.swiglu) < 0.85 * peak(written_out)
