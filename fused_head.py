@@ -23,6 +23,10 @@ def exp(x: mx.array) -> mx.array:
     return mx.power(math.e, x) if exp_is_slow() else mx.exp(x)
 
 
+def sigmoid(x: mx.array) -> mx.array:
+    return (1 / (1 + exp(-x.astype(mx.float32)))).astype(x.dtype) if exp_is_slow() else mx.sigmoid(x)
+
+
 def softmax(logits: mx.array) -> mx.array:
     """Probabilities (.., V) of float32 logits."""
     if not exp_is_slow():

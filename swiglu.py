@@ -5,15 +5,13 @@ from functools import partial
 
 import mlx.core as mx
 
-from fused_head import exp, exp_is_slow
+from fused_head import sigmoid
 
 
-def sigmoid(x):
-    return (1 / (1 + exp(-x.astype(mx.float32)))).astype(x.dtype) if exp_is_slow() else mx.sigmoid(x)
-
-
+@mx.custom_function
 @partial(mx.compile, shapeless=True)
-def product(gate, x):
+def swiglu(gate, x):
+    """silu(gate) * x (arXiv 2002.05202, eq. 5), of any shape; for its backward pass it keeps these two, and nothing computed from them."""
     return gate * sigmoid(gate) * x
 
 
@@ -22,12 +20,6 @@ def gradients(gate, x, cotangent):
     share = sigmoid(gate)
     scaled = cotangent * share
     return scaled * x * (1 + gate * (1 - share)), scaled * gate
-
-
-@mx.custom_function
-def swiglu(gate, x):
-    """silu(gate) * x (arXiv 2002.05202, eq. 5), of any shape; for its backward pass it keeps these two, and nothing computed from them."""
-    return product(gate, x)
 
 
 @swiglu.vjp
