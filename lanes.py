@@ -42,16 +42,23 @@ def lanes(most: int):
     try:
         yield STREAMS[:count]
     finally:
+        for stream in STREAMS[:count]:  # their share is theirs until they are done
+            mx.synchronize(stream)
         set_blas_threads(before)
 
 
 def spread(function, items: list):
-    """Yield function(item) of each item, evaluated, as many at a time as there are lanes."""
+    """Yield function(item) of each item while it is evaluated, as many at a time as there are lanes.
+
+    The next ones are built meanwhile, but wait: for these, and for what the caller has started since.
+    """
     with lanes(len(items)) as streams:
         for start in range(0, len(items), len(streams)):
             results = []
             for stream, item in zip(streams, items[start : start + len(streams)]):
                 with mx.stream(stream):
                     results.append(function(item))
-            mx.eval(results)
+            for stream in (mx.default_stream(mx.default_device()), *streams):
+                mx.synchronize(stream)
+            mx.async_eval(results)
             yield from results

@@ -17,6 +17,10 @@ from kv_cache import kv_bytes_per_token
 from lanes import lane_count
 from run_directory import UserError
 
+if on_cuda():
+    # A host that is ahead of its GPU holds what it has handed over: ten buffers of commands, each of what touches so many MB.
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")
+
 GB = 2**30
 LESS_MEMORY = "Lower micro_batch_tokens, memory_limit_gb or kv_budget_gb, or set grad_checkpoint to true; with --resume too, by --set"
 

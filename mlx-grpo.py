@@ -15,7 +15,7 @@ There is no value network and no reward model: rewards are plain Python function
     uv run mlx-grpo.py --config configs/prod.toml --resume         carry on after a stop
 
 The file reads in the order data flows: config, prompts, model, data, rewards, rollout, objective, log-probs, optimizer,
-evaluation, trainer, command line. What is not the algorithm lies beside it: settings.py (TOML to typed values), loading.py
+evaluation, trainer, command line. What is not the algorithm lies beside it: settings.py (TOML to typed values, and what is refused), loading.py
 (models and datasets, local or from the hub), tiktoken_wrapper.py (nanochat's tokenizer), adapters.py (LoRA layers, merged
 and saved), answers.py (answers, found and compared), scoring.py (reward functions, found and called), kv_cache.py (prompts
 computed once, padded rows), batching.py (an update as padded arrays), fused_head.py (log-probs without the logits in
@@ -65,13 +65,13 @@ from lanes import lane_count, lanes, spread
 from loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
 from memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
 from monitoring import (
-    TRACKERS, Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, write_report,
+    Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, stopping_on_signals, write_report,
 )  # fmt: skip
 from ranks import ALONE, Ranks, start_ranks
 from resuming import RESUMED_STATE, read_checkpoint, write_checkpoint, write_model
 from run_directory import RunError, RunLogs, UserError, choose_run_dir, find_checkpoint, lock_directory, write_directory
 from scoring import load_rewards, name_of, score
-from settings import config_as_toml, read_settings
+from settings import CHOICES, check_config, config_as_toml, read_settings
 from tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
 
 SYSTEM_PROMPT = (
@@ -191,65 +191,7 @@ class MLXGRPOConfig:
     check_weights_steps: int = 50  # updates between checks that all ranks hold the same weights; 0: only at the start and before a save
 
     def __post_init__(self):
-        """Refuse what cannot work, before anything is loaded."""
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"Invalid {name}: {getattr(self, name)!r}; choose one of {', '.join(map(str, choices))}")
-        for name, value in vars(self).items():
-            if type(value) not in (int, float):
-                continue
-            low = {"num_generations": 2, "num_layers": -1}.get(name, 1 if name in AT_LEAST_ONE else 0)
-            if value < low or (value == 0 and name in ABOVE_ZERO) or value == math.inf:
-                raise UserError(f"Invalid {name}: {value}; it must be {'above 0' if name in ABOVE_ZERO else f'at least {low}'}")
-            if (value > 1 and name in AT_MOST_ONE) or (value >= 1 and name in BELOW_ONE):
-                raise UserError(f"Invalid {name}: {value}; it must be {'below' if name in BELOW_ONE else 'at most'} 1")
-        for wrong, message in self._contradictions():
-            if wrong:
-                raise UserError(message)
-
-    def _contradictions(self):
-        weights, functions = self.reward_weights, self.reward_funcs
-        lora = self.fine_tune_type in ("lora", "dora")
-        yield not functions, "reward_funcs is empty; name at least one reward function"
-        yield weights and len(weights) != len(functions), (
-            f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; give one for each"
-        )
-        yield not all(map(math.isfinite, weights)), f"reward_weights must be finite numbers, not {weights}"
-        yield self.max_new_tokens > self.max_completion_length, (
-            f"max_new_tokens ({self.max_new_tokens}) is above max_completion_length ({self.max_completion_length})"
-        )
-        yield self.lora_parameters.get("dropout"), (
-            "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two passes"
-        )
-        lora_numbers = [self.lora_parameters.get(name) for name in ("rank", "scale")]
-        yield lora_numbers.count(None), "lora_parameters needs rank and scale, as in mlx-lm"
-        yield not all(type(n) in (int, float) and n > 0 for n in lora_numbers) or type(lora_numbers[0]) is not int, (
-            f"lora_parameters: rank must be a whole number and scale a number, both above 0, not {lora_numbers}"
-        )
-        unknown = set(self.lora_parameters) - {"rank", "scale", "dropout", "keys"}
-        yield unknown, f"lora_parameters has unknown entries: {', '.join(sorted(unknown))}; mlx-lm knows rank, scale, dropout and keys"
-        yield (self.sampler_correction_min or 0) > self.sampler_correction_max, (
-            f"sampler_correction_min ({self.sampler_correction_min}) is above sampler_correction_max ({self.sampler_correction_max})"
-        )
-        yield self.fine_tune_type == "full" and self.num_layers >= 0, "num_layers is for adapters; use fine_tune_type lora"
-        yield lora and self.num_layers == 0, "num_layers = 0 would train nothing; use -1 for all blocks"
-        yield self.loss_type == "vespo" and self.sampler_correction not in ("auto", "none"), (
-            "loss_type vespo has its own correction; set sampler_correction to none"
-        )
-        yield self.delta is not None and self.loss_type in ("cispo", "sapo", "vespo"), f"delta does nothing for loss_type {self.loss_type}"
-        yield self.loss_type == "vespo" and self.importance_sampling_level == "sequence", (
-            "loss_type vespo works on whole sequences already; leave importance_sampling_level at token"
-        )
-        yield self.use_bias_correction_kl and not self.kl_coeff, "use_bias_correction_kl does nothing while kl_coeff is 0"
-        yield self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group", (
-            "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
-        )
-        strange = [name for name in self.report_to if name not in TRACKERS]
-        near = [f" (did you mean {n}?)" for name in strange for n in difflib.get_close_matches(name, TRACKERS, 1)]
-        yield strange, f"Invalid report_to: {', '.join(strange)}; choose from {', '.join(TRACKERS)}{''.join(near)}"
-        yield "/" in self.run_name or self.run_name in (".", ".."), (
-            f"run_name must be a plain name, not a path: {self.run_name!r}; use output_dir for the folder"
-        )
+        check_config(self)  # what cannot work is refused before anything is loaded
 
     @property
     def rollout_tokens(self) -> int:
@@ -280,25 +222,6 @@ class MLXGRPOConfig:
         return None if self.sampler_correction == "none" else self.sampler_correction
 
 
-CHOICES = {
-    "fine_tune_type": ("auto", "full", "lora", "dora"),
-    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
-    "importance_sampling_level": ("token", "sequence"),
-    "scale_rewards": ("group", "batch", "none"),
-    "sampler_correction": ("auto", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"),
-    "lr_scheduler_type": ("cosine", "linear", "constant"),
-    "bits": (2, 3, 4, 5, 6, 8),
-    "group_size": (32, 64, 128),
-}
-AT_LEAST_ONE = (
-    "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations", "logging_steps",
-    "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size",
-)  # fmt: skip
-ABOVE_ZERO = ("temperature", "distributed_timeout", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile",
-              "sapo_temperature_pos", "sapo_temperature_neg")  # fmt: skip
-AT_MOST_ONE = ("top_p", "min_p", "warmup_ratio", "top_entropy_quantile")
-BELOW_ONE = ("adam_beta1", "adam_beta2", "eval_fraction")
 FIELD_TYPES = {f.name: f.type for f in dataclasses.fields(MLXGRPOConfig)}
 
 
@@ -1174,11 +1097,11 @@ class MLXGRPOTrainer:
             # Parts are added in float32: in half precision small ones would be lost.
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
             results.append((loss, metrics, batch["mask"].sum(), batch["ids"].shape[0], batch["num_items"]))
-            mx.eval(grads, results[-1])
+            mx.async_eval(grads, results[-1])
             del part  # or it would lie beside the next one while that is computed
         grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))  # a rank may have no part
-        results = [r for part in self.ranks.gather(tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, results)) for r in part]
         norm = gradient_norm(grads)
+        results = [r for part in self.ranks.gather(tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, results)) for r in part]
         record = {"loss": sum(loss for loss, *_ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
         tokens, rows = np.array([n for _, _, n, _, _ in results]), np.array([n for *_, n, _ in results])
         by_row = config.importance_sampling_level == "sequence" or config.loss_type == "vespo"
@@ -1435,30 +1358,6 @@ def compile_works() -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stopping_on_signals(trainer: MLXGRPOTrainer):
-    """Ctrl-C and SIGTERM let the update finish and be saved; a second one stops at once."""
-    received = []
-
-    def on_signal(number, frame):
-        if received:
-            trainer.monitor.abandon()
-            os._exit(128 + number)
-        received.append(number)
-        if number == signal.SIGHUP:  # the launcher's connection is gone, and the terminal with it
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-        trainer.stop_signal = number
-        trainer.monitor.stopping()
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[: 2 if trainer.ranks.size == 1 else 3]
-    previous = {number: signal.signal(number, on_signal) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 MAIN_SETTINGS = """\

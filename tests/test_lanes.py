@@ -44,6 +44,27 @@ def test_what_is_spread_comes_back_evaluated_and_in_order(monkeypatch):
     assert list(lanes.spread(lambda n: n, [])) == []
 
 
+def test_the_next_part_is_built_but_waits_for_the_one_before(monkeypatch):
+    monkeypatch.setattr(lanes, "cores", lambda: 1)
+    size, built = 2**20, []
+
+    def part(n):
+        built.append(n)
+        return mx.random.normal((size,), key=mx.random.key(n)) + n
+
+    total = None
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for done, value in enumerate(lanes.spread(part, list(range(6))), 1):
+        assert built == list(range(done))  # one after the other, however many there are
+        total = value if total is None else total + value
+        mx.async_eval(total)
+        del value
+    mx.eval(total)
+    assert mx.get_peak_memory() - before < 5 * 4 * size  # two sums and a part with what it is made of, not six parts
+
+
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "mamba2"])
 def test_completions_do_not_depend_on_the_number_of_lanes(name, monkeypatch):
     model = tiny_model(name)
