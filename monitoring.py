@@ -1,6 +1,7 @@
 """What people see of a run: the terminal while it trains, trackers, the table at the end, the report, the machine's facts."""
 
 import collections
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -336,6 +338,30 @@ def reward_words(record: dict) -> str:
     """correctness 2.0, int 0.5, ...: each reward function's own, before its weight."""
     words = [f"{n.removesuffix('_reward_func')} {'none' if r is None else f'{r:.3g}'}" for n, r in record["rewards"].items()]
     return ", ".join(words)
+
+
+@contextlib.contextmanager
+def stopping_on_signals(trainer):
+    """Ctrl-C and SIGTERM let the update finish and be saved; a second one stops at once."""
+    received = []
+
+    def on_signal(number, frame):
+        if received:
+            trainer.monitor.abandon()
+            os._exit(128 + number)
+        received.append(number)
+        if number == signal.SIGHUP:  # the launcher's connection is gone, and the terminal with it
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        trainer.stop_signal = number
+        trainer.monitor.stopping()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[: 2 if trainer.ranks.size == 1 else 3]
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # --- Trackers ---------------------------------------------------------------------------------------------------

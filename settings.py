@@ -1,13 +1,15 @@
-"""Settings as text: from a TOML file and key=value overrides to typed values, and back to a file that says where each came from."""
+"""Settings: from a TOML file and key=value overrides to typed values, back to a file with their origins, and what they may be."""
 
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
 from pathlib import Path
 
+from monitoring import TRACKERS
 from run_directory import UserError
 
 BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}
@@ -88,3 +90,90 @@ def config_as_toml(config, sources: dict) -> str:
         default = json.dumps(defaults[name], ensure_ascii=False)  # JSON: TOML has no null
         lines.append(f"{text}  # {f'{sources[name]}; default {default}' if name in sources else 'default'}")
     return "\n".join(lines) + "\n"
+
+
+# --- What values may be -----------------------------------------------------------------------------------------
+
+CHOICES = {
+    "fine_tune_type": ("auto", "full", "lora", "dora"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "sampler_correction": ("auto", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"),
+    "lr_scheduler_type": ("cosine", "linear", "constant"),
+    "bits": (2, 3, 4, 5, 6, 8),
+    "group_size": (32, 64, 128),
+}
+AT_LEAST_ONE = (
+    "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations", "logging_steps",
+    "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size",
+)  # fmt: skip
+ABOVE_ZERO = ("temperature", "distributed_timeout", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile",
+              "sapo_temperature_pos", "sapo_temperature_neg")  # fmt: skip
+AT_MOST_ONE = ("top_p", "min_p", "warmup_ratio", "top_entropy_quantile")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "eval_fraction")
+
+
+def check_config(config) -> None:
+    """Raise UserError for a configuration that cannot work: values that are out of range, or contradict each other."""
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"Invalid {name}: {getattr(config, name)!r}; choose one of {', '.join(map(str, choices))}")
+    for name, value in vars(config).items():
+        if type(value) not in (int, float):
+            continue
+        low = {"num_generations": 2, "num_layers": -1}.get(name, 1 if name in AT_LEAST_ONE else 0)
+        if value < low or (value == 0 and name in ABOVE_ZERO) or value == math.inf:
+            raise UserError(f"Invalid {name}: {value}; it must be {'above 0' if name in ABOVE_ZERO else f'at least {low}'}")
+        if (value > 1 and name in AT_MOST_ONE) or (value >= 1 and name in BELOW_ONE):
+            raise UserError(f"Invalid {name}: {value}; it must be {'below' if name in BELOW_ONE else 'at most'} 1")
+    for wrong, message in contradictions(config):
+        if wrong:
+            raise UserError(message)
+
+
+def contradictions(config):
+    """Yield (whether it is so, what to say of it) of each combination that makes no sense."""
+    weights, functions = config.reward_weights, config.reward_funcs
+    lora = config.fine_tune_type in ("lora", "dora")
+    yield not functions, "reward_funcs is empty; name at least one reward function"
+    yield weights and len(weights) != len(functions), (
+        f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; give one for each"
+    )
+    yield not all(map(math.isfinite, weights)), f"reward_weights must be finite numbers, not {weights}"
+    yield config.max_new_tokens > config.max_completion_length, (
+        f"max_new_tokens ({config.max_new_tokens}) is above max_completion_length ({config.max_completion_length})"
+    )
+    yield config.lora_parameters.get("dropout"), (
+        "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two passes"
+    )
+    lora_numbers = [config.lora_parameters.get(name) for name in ("rank", "scale")]
+    yield lora_numbers.count(None), "lora_parameters needs rank and scale, as in mlx-lm"
+    yield not all(type(n) in (int, float) and n > 0 for n in lora_numbers) or type(lora_numbers[0]) is not int, (
+        f"lora_parameters: rank must be a whole number and scale a number, both above 0, not {lora_numbers}"
+    )
+    unknown = set(config.lora_parameters) - {"rank", "scale", "dropout", "keys"}
+    yield unknown, f"lora_parameters has unknown entries: {', '.join(sorted(unknown))}; mlx-lm knows rank, scale, dropout and keys"
+    yield (config.sampler_correction_min or 0) > config.sampler_correction_max, (
+        f"sampler_correction_min ({config.sampler_correction_min}) is above sampler_correction_max ({config.sampler_correction_max})"
+    )
+    yield config.fine_tune_type == "full" and config.num_layers >= 0, "num_layers is for adapters; use fine_tune_type lora"
+    yield lora and config.num_layers == 0, "num_layers = 0 would train nothing; use -1 for all blocks"
+    yield config.loss_type == "vespo" and config.sampler_correction not in ("auto", "none"), (
+        "loss_type vespo has its own correction; set sampler_correction to none"
+    )
+    yield config.delta is not None and config.loss_type in ("cispo", "sapo", "vespo"), f"delta does nothing for loss_type {config.loss_type}"
+    yield config.loss_type == "vespo" and config.importance_sampling_level == "sequence", (
+        "loss_type vespo works on whole sequences already; leave importance_sampling_level at token"
+    )
+    yield config.use_bias_correction_kl and not config.kl_coeff, "use_bias_correction_kl does nothing while kl_coeff is 0"
+    yield config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group", (
+        "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
+    )
+    strange = [name for name in config.report_to if name not in TRACKERS]
+    near = [f" (did you mean {n}?)" for name in strange for n in difflib.get_close_matches(name, TRACKERS, 1)]
+    yield strange, f"Invalid report_to: {', '.join(strange)}; choose from {', '.join(TRACKERS)}{''.join(near)}"
+    yield "/" in config.run_name or config.run_name in (".", ".."), (
+        f"run_name must be a plain name, not a path: {config.run_name!r}; use output_dir for the folder"
+    )

@@ -118,7 +118,7 @@ def messages(path: Path) -> set[str]:
             found.append(text_of(node.args[0]))
         if isinstance(node, ast.Call) and name == "print" and node.args and text_of(node.args[0]).startswith("Warning: "):
             found.append(text_of(node.args[0]).removeprefix("Warning: "))
-        if isinstance(node, ast.FunctionDef) and node.name == "_contradictions":
+        if isinstance(node, ast.FunctionDef) and node.name == "contradictions":
             found += [text_of(y.value.elts[1]) for y in ast.walk(node) if isinstance(y, ast.Yield)]
     return set(filter(None, found))
 
