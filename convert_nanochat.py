@@ -18,10 +18,10 @@ import pickle
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import fast_blas  # noqa: F401  ahead of MLX
+from run_directory import complete_or_absent
 from tiktoken_wrapper import TiktokenTokenizerWrapper, read_tokenizer_pickle
 
 ROOT = Path(__file__).resolve().parent
@@ -535,14 +535,8 @@ def convert(cache_dir: str, output_dir: str, step: int | None = None, dtype: str
             f"Output wrong: --overwrite replaces model directories only, and {output} is none; give another --output-dir"
         )
     meta = read_meta(meta_file)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        layout = write_directory(fresh, model, meta, tokenizer, dtype, quantized)
-        if output.exists():
-            os.rename(output, Path(scratch) / "old")  # deleted with the scratch directory
-        os.rename(fresh, output)
+    with complete_or_absent(output) as aside:
+        layout = write_directory(aside, model, meta, tokenizer, dtype, quantized)
     print(f"{model.name} (nanochat of {layout}) -> {output}")
     if layout == "2026":
         print("Loading it runs the nanochat_2026.py in it: mlx_lm.load(..., trust_remote_code=True)")

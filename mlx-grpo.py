@@ -32,7 +32,6 @@ Shapes are written where an array is born:
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import gc
 import hashlib
 import json
@@ -40,7 +39,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
 import time

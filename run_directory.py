@@ -44,26 +44,38 @@ def remove_directory(folder: Path) -> None:
         shutil.rmtree(leaving, ignore_errors=True)
 
 
-def write_directory(folder: Path, write) -> None:
-    """Make `folder` by write(path): complete or absent. Written aside with a manifest, synced, then renamed.
+@contextlib.contextmanager
+def complete_or_absent(folder: Path):
+    """A directory beside `folder` to write into; synced, it takes that name at the end.
 
-    Raises RunError("Failed to save checkpoint: REASON"); what stood at `folder` is then untouched.
+    Where something stops the writing it goes, and what stood at `folder` stays.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        write(aside)
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        for path in [*files, aside / "manifest.json", aside]:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
             sync_to_disk(path)
         remove_directory(folder)
         aside.rename(folder)
         sync_to_disk(folder.parent)
-    except (OSError, RuntimeError, ValueError) as error:  # MLX's failed write is a RuntimeError, a name that leads outside a ValueError
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_directory(folder: Path, write) -> None:
+    """Make `folder` by write(path), with a manifest: complete or absent.
+
+    Raises RunError("Failed to save checkpoint: REASON"); what stood at `folder` is then untouched.
+    """
+    try:
+        with complete_or_absent(folder) as aside:
+            write(aside)
+            files = sorted(p for p in aside.rglob("*") if p.is_file())
+            manifest = {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
+            (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    except (OSError, RuntimeError, ValueError) as error:  # MLX's failed write is a RuntimeError, a name that leads outside a ValueError
         raise RunError(f"Failed to save checkpoint: {error}") from None
 
 

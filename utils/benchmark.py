@@ -32,6 +32,7 @@ from inference import Parser, exit_status, mlx_grpo  # noqa: E402  (ahead of MLX
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
+from run_directory import complete_or_absent  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/benchmark.py objectives --updates 32 --seeds 0,1,2 --parallel 2
@@ -224,14 +225,11 @@ def model_folder(preset: str) -> Path:
     model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
     model.set_dtype(getattr(mx, dtype))
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:  # complete or absent
+    with complete_or_absent(folder) as aside:
         for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(ROOT / "starter" / "model" / file, name)
-        (Path(name) / "config.json").write_text(json.dumps(config))
-        mx.save_safetensors(f"{name}/model.safetensors", dict(tree_flatten(model.parameters())), {"format": "pt"})
-        shutil.copytree(name, f"{name}-done")
-    os.rename(f"{name}-done", folder)
+            shutil.copy(ROOT / "starter" / "model" / file, aside)
+        (aside / "config.json").write_text(json.dumps(config))
+        mx.save_safetensors(str(aside / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "pt"})
     return folder
 
 
@@ -258,16 +256,21 @@ def questions(tokenizer, count: int, length: int, ragged: bool) -> list[str]:
 REWARDS = "def alternate(completions, **kwargs):\n    return [float(i % 2) for i in range(len(completions))]\n"
 
 
+def write_work(folder: Path, texts: list[str]) -> None:
+    """A dataset of these questions and a reward function, into `folder`."""
+    rows = [json.dumps({"question": text, "answer": "#### 1"}) for text in texts]
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "rewards.py").write_text(REWARDS)
+
+
 def prepare(args: argparse.Namespace, folder: Path, settings: list[str]):
     """A trainer of the project's own for the work in `args`, and the prompts' texts; `folder` takes its files."""
     from mlx_lm.utils import load_tokenizer
 
     model = model_folder(args.preset)
     texts = questions(load_tokenizer(model), args.prompts, args.prompt_tokens, args.ragged)
-    for split in ("train", "test"):
-        rows = [json.dumps({"question": text, "answer": "#### 1"}) for text in texts]
-        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-    (folder / "rewards.py").write_text(REWARDS)
+    write_work(folder, texts)
     config = mlx_grpo.load_config(None, [
         f"model_name={model}", f"dataset={folder}", f"reward_funcs=['{folder}/rewards.py:alternate']", "system_prompt=",
         f"batch_size={args.prompts}", f"num_generations={args.completions}", f"max_completion_length={args.tokens}",

@@ -28,6 +28,7 @@ from inference import Parser  # noqa: E402  (before mlx: it loads a BLAS)
 import mlx.core as mx  # noqa: E402
 from loading import flatten_rope_parameters, is_quantized  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
+from run_directory import complete_or_absent  # noqa: E402
 from tiktoken_wrapper import read_tokenizer_pickle  # noqa: E402
 
 EXAMPLES = """examples:
@@ -449,22 +450,13 @@ def check_output(args):
 
 
 @contextlib.contextmanager
-def complete_or_absent(output):
-    """A sibling directory to write into; it becomes `output` at the end, or vanishes with whatever stopped the writing."""
-    aside, old = (output.with_name(f".{output.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+def replacing(output):
+    """A directory that becomes `output` when it is complete; what fails is a ConversionError."""
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        if output.exists():
-            output.rename(old)
-        aside.rename(output)
+        with complete_or_absent(output) as aside:
+            yield aside
     except (OSError, RuntimeError, ValueError) as error:
         raise ConversionError(f"Cannot write {output}: {shorten(str(error))}; nothing was left behind") from error
-    finally:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        for leftover in (aside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_directory(directory, source, model, config, tokenizer, args):
@@ -559,7 +551,7 @@ def convert(args):
     trained_through = " --set fine_tune_type=lora" if is_quantized(model) else ""
 
     print(f"Saving to {args.output_dir}")
-    with complete_or_absent(output) as directory:
+    with replacing(output) as directory:
         write_directory(directory, source, model, config, tokenizer, args)
     print(f"Converted {config['model_type']}, {parameters / 1e6:.1f} M parameters", size_line(checkpoint, output), *lines, sep="\n")
     if args.upload_repo:

@@ -196,7 +196,7 @@ def convert(args):
     lines = convert_model.quality_lines(model, bits_before, args, unquantized_layers)
     lines += convert_model.verbose_lines(model, config) if args.verbose else []
     print(f"Saving to {args.output_dir}")
-    with convert_model.complete_or_absent(output) as aside:
+    with convert_model.replacing(output) as aside:
         write_directory(aside, source, model, config, args)
     print(f"Converted {config['model_type']}", convert_model.size_line(checkpoint, output), *lines, sep="\n")
     if args.upload_repo:

@@ -6,19 +6,18 @@ those of all ranks together: keep it for strong scaling, multiply it by the rank
 """
 
 import argparse
-import json
-import shutil
 import sys
 import time
 from pathlib import Path
 from statistics import fmean, median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmark import PRESETS, REWARDS, cache_folder, machine, model_folder, on_gpu, positive, print_table, questions  # noqa: E402
+from benchmark import PRESETS, cache_folder, machine, model_folder, on_gpu, positive, print_table, questions, write_work  # noqa: E402
 from inference import exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
 
 import mlx.core as mx  # noqa: E402
 from ranks import Ranks, start_ranks  # noqa: E402
+from run_directory import complete_or_absent  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/scaling.py
@@ -33,15 +32,9 @@ def work_folder(args: argparse.Namespace) -> Path:
     model = model_folder(args.preset)
     folder = cache_folder() / f"scaling-{args.preset}-{args.prompts}x{args.prompt_tokens}"
     if not folder.is_dir():
-        aside = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         texts = questions(load_tokenizer(model), args.prompts, args.prompt_tokens, ragged=False)
-        for split in ("train", "test"):
-            rows = [json.dumps({"question": text, "answer": "#### 1"}) for text in texts]
-            (aside / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-        (aside / "rewards.py").write_text(REWARDS)
-        aside.rename(folder)
+        with complete_or_absent(folder) as aside:
+            write_work(aside, texts)
     return folder
 
 
