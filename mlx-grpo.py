@@ -130,7 +130,7 @@ class MLXGRPOConfig:
     stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])  # text that ends a completion, kept in it
     memory_limit_gb: float = 0.0  # device memory from which work waits for earlier work to end; 0: half of what there is
     kv_budget_gb: float = 0.0  # KV cache the rollout may fill before it decodes in several batches; 0: 1/4 of memory
-    quantize_for_rollouts: bool = False  # sample from a quantised copy: less memory traffic, off-policy, corrected
+    quantize_for_rollouts: bool = False  # sample from a quantised copy: less memory traffic on a GPU, slower on a CPU; off-policy, corrected
     bits: int = 4  # of that copy
     group_size: int = 64  # of that copy: weights that share a scale
     sync_every: int = 1  # updates between refreshes of the sampler's weights; above 1 it is stale, and corrected
@@ -884,7 +884,7 @@ class MLXGRPOTrainer:
         self.updates = rollouts * config.num_iterations
         self.monitor = Monitor(self.updates, config.logging_steps)
 
-        # A device that runs ahead holds the results of everything on its way: the limit bounds that, not what must be held.
+        # A host that is ahead of its device holds the results of all it has handed over: the limit bounds that, not what must be held.
         limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
         mx.set_memory_limit(limit)
         self.head_chunk = min(HEAD_CHUNK_LOGITS, limit // 256) // lane_count()  # in float32 at most a 64th of the limit
@@ -936,7 +936,10 @@ class MLXGRPOTrainer:
         self.synced = {}  # the sampler's weights, where they are not those of the policy
         on_policy = not self.quantize_rollouts and self.config.sync_every == 1
         sampler = self.model if on_policy else self.frozen_policy(weights)
-        if sampler is not self.sampler:  # the policy keeps its decoder, and what that has compiled, from update to update
+        names = lambda model: [name for name, _ in tree_flatten(model.parameters())]  # noqa: E731
+        if self.sampler is not None and self.sampler is not self.model and names(self.sampler) == names(sampler):
+            self.sampler.update(sampler.parameters())  # the decoder stays, with what it has compiled
+        elif sampler is not self.sampler:
             self.sampler, self.decoder = sampler, make_decoder(sampler, self.config.sampling, self.config.use_compile)
 
     def frozen_policy(self, weights: dict | None):

@@ -291,13 +291,18 @@ def test_the_adapters_of_a_half_precision_model_are_as_it_is_but_for_dora(tmp_pa
         assert any("lora_b" in name for name in moved)
 
 
-def test_the_policys_decoder_is_kept_from_update_to_update_and_a_copys_goes_with_it(tmp_path):
-    for overrides, kept in (((), True), (("quantize_for_rollouts=true", "group_size=32"), False)):
-        trainer = trainer_of(tmp_path, *overrides)
-        before = trainer.decoder
-        trainer.build_step()
-        trainer.one_rollout()
-        assert (trainer.decoder is before) == kept and trainer.decoder.model is trainer.sampler
+@pytest.mark.parametrize("overrides", [(), ("quantize_for_rollouts=true", "group_size=32"), ("sync_every=2",), ("fine_tune_type=lora", "sync_every=2")])
+def test_a_sampler_keeps_its_decoder_and_gets_the_policys_weights(overrides, tmp_path):
+    trainer = trainer_of(tmp_path, *overrides)
+    before, frozen = trainer.decoder, dict(tree_flatten(trainer.sampler.parameters()))
+    trainer.model.update(tree_map(lambda w: w + 0.5, trainer.model.trainable_parameters()))
+    trainer.refresh_sampler()
+    assert trainer.decoder is before and trainer.decoder.model is trainer.sampler
+    now, fresh = (dict(tree_flatten(model.parameters())) for model in (trainer.sampler, trainer.frozen_policy(None)))
+    if trainer.sampler is trainer.model:
+        fresh = dict(tree_flatten(trainer.model.parameters()))
+    assert now.keys() == fresh.keys() and all(mx.array_equal(now[name], fresh[name]) for name in now)
+    assert any(not mx.array_equal(now[name], frozen[name]) for name in now)
 
 
 def test_quantised_rollouts_are_measured_and_corrected(tmp_path):
