@@ -63,7 +63,7 @@ from lanes import lane_count, lanes, spread
 from loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
 from memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
 from monitoring import (
-    Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, stopping_on_signals, write_report,
+    Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, stopping_on_signals, update_facts, write_report,
 )  # fmt: skip
 from ranks import ALONE, Ranks, start_ranks
 from resuming import RESUMED_STATE, read_checkpoint, write_checkpoint, write_model
@@ -904,7 +904,6 @@ class MLXGRPOTrainer:
         self.tokens = 0  # completion tokens sampled
         self.before = {}  # the evaluations before the first update
         self.logs = RunLogs(self.run_dir)
-        self.warned = set()
         self.stop_signal = 0
         self.sampler = None
         self.refresh_sampler()
@@ -1198,54 +1197,21 @@ class MLXGRPOTrainer:
             self.refresh_sampler()
         if crossed(previous, self.update, config.check_weights_steps):
             self.check_weights()
+        names = list(map(name_of, self.reward_functions))
         if config.log_completions_steps and (not previous or crossed(previous, self.update, config.log_completions_steps)):
-            records = completion_records(self.update, groups, list(map(name_of, self.reward_functions)))
+            records = completion_records(self.update, groups, names)
             for record in records:
                 self.log("completions", record)
             self.monitor.completions(records, self.totals)
-        self.warn_of_mismatch(metrics[-1])
         seconds, exchanges = self.ranks.timing(seconds)
-        shared = self.describe(groups, seconds, self.cursor - first) | exchanges
+        drawn = self.cursor - first
+        sampled = int(sum(len(c) for group in groups for c in group.completions) * drawn / len(groups))  # replaced groups cost the same each
+        self.tokens += sampled
+        shared = update_facts(self, groups, names, drawn, sampled, seconds) | exchanges
         return [
             {"update": number, "lr": learning_rate(config, number - 1, self.updates), **one, **shared}
             for number, one in enumerate(metrics, previous + 1)
         ]
-
-    def describe(self, groups: list[Group], seconds: dict, prompts_drawn: int) -> dict:
-        """What the log says of an update's completions and of its time."""
-        config = self.config
-        lengths = np.array([len(c) for group in groups for c in group.completions])
-        sampled = int(lengths.sum() * prompts_drawn / len(groups))  # groups that were replaced cost the same each
-        self.tokens += sampled
-        per_function = np.stack([group.rewards for group in groups], axis=1)
-        scored = self.totals[~np.isnan(self.totals)]
-        record = {
-            "epoch": round(self.cursor / len(self.rows), 4),
-            "reward_mean": float(scored.mean()) if scored.size else None,
-            "reward_std": float(scored.std()) if scored.size else None,
-            **{f"rewards/{name_of(f)}": nan_mean(r) for f, r in zip(self.reward_functions, per_function)},
-            "completion_length_mean": float(lengths.mean()),
-            "completion_length_max": int(lengths.max()),
-            "truncated_fraction": float(np.mean([r == "length" for group in groups for r in group.finish_reasons])),
-            "zero_signal_fraction": float(np.mean(~self.advantages.any(axis=1))),
-            "prompts_drawn": prompts_drawn,
-            "rollout_tokens_per_s": sampled / seconds["rollout"],
-            "train_tokens_per_s": int(lengths.sum()) * config.num_iterations / seconds["train"],
-            **{f"seconds/{phase}": value for phase, value in seconds.items()},
-            "peak_memory_gb": mx.get_peak_memory() / 2**30,
-            "total_tokens": self.tokens,
-        }
-        return record if self.reference else {"kl": 0.0, **record}
-
-    def warn_of_mismatch(self, metrics: dict) -> None:
-        """Say once that the sampler has drifted too far from the policy to learn from."""
-        if (metrics.get("mismatch/kl") or 0.0) > MISMATCH_WARNING and "mismatch" not in self.warned:
-            self.warned.add("mismatch")
-            print(
-                f"Warning: sampler and policy differ by {metrics['mismatch/kl']:.3f} nats a token; raise bits, lower sync_every, "
-                "or set top_p = 1, top_k = 0, min_p = 0, repetition_penalty = 1",
-                file=sys.stderr,
-            )
 
     # Records
 
@@ -1337,18 +1303,11 @@ OBJECTIVE_OPTIONS = (
 NO_METRICS = {"loss": 0.0, "grad_norm": 0.0} | dict.fromkeys(  # of an update without a forward pass
     "kl entropy clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean mismatch/mean mismatch/kl mismatch/max".split()
 )
-MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 
 def crossed(previous: int, now: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (previous, now]; never for 0."""
     return bool(every) and previous // every < now // every
-
-
-def nan_mean(values: np.ndarray) -> float | None:
-    """Mean of what is not NaN; None where all is."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else None
 
 
 def compile_works() -> bool:

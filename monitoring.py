@@ -21,6 +21,7 @@ import numpy as np
 from run_directory import RunError, UserError
 
 ROOT = Path(__file__).resolve().parent
+MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 
 # --- Words and records ------------------------------------------------------------------------------------------
@@ -60,6 +61,41 @@ def completion_records(update: int, groups: list, names: list[str]) -> list[dict
         for group in groups
         for text, reason, rewards, ids in zip(group.texts, group.finish_reasons, group.rewards.T, group.completions)
     ]  # fmt: skip
+
+
+def nan_mean(values: np.ndarray) -> float | None:
+    """Mean of what is not NaN; None where all is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else None
+
+
+def update_facts(trainer, groups: list, names: list[str], prompts_drawn: int, sampled: int, seconds: dict) -> dict:
+    """What the log says of an update's completions and of its time.
+
+    names: as above; prompts_drawn, sampled: prompts and completion tokens, those of replaced groups included; seconds: by phase.
+    """
+    import mlx.core as mx
+
+    lengths = np.array([len(c) for group in groups for c in group.completions])
+    per_function = np.stack([group.rewards for group in groups], axis=1)  # (F, B, G)
+    scored = trainer.totals[~np.isnan(trainer.totals)]
+    record = {
+        "epoch": round(trainer.cursor / len(trainer.rows), 4),
+        "reward_mean": float(scored.mean()) if scored.size else None,
+        "reward_std": float(scored.std()) if scored.size else None,
+        **{f"rewards/{name}": nan_mean(r) for name, r in zip(names, per_function)},
+        "completion_length_mean": float(lengths.mean()),
+        "completion_length_max": int(lengths.max()),
+        "truncated_fraction": float(np.mean([r == "length" for group in groups for r in group.finish_reasons])),
+        "zero_signal_fraction": float(np.mean(~trainer.advantages.any(axis=1))),
+        "prompts_drawn": prompts_drawn,
+        "rollout_tokens_per_s": sampled / seconds["rollout"],
+        "train_tokens_per_s": int(lengths.sum()) * trainer.config.num_iterations / seconds["train"],
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        "peak_memory_gb": mx.get_peak_memory() / 2**30,
+        "total_tokens": trainer.tokens,
+    }
+    return record if trainer.reference else {"kl": 0.0, **record}
 
 
 def machine_facts(memory: int) -> dict:
@@ -142,6 +178,7 @@ class Monitor:
         self.times = collections.deque(maxlen=20)  # (updates done, when), for the time that is left
         self.doing, self.since, self.note = "", 0.0, ""
         self.live = None
+        self.warned = False  # that the sampler has drifted too far from the policy to learn from: once is enough
 
     def __enter__(self):
         if self.console.file.isatty() and self.console.is_interactive:
@@ -194,6 +231,13 @@ class Monitor:
     def update(self, record: dict) -> None:
         """Show an update's log record: the progress each time, its numbers every logging_steps."""
         self.trackers.scalars(numbers(record), record["update"])
+        if (record.get("mismatch/kl") or 0.0) > MISMATCH_WARNING and not self.warned:
+            self.warned = True
+            print(
+                f"Warning: sampler and policy differ by {record['mismatch/kl']:.3f} nats a token; raise bits, lower sync_every, "
+                "or set top_p = 1, top_k = 0, min_p = 0, repetition_penalty = 1",
+                file=sys.stderr,
+            )
         self.done = record["update"]
         self.times.append((self.done, time.monotonic()))
         self.rewards.append(record["reward_mean"])
