@@ -72,7 +72,7 @@ def nan_mean(values: np.ndarray) -> float | None:
 def update_facts(trainer, groups: list, names: list[str], prompts_drawn: int, sampled: int, seconds: dict) -> dict:
     """What the log says of an update's completions and of its time.
 
-    names: as above; prompts_drawn, sampled: prompts and completion tokens, those of replaced groups included; seconds: by phase.
+    names: of the reward functions; prompts_drawn, sampled: prompts and completion tokens, those of replaced groups included; seconds: by phase.
     """
     import mlx.core as mx
 

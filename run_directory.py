@@ -48,20 +48,24 @@ def remove_directory(folder: Path) -> None:
 def complete_or_absent(folder: Path):
     """A directory beside `folder` to write into; synced, it takes that name at the end.
 
-    Where something stops the writing it goes, and what stood at `folder` stays.
+    Where something stops that, it goes, and what stood at `folder` stays.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    aside, old = scratch / "new", scratch / "old"
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         yield aside
         for path in [*aside.rglob("*"), aside]:
             sync_to_disk(path)
-        remove_directory(folder)
+        if folder.exists():
+            folder.rename(old)
         aside.rename(folder)
         sync_to_disk(folder.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_directory(folder: Path, write) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mlx_grpo
-from run_directory import checkpoints
+from run_directory import checkpoints, complete_or_absent
 
 ROOT = Path(mlx_grpo.__file__).parent
 SMALL = [
@@ -136,6 +136,22 @@ def test_a_failed_save_is_one_line_and_leaves_earlier_checkpoints(tmp_path):
     with pytest.raises(mlx_grpo.RunError, match="^Failed to save checkpoint: .*No space left on device"):
         mlx_grpo.write_directory(folder, write)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"] and (folder / "kept").read_text() == "whole"
+
+
+def test_what_stood_there_comes_back_where_the_new_directory_cannot_take_its_place(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "model", Path.rename
+    folder.mkdir()
+    (folder / "kept").write_text("whole")
+
+    def refuse_the_new(path, target):
+        if path.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new)
+    with pytest.raises(OSError, match="Input/output error"), complete_or_absent(folder) as aside:
+        (aside / "half").write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and (folder / "kept").read_text() == "whole"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
