@@ -1,19 +1,11 @@
-"""Decoding: the completions of a batch of prompts, position by position; rows leave as they finish.
-
-What a position costs beside its arithmetic depends on the device, and so there is a decoder for each.
-"""
-
-import copy
-import functools
+"""Decoding: the completions of a batch of prompts, position by position; rows leave as they finish."""
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_map
 
-from adapters import shared_copy
+import cuda_kernels
 from batching import bucket
-from kv_cache import map_rows, prefill
+from kv_cache import can_pad, map_rows, prefill
 
 DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
 STEP_OF_ROWS = 0.75  # rows leave in steps to this share of them: few batch sizes are met
@@ -53,7 +45,8 @@ class Decoder:
     """
 
     def __init__(self, model, draw):
-        self.model, self.draw = model, draw
+        self.model, self.draw, self.launches = model, draw, cuda_kernels.launches(model)
+        self.attention = cuda_kernels.attention if can_pad(model) else mx.fast.scaled_dot_product_attention
 
     def start(self, tokens, pads, repeats):
         """The KV cache of all ids but the last of the prompts (P, L), `repeats` rows each."""
@@ -61,7 +54,8 @@ class Decoder:
 
     def __call__(self, cache, last, uniforms, seen):
         """The ids (N,) that follow `last` (N, 1), their log-probs (N,), and what is seen then."""
-        logits = self.model(last, cache=cache)[:, -1]
+        with cuda_kernels.in_place(self.launches, self.attention):
+            logits = self.model(last, cache=cache)[:, -1]
         if seen is not None:
             seen = mx.put_along_axis(seen, last, mx.array(True), axis=-1)
         return (*self.draw(logits, uniforms, seen), seen)
@@ -78,7 +72,8 @@ class CompiledDecoder(Decoder):
 
         def position(filled, pads, layers, *rest):
             cache = [FixedKVCache(*layer, filled, pads) for layer in layers]
-            return super(CompiledDecoder, self).__call__(cache, *rest), [(layer.keys, layer.values) for layer in cache]
+            drawn = super(CompiledDecoder, self).__call__(cache, *rest)
+            return drawn, filled + 1, [(layer.keys, layer.values) for layer in cache]
 
         self.position = mx.compile(position, inputs=[model.state])
 
@@ -87,75 +82,19 @@ class CompiledDecoder(Decoder):
         # One-id prompts leave nothing in a cache; the shapes are those of another id.
         cache = super().start(tokens if length else mx.repeat(tokens, 2, axis=1), pads, repeats)
         layers = [tuple(x[:, :, :length] for x in layer.keys_and_values()) for layer in cache]
-        return {"length": length, "pads": None if pads is None else mx.repeat(pads, repeats), "layers": layers}
+        pads = None if pads is None else mx.repeat(pads, repeats)
+        return {"length": length, "filled": mx.array(length), "pads": pads, "layers": layers}
 
     def __call__(self, cache, *rest):
         room = bucket(cache["length"] + 1, STEP_OF_POSITIONS) - cache["layers"][0][0].shape[2]
         if room > 0:
             cache["layers"] = tree_map(lambda x: mx.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), cache["layers"])
-        drawn, cache["layers"] = self.position(mx.array(cache["length"]), cache["pads"], cache["layers"], *rest)
+        drawn, cache["filled"], cache["layers"] = self.position(cache["filled"], cache["pads"], cache["layers"], *rest)
         cache["length"] += 1
         return drawn
 
     def keep(self, cache, rows) -> None:
-        cache.update(tree_map(lambda x: x[rows] if isinstance(x, mx.array) else x, cache))
-
-
-class JoinedDecoder(Decoder):
-    """The same with layers of one input as one product: few rows take a GPU less time than its host takes to launch kernels."""
-
-    def start(self, tokens, pads, repeats):
-        decoder = Decoder(joined(self.model), self.draw)  # of the weights as they are now, and gone with the batch
-        return decoder, decoder.start(tokens, pads, repeats)
-
-    def __call__(self, state, *rest):
-        decoder, cache = state
-        return decoder(cache, *rest)
-
-    def keep(self, state, rows) -> None:
-        super().keep(state[1], rows)
-
-
-ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what models call them
-
-
-def joined(model):
-    """A second module tree in which linear layers of one input are one layer; it shares all other arrays."""
-    model = shared_copy(model)
-    for module in model.modules():
-        for names in ONE_INPUT:
-            layers = [module.get(name) for name in names]
-            if all(type(layer) in (nn.Linear, nn.QuantizedLinear) for layer in layers) and len(set(map(form, layers))) == 1:
-                product = Product(layers)
-                for number, name in enumerate(names):
-                    setattr(module, name, functools.partial(product, number))
-    return model
-
-
-def form(layer) -> tuple:
-    """What two linear layers must have in common to be one: kind, arrays, width of the input, quantisation."""
-    arrays = tuple((name, array.shape[1:]) for name, array in sorted(layer.parameters().items()))
-    return type(layer), arrays, *(getattr(layer, name, None) for name in ("bits", "group_size", "mode"))
-
-
-class Product:
-    """What each of some linear layers gives for an input, from one product for all of them.
-
-    The first that is asked computes it. A model may ask in any order, leave one out, or give one another input.
-    """
-
-    def __init__(self, layers: list[nn.Module]):
-        self.whole, self.ends = copy.copy(layers[0]), np.cumsum([layer.weight.shape[0] for layer in layers])[:-1].tolist()
-        self.whole.update({name: mx.concatenate([layer[name] for layer in layers]) for name in layers[0].parameters()})
-        self.input, self.parts = None, {}
-
-    def __call__(self, number: int, x):
-        if x is not self.input or number not in self.parts:
-            self.input, self.parts = x, dict(enumerate(mx.split(self.whole(x), self.ends, axis=-1)))
-        part = self.parts.pop(number)
-        if not self.parts:
-            self.input = None
-        return part
+        cache.update(tree_map(lambda x: x[rows] if isinstance(x, mx.array) and x.ndim else x, cache))
 
 
 class FixedKVCache:
@@ -169,9 +108,9 @@ class FixedKVCache:
         self.offset = filled if pads is None else filled - pads
 
     def update_and_fetch(self, keys, values):
-        start = self.filled.reshape(1)
-        self.keys = mx.slice_update(self.keys, keys, start, axes=(2,))
-        self.values = mx.slice_update(self.values, values, start, axes=(2,))
+        # A GPU writes this faster than a slice whose start it has to find.
+        self.keys = mx.put_along_axis(self.keys, mx.broadcast_to(self.filled, keys.shape), keys, axis=2)
+        self.values = mx.put_along_axis(self.values, mx.broadcast_to(self.filled, values.shape), values, axis=2)
         return self.keys, self.values
 
     def make_mask(self, N, **kwargs):

@@ -21,7 +21,8 @@ and saved), answers.py (answers, found and compared), scoring.py (reward functio
 computed once, padded rows), batching.py (an update as padded arrays), fused_head.py (log-probs without the logits in
 memory), swiglu.py (a layer's product that keeps less), decoding.py (the next ids of a batch), resuming.py (a trainer's
 state on disk), run_directory.py (files of a run, errors), memory_plan.py (what a run will hold), monitoring.py (terminal,
-trackers), ranks.py (several processes), fast_blas.py, cpu_kernels.py and lanes.py (MLX on CPUs).
+trackers), ranks.py (several processes), fast_blas.py, cpu_kernels.py and lanes.py (MLX on CPUs), cuda_kernels.py (a
+position's layers on CUDA).
 
 Shapes are written where an array is born:
 
@@ -56,7 +57,8 @@ from mlx.utils import tree_flatten, tree_map
 from adapters import adapter_layers, fused, shared_copy, without_adapters
 from answers import extract_hash_answer, extract_xml_answer, grade, parse_number  # noqa: F401  users import the first from here
 from batching import bucket, left_pad, micro_batches
-from decoding import CompiledDecoder, Decoder, JoinedDecoder, Row, decode
+from cuda_kernels import attention_covers
+from decoding import CompiledDecoder, Decoder, Row, decode
 from fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
 from kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
 from lanes import lane_count, lanes, spread
@@ -167,7 +169,7 @@ class MLXGRPOConfig:
     adam_beta2: float = 0.999
     weight_decay: float = 0.0  # decoupled, as in AdamW
     max_nan_updates: int = 3  # updates in a row with a non-finite gradient before the run stops
-    use_compile: bool = True  # mx.compile the training step and, on a CPU, the rollout's
+    use_compile: bool = True  # mx.compile the training step and, on CPUs and CUDA, the rollout's
     # Evaluation
     eval_steps: int = 50  # updates between evaluations on the held-out split; 0: only before and after
     eval_samples: int = 200  # rows of the held-out split, a fixed choice; 0 for all
@@ -458,8 +460,8 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
 
 def make_decoder(model, sampling: Sampling, use_compile: bool = True) -> Decoder:
     """What draws the next ids, as is fastest on this device."""
-    compiled = use_compile and mx.default_device() == mx.cpu and can_pad(model) and compile_works()
-    kind = CompiledDecoder if compiled else JoinedDecoder if on_cuda() else Decoder
+    pays = mx.default_device() == mx.cpu and compile_works() or attention_covers(model)
+    kind = CompiledDecoder if use_compile and pays and can_pad(model) else Decoder
     return kind(model, lambda logits, uniforms, seen: sample(logits, uniforms, sampling, seen))
 
 

@@ -164,7 +164,7 @@ def test_a_cache_whose_state_cannot_be_set_gives_the_same_completions():
         del type(model).make_cache
 
 
-@pytest.mark.parametrize("kind", [decoding.Decoder, decoding.CompiledDecoder, decoding.JoinedDecoder])
+@pytest.mark.parametrize("kind", [decoding.Decoder, decoding.CompiledDecoder])
 @pytest.mark.parametrize("options", [{}, {"sampling": Sampling(repetition_penalty=1.3)}, {"stop_strings": ["*"]}])
 def test_every_decoder_draws_the_same(kind, options):
     model = tiny_model("qwen2")
@@ -180,7 +180,7 @@ def decoder_of(kind, model, sampling=Sampling(), **rest):
 
 
 def test_a_kept_decoder_sees_the_weights_as_they_are():
-    for kind in (decoding.CompiledDecoder, decoding.JoinedDecoder):
+    for kind in (decoding.Decoder, decoding.CompiledDecoder):
         model = tiny_model("qwen2")
         decoder = decoder_of(kind, model)
         before = roll(model, decoder=decoder)
@@ -197,44 +197,6 @@ def test_a_compiled_position_is_traced_once_for_each_shape(monkeypatch):
     for seed in range(3):
         roll(model, g=1, tokens=40, seed=seed, decoder=decoder)
     assert len(traced) == len(set(traced)) <= 5  # 4, 3, 2 and 1 rows; 64 positions hold all
-
-
-@pytest.mark.parametrize("bits", [0, 4])
-def test_layers_of_one_input_are_one_product_unless_they_differ(bits):
-    model = tiny_model("qwen2")
-    if bits:
-        nn.quantize(model, 32, bits, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0)
-    one = decoding.joined(model)
-    attention, ids = one.layers[0].self_attn, mx.array([[5, 6, 7]])
-    assert "q_proj" not in attention.children() and "o_proj" in attention.children()
-    np.testing.assert_allclose(np.array(one(ids)), np.array(model(ids)), atol=1e-5)
-    linear_to_lora_layers(model, 1, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]})
-    assert "q_proj" in decoding.joined(model).layers[-1].self_attn.children()
-
-
-def test_joined_layers_may_be_asked_in_any_order_with_any_input():
-    layers = [nn.Linear(8, width) for width in (4, 6, 2)]
-    product, (x, y) = decoding.Product(layers), mx.random.normal((2, 3, 8))
-    for number, given in ((2, x), (0, x), (1, y), (1, y), (0, x), (1, x), (2, x), (2, x)):
-        np.testing.assert_allclose(np.array(product(number, given)), np.array(layers[number](given)), atol=1e-6)
-    assert product.input is x  # of the last: two parts are still to be taken
-
-
-@pytest.mark.parametrize("biased", [(True, False, True), (False, True, True)])
-def test_layers_of_different_forms_are_not_joined(biased):
-    model = tiny_model("qwen2")
-    for layer in model.layers:
-        for name, bias in zip(("q_proj", "k_proj", "v_proj"), biased):
-            if not bias:
-                layer.self_attn[name].pop("bias")
-    assert "q_proj" in decoding.joined(model).layers[0].self_attn.children()
-    assert roll(model, decoder=decoder_of(decoding.JoinedDecoder, model)).completions == roll(model).completions
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_joined_layers_leave_every_architecture_as_it_is(name):
-    model, ids = tiny_model(name), mx.array([[5, 6, 7, 8]])
-    np.testing.assert_allclose(np.array(decoding.joined(model)(ids)), np.array(model(ids)), atol=1e-4)
 
 
 def test_generate_prints_nothing_where_nothing_can_be_compiled(monkeypatch, capsys):
