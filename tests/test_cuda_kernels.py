@@ -9,6 +9,7 @@ from test_rollout import PROMPTS, full_logps, roll
 from tiny import ARCHITECTURES, tiny_model
 
 import cuda_kernels
+import decoding
 import mlx_grpo
 from cuda_kernels import Linears, attention_covers, in_place, launches
 
@@ -96,6 +97,27 @@ def test_all_is_as_before_when_the_graph_is_built_or_has_failed(plain):
         assert nn.Linear.__call__ is not before[0] and mx.fast.scaled_dot_product_attention is cuda_kernels.attention
         1 / 0
     assert before == (nn.Linear.__call__, mx.fast.scaled_dot_product_attention)
+
+
+@pytest.mark.parametrize("kind", [decoding.Decoder, decoding.CompiledDecoder])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6, 7], [8, 9, 10]]])
+def test_a_rollouts_positions_are_covered_and_the_same(plain, monkeypatch, kind, prompts):
+    model = half_model("qwen3", head_dim=32)
+    draw = lambda logits, uniforms, seen: mlx_grpo.sample(logits, uniforms, mlx_grpo.Sampling(), seen)  # noqa: E731
+    with monkeypatch.context() as without:
+        without.setattr(cuda_kernels, "has_tensor_cores", lambda: False)
+        expected = roll(model, prompts, decoder=kind(model, draw))
+    asked = []
+
+    def attention(*args, **kwargs):
+        asked.append(cuda_kernels.covers(*args, **kwargs))
+        return cuda_kernels.MLX_ATTENTION(*args, **kwargs)
+
+    monkeypatch.setattr(cuda_kernels, "attention", attention)
+    monkeypatch.setattr(cuda_kernels, "rope", cuda_kernels.MLX_ROPE)
+    rollout = roll(model, prompts, decoder=kind(model, draw))
+    assert rollout.completions == expected.completions and rollout.sampler_logps == expected.sampler_logps
+    assert asked and all(asked) and plain
 
 
 @pytest.mark.parametrize("changes,covered", [
