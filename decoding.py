@@ -5,6 +5,7 @@ from mlx.utils import tree_map
 
 import cuda_kernels
 from batching import bucket
+from fused_head import on_cuda
 from kv_cache import can_pad, map_rows, prefill
 
 DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
@@ -108,10 +109,13 @@ class FixedKVCache:
         self.offset = filled if pads is None else filled - pads
 
     def update_and_fetch(self, keys, values):
-        # A GPU writes this faster than a slice whose start it has to find.
-        self.keys = mx.put_along_axis(self.keys, mx.broadcast_to(self.filled, keys.shape), keys, axis=2)
-        self.values = mx.put_along_axis(self.values, mx.broadcast_to(self.filled, values.shape), values, axis=2)
+        self.keys, self.values = self.filled_by(self.keys, keys), self.filled_by(self.values, values)
         return self.keys, self.values
+
+    def filled_by(self, buffer, x):
+        if on_cuda():  # finding where a slice starts costs a GPU more than the slice
+            return mx.put_along_axis(buffer, mx.broadcast_to(self.filled, x.shape), x, axis=2)
+        return mx.slice_update(buffer, x, self.filled.reshape(1), axes=(2,))
 
     def make_mask(self, N, **kwargs):
         places = mx.arange(self.keys.shape[2])
