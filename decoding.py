@@ -6,7 +6,7 @@ from mlx.utils import tree_map
 import cuda_kernels
 from batching import bucket
 from fused_head import on_cuda
-from kv_cache import can_pad, map_rows, prefill
+from kv_cache import can_pad, map_rows, mapped_rows, prefill
 
 DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
 STEP_OF_ROWS = 0.75  # rows leave in steps to this share of them: few batch sizes are met
@@ -95,7 +95,7 @@ class CompiledDecoder(Decoder):
         return drawn
 
     def keep(self, cache, rows) -> None:
-        cache.update(tree_map(lambda x: x[rows] if isinstance(x, mx.array) and x.ndim else x, cache))
+        cache.update(mapped_rows(cache, lambda x: x[rows]))
 
 
 class FixedKVCache:

@@ -29,10 +29,14 @@ def can_pad(model) -> bool:
     return PADDING_WORKS[type(model)]
 
 
+def mapped_rows(state, change):
+    """A cache's state with `change` applied to every array; all that are not scalars have the rows as their first axis."""
+    return tree_map(lambda x: change(x) if isinstance(x, mx.array) and x.ndim else x, state)
+
+
 def map_rows(cache: list, change) -> None:
-    """Apply `change` to every array of a cache; all that are not scalars have the rows as their first axis."""
     for layer in cache:
-        layer.state = tree_map(lambda x: change(x) if isinstance(x, mx.array) and x.ndim else x, layer.state)
+        layer.state = mapped_rows(layer.state, change)
 
 
 def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> list:
