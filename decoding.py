@@ -74,7 +74,7 @@ class CompiledDecoder(Decoder):
         def position(filled, pads, layers, *rest):
             cache = [FixedKVCache(*layer, filled, pads) for layer in layers]
             drawn = super(CompiledDecoder, self).__call__(cache, *rest)
-            return drawn, filled + 1, [(layer.keys, layer.values) for layer in cache]
+            return drawn, [(layer.keys, layer.values) for layer in cache]
 
         self.position = mx.compile(position, inputs=[model.state])
 
@@ -84,14 +84,14 @@ class CompiledDecoder(Decoder):
         cache = super().start(tokens if length else mx.repeat(tokens, 2, axis=1), pads, repeats)
         layers = [tuple(x[:, :, :length] for x in layer.keys_and_values()) for layer in cache]
         pads = None if pads is None else mx.repeat(pads, repeats)
-        return {"length": length, "filled": mx.array(length), "pads": pads, "layers": layers}
+        return {"filled": length, "pads": pads, "layers": layers}
 
     def __call__(self, cache, *rest):
-        room = bucket(cache["length"] + 1, STEP_OF_POSITIONS) - cache["layers"][0][0].shape[2]
+        room = bucket(cache["filled"] + 1, STEP_OF_POSITIONS) - cache["layers"][0][0].shape[2]
         if room > 0:
             cache["layers"] = tree_map(lambda x: mx.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), cache["layers"])
-        drawn, cache["filled"], cache["layers"] = self.position(cache["filled"], cache["pads"], cache["layers"], *rest)
-        cache["length"] += 1
+        drawn, cache["layers"] = self.position(mx.array(cache["filled"]), cache["pads"], cache["layers"], *rest)
+        cache["filled"] += 1
         return drawn
 
     def keep(self, cache, rows) -> None:
@@ -158,12 +158,13 @@ def decode(decoder: Decoder, tokens: mx.array, pads: mx.array | None, rows: list
             logps.append(logp)
             position += 1
         if ids:
-            unread.append((rows, mx.stack(ids, axis=1), mx.stack(logps, axis=1)))
+            unread.append((rows, mx.stack(ids), mx.stack(logps)))  # (T, N): without strides to copy by
             mx.async_eval(unread[-1][1:])
         if len(unread) <= ahead and position < uniforms.shape[1]:
             continue
         block_rows, block_ids, block_logps = unread.pop(0)
-        for row, row_ids, row_logps in zip(block_rows, block_ids.tolist(), block_logps.tolist()):  # the one host sync of the block
+        of_rows = zip(block_rows, zip(*block_ids.tolist()), zip(*block_logps.tolist()))  # the one host sync of the block
+        for row, row_ids, row_logps in of_rows:
             if not row.finish_reason:
                 row.take(row_ids, row_logps)
         going = sum(not row.finish_reason for row in rows)
