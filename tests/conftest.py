@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
+os.environ["MLX_ENABLE_TF32"] = "0"  # GPUs multiply float32 at less than its precision otherwise (MLX, Numerical Precision)
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # a script that a test starts imports 3,000 files: compiled once, and not beside them
     os.environ["PYTHONPYCACHEPREFIX"] = str(ROOT / ".pytest_cache" / "bytecode")
 sys.path.insert(0, str(ROOT))
