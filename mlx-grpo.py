@@ -10,19 +10,22 @@ pushed up or down by how it compares with its own group (DeepSeekMath, arXiv 240
 
 There is no value network and no reward model: rewards are plain Python functions, the baseline is the group's mean.
 
-    uv run mlx-grpo.py                                             the quickstart: a bundled model, a few minutes
+    uv run mlx-grpo.py                                             the quickstart: a bundled model, about a minute
     uv run mlx-grpo.py --config configs/prod.toml --set learning_rate=2e-6
     uv run mlx-grpo.py --config configs/prod.toml --resume         carry on after a stop
 
 The file reads in the order data flows: config, prompts, model, data, rewards, rollout, objective, log-probs, optimizer,
-evaluation, trainer, command line. What is not the algorithm lies beside it: settings.py (TOML to typed values, and what is refused), loading.py
-(models and datasets, local or from the hub), tiktoken_wrapper.py (nanochat's tokenizer), adapters.py (LoRA layers, merged
-and saved), answers.py (answers, found and compared), scoring.py (reward functions, found and called), kv_cache.py (prompts
-computed once, padded rows), batching.py (an update as padded arrays), fused_head.py (log-probs without the logits in
-memory), swiglu.py (a layer's product that keeps less), decoding.py (the next ids of a batch), resuming.py (a trainer's
-state on disk), run_directory.py (files of a run, errors), memory_plan.py (what a run will hold), monitoring.py (terminal,
-trackers), ranks.py (several processes), fast_blas.py, cpu_kernels.py and lanes.py (MLX on CPUs), cuda_kernels.py (a
-position's layers on CUDA).
+evaluation, trainer, command line. What is not the algorithm lies beside it:
+
+    to begin     settings.py (TOML to typed values, and what is refused), loading.py (models and datasets, local or from
+                 the hub), tiktoken_wrapper.py (nanochat's tokenizer), adapters.py (LoRA layers, merged and saved)
+    rewards      answers.py (answers, found and compared), scoring.py (reward functions, found and called)
+    rollout      decoding.py (the next ids of a batch), kv_cache.py (prompts computed once, padded rows)
+    update       batching.py (its completions as padded arrays), fused_head.py (log-probs without the logits in memory),
+                 swiglu.py (a layer's product that keeps less)
+    a run        memory_plan.py (what it will hold), trial.py (tried before it starts), run_directory.py (its files, errors),
+                 resuming.py (a trainer's state on disk), monitoring.py (terminal, trackers), ranks.py (several processes)
+    hardware     fast_blas.py, cpu_kernels.py and lanes.py (MLX on CPUs), cuda_kernels.py (a position's layers on CUDA)
 
 Shapes are written where an array is born:
 
@@ -56,14 +59,14 @@ from mlx.utils import tree_flatten, tree_map
 
 from adapters import adapter_layers, fused, shared_copy, without_adapters
 from answers import extract_hash_answer, extract_xml_answer, grade, parse_number  # noqa: F401  users import the first from here
-from batching import bucket, left_pad, micro_batches
+from batching import left_pad, micro_batches
 from cuda_kernels import attention_covers
 from decoding import CompiledDecoder, Decoder, Row, decode
 from fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
 from kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
 from lanes import lane_count, lanes, spread
 from loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
-from memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
+from memory_plan import LESS_MEMORY, memory_bytes, print_plan
 from monitoring import (
     Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, stopping_on_signals, update_facts, write_report,
 )  # fmt: skip
@@ -73,6 +76,7 @@ from run_directory import RunError, RunLogs, UserError, choose_run_dir, find_che
 from scoring import load_rewards, name_of, score
 from settings import CHOICES, check_config, config_as_toml, read_settings
 from tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
+from trial import dry_run, probe_memory
 
 SYSTEM_PROMPT = (
     "Think step by step between <reasoning> and </reasoning>, "
@@ -1128,6 +1132,13 @@ class MLXGRPOTrainer:
         mx.eval(self.model.state, self.optimizer.state)
         return record
 
+    def trial_gradient(self, groups: list) -> float:
+        """The norm of a gradient that is thrown away: of as many micro-batches as go at once, with made-up advantages."""
+        self.model.train()
+        advantages = np.tile(np.linspace(-1, 1, self.config.num_generations, dtype=np.float32), (len(groups), 1))
+        batches = self.add_log_probs(self.micro_batches(groups, advantages)[: lane_count()])
+        return gradient_norm([part for _, _, part in spread(self.gradient, batches)])
+
     def skip_non_finite(self, record: dict) -> dict:
         """A NaN or infinite gradient never reaches the weights: the update is left out, and counted."""
         self.nan_updates += 1
@@ -1143,7 +1154,7 @@ class MLXGRPOTrainer:
         """Train to the end: evaluate, update, log, save. Returns the evaluations before and after, {} when stopped."""
         config = self.config
         self.build_step()
-        self.probe_memory()
+        probe_memory(self)
         with self.monitor as monitor:
             monitor.begin(self.update, self.before.get("test"))
             self.before = self.before or self.evaluations()
@@ -1261,41 +1272,6 @@ class MLXGRPOTrainer:
             self.optimizer.state = self.ranks.from_first(self.optimizer.state)
             self.refresh_sampler(self.ranks.from_first(self.synced))
 
-    # Before the first update
-
-    def dry_run(self) -> None:
-        """One tiny rollout, its rewards, and one backward pass; nothing is written and no weight changes."""
-        small = dataclasses.replace(self.config, max_completion_length=min(16, self.config.rollout_tokens), max_new_tokens=0)
-        self.config, whole = small, self.config
-        self.build_step()
-        seconds = dict.fromkeys(("rollout", "reward"), 0.0)
-        groups = self.sample_groups(self.ranks.size, seconds)
-        norm = self.trial_gradient(groups)
-        if not math.isfinite(norm):
-            raise RunError("NaN gradient encountered: in the first backward pass; load the model in float32, or check its weights")
-        self.config = whole
-        print("to fit     " + "\n           ".join(suggestions(work_of(self))))
-        print(f"dry run    {sum(map(len, groups[0].completions))} tokens sampled, one backward pass (gradient norm {norm:.3g}): all well")
-
-    def trial_gradient(self, groups: list[Group]) -> float:
-        """The norm of a gradient that is thrown away: of as many micro-batches as go at once, with made-up advantages."""
-        self.model.train()
-        advantages = np.tile(np.linspace(-1, 1, self.config.num_generations, dtype=np.float32), (len(groups), 1))
-        batches = self.add_log_probs(self.micro_batches(groups, advantages)[: lane_count()])
-        return gradient_norm([part for _, _, part in spread(self.gradient, batches)])
-
-    def probe_memory(self) -> None:
-        """One gradient at the largest micro-batch there can be: memory that will not suffice fails here, not in the night."""
-        g, length = self.config.num_generations, self.config.rollout_tokens
-        row = max(self.rows, key=lambda row: len(row["prompt_ids"]))
-        prompt = [0] * (bucket(len(row["prompt_ids"])) - len(row["prompt_ids"])) + row["prompt_ids"]  # as padded ones are
-        group = Group(row, prompt, [[0] * length] * g, [[0.0] * length] * g, ["eos"] * g, [""] * g, np.zeros((1, g)))
-        mx.eval(self.optimizer.state)
-        # Said first: where memory is short, Linux ends the process without another word.
-        print(f"probe      the longest batch, {len(row['prompt_ids'])} + {length} tokens a row: ", end="", flush=True)
-        self.trial_gradient([group] * self.prompts_per_update)
-        print(f"{mx.get_peak_memory() / 2**30:.2f} GB at the peak", flush=True)
-
 
 OBJECTIVE_OPTIONS = (
     "loss_type", "importance_sampling_level", "clip_eps", "clip_eps_high", "delta", "kl_coeff", "max_completion_length",
@@ -1395,7 +1371,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     gc.freeze()  # what is loaded stays: collections pass over it
     print_plan(trainer)
     if arguments.dry_run:
-        trainer.dry_run()
+        dry_run(trainer)
         return 0
 
     try:

@@ -13,6 +13,7 @@ from tiny import ARCHITECTURES, tiny_model
 
 import fused_head
 import mlx_grpo
+import trial
 from adapters import save_model
 from mlx_grpo import CompletionLogProbs, Group, MLXGRPOTrainer, left_pad, load_config
 
@@ -195,11 +196,11 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(tmp_path, loss_type):
 
 def test_a_dry_run_says_what_its_gradient_was_and_does_not_pass_one_that_is_not_finite(tmp_path, capsys):
     trainer = trainer_of(tmp_path)
-    trainer.dry_run()
+    trial.dry_run(trainer)
     assert float(capsys.readouterr().out.split("gradient norm ")[1].split(")")[0]) > 0
     trainer.model.model.norm.weight = mx.full(trainer.model.model.norm.weight.shape, mx.nan)
     with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered: in the first backward pass"):
-        trainer.dry_run()
+        trial.dry_run(trainer)
 
 
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero(tmp_path):
@@ -236,7 +237,7 @@ def test_a_batch_without_signal_changes_nothing(tmp_path):
         assert (np.array(weight) == before[name]).all()
 
 
-def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path):
+def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, "max_nan_updates=2")
     trainer.build_step()
     before = {k: np.array(v) for k, v in trainer.trainable().items()}
@@ -248,7 +249,7 @@ def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path):
         assert (np.array(weight) == before[name]).all()
     trainer.collect = lambda seconds: (seconds.update(rollout=1.0, train=1.0), groups)[1]
     trainer.build_step = lambda: None
-    trainer.probe_memory = lambda: None
+    monkeypatch.setattr(mlx_grpo, "probe_memory", lambda trainer: None)
     with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered: 2 updates in a row"):
         trainer.train()
     assert [p.name for p in trainer.run_dir.glob("checkpoint-*")] == ["checkpoint-1"]
