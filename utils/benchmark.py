@@ -550,7 +550,7 @@ class Peer:
 
 SAME = "temperature max_completion_length num_generations loss_type scale_rewards learning_rate adam_beta1 adam_beta2 weight_decay max_grad_norm"
 BOTH_HAVE = {**{name: name for name in SAME.split()}, "clip_eps": "epsilon", "kl_coeff": "beta"}  # the trainer's name: TRL's
-LEARN_SETTINGS = (*BOTH_HAVE, "batch_size", "system_prompt", "stop_strings", "reward_weights", "use_compile")
+LEARN_SETTINGS = (*BOTH_HAVE, "batch_size", "system_prompt", "stop_strings", "reward_weights", "use_compile", "micro_batch_tokens")
 SHARE = 0.9  # of the highest reward that both come to: what the time to reach it is taken of
 
 
