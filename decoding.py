@@ -20,7 +20,7 @@ class Row:
         self.tokenizer, self.stop_strings, self.max_tokens = tokenizer, stop_strings, max_tokens
         self.ids, self.logps, self.finish_reason = [], [], ""
 
-    def take(self, ids: list[int], logps: list[float]) -> None:
+    def take(self, ids: tuple[int, ...], logps: tuple[float, ...]) -> None:
         """Append a block of ids, up to and including the one that ends the row."""
         before = len(self.ids)
         room = self.max_tokens - before
@@ -163,8 +163,8 @@ def decode(decoder: Decoder, tokens: mx.array, pads: mx.array | None, rows: list
         if len(unread) <= ahead and position < uniforms.shape[1]:
             continue
         block_rows, block_ids, block_logps = unread.pop(0)
-        of_rows = zip(block_rows, zip(*block_ids.tolist()), zip(*block_logps.tolist()))  # the one host sync of the block
-        for row, row_ids, row_logps in of_rows:
+        of_ids, of_logps = zip(*block_ids.tolist()), zip(*block_logps.tolist())  # by row; the one host sync of the block
+        for row, row_ids, row_logps in zip(block_rows, of_ids, of_logps):
             if not row.finish_reason:
                 row.take(row_ids, row_logps)
         going = sum(not row.finish_reason for row in rows)

@@ -1132,13 +1132,6 @@ class MLXGRPOTrainer:
         mx.eval(self.model.state, self.optimizer.state)
         return record
 
-    def trial_gradient(self, groups: list) -> float:
-        """The norm of a gradient that is thrown away: of as many micro-batches as go at once, with made-up advantages."""
-        self.model.train()
-        advantages = np.tile(np.linspace(-1, 1, self.config.num_generations, dtype=np.float32), (len(groups), 1))
-        batches = self.add_log_probs(self.micro_batches(groups, advantages)[: lane_count()])
-        return gradient_norm([part for _, _, part in spread(self.gradient, batches)])
-
     def skip_non_finite(self, record: dict) -> dict:
         """A NaN or infinite gradient never reaches the weights: the update is left out, and counted."""
         self.nan_updates += 1
@@ -1147,6 +1140,13 @@ class MLXGRPOTrainer:
             print("NaN gradient encountered: rollouts are in full precision from here on", file=sys.stderr)
             self.refresh_sampler(self.synced)
         return {name: (value if math.isfinite(value) else None) for name, value in record.items()} | {"skipped": "non-finite gradient"}
+
+    def trial_gradient(self, groups: list) -> float:
+        """The norm of a gradient that is thrown away: of as many micro-batches as go at once, with made-up advantages."""
+        self.model.train()
+        advantages = np.tile(np.linspace(-1, 1, self.config.num_generations, dtype=np.float32), (len(groups), 1))
+        batches = self.add_log_probs(self.micro_batches(groups, advantages)[: lane_count()])
+        return gradient_norm([part for _, _, part in spread(self.gradient, batches)])
 
     # The loop
 
