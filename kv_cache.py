@@ -85,6 +85,21 @@ def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> lis
     return cache
 
 
+@mx.custom_function
+def enter(parameters, x):
+    """A layer's parameters and its input as they are; in the backward pass the layer before waits for the gradients of both.
+
+    Else MLX may leave the parameters' gradients for the end, and keep what they are computed from.
+    """
+    return parameters, x
+
+
+@enter.vjp
+def enter_vjp(primals, cotangents, outputs):
+    parameters, x = cotangents
+    return parameters, mx.depends([x], [gradient for _, gradient in tree_flatten(parameters)])[0]
+
+
 def checkpointed(call):
     """A layer's `call`, but in training it keeps its input alone and computes the rest again in the backward pass.
 
@@ -92,21 +107,21 @@ def checkpointed(call):
     prompt could not be computed once.
     """
 
-    def call_checkpointed(layer, *args, **kwargs):
+    def call_checkpointed(layer, x, *args, **kwargs):
         if not layer.training:
-            return call(layer, *args, **kwargs)
+            return call(layer, x, *args, **kwargs)
         cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch")), None)
         state = {} if cache is None else vars(cache)
         before = dict(state)
 
-        def run(parameters, stored, args, kwargs):
+        def run(parameters, x, stored, args, kwargs):
             layer.update(parameters)
             state.update(before | stored)  # as it was: the backward pass comes here a second time
-            out = call(layer, *args, **kwargs)
+            out = call(layer, x, *args, **kwargs)
             return out, {name: state[name] for name in stored}
 
         stored = {name: before[name] for name in ("keys", "values") if name in before}
-        out, stored = mx.checkpoint(run)(layer.trainable_parameters(), stored, args, kwargs)
+        out, stored = mx.checkpoint(run)(*enter(layer.trainable_parameters(), x), stored, args, kwargs)
         state.update(stored)
         return out
 
