@@ -1,5 +1,7 @@
 """KV caches: prompts computed once for their groups, padded rows, and gradients through both."""
 
+import copy
+
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
@@ -111,18 +113,23 @@ def checkpointed(call):
         if not layer.training:
             return call(layer, x, *args, **kwargs)
         cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch")), None)
-        state = {} if cache is None else vars(cache)
+        # The graph keeps a twin, without what the layer adds: a cache that refers to a graph that refers to it is never freed.
+        twin = copy.copy(cache)
+        args = [twin if a is cache else a for a in args]
+        kwargs = {name: twin if a is cache else a for name, a in kwargs.items()}
+        state = {} if cache is None else vars(twin)
         before = dict(state)
 
         def run(parameters, x, stored, args, kwargs):
             layer.update(parameters)
             state.update(before | stored)  # as it was: the backward pass comes here a second time
             out = call(layer, x, *args, **kwargs)
-            return out, {name: state[name] for name in stored}
+            return out, {name: state.pop(name) for name in stored}
 
         stored = {name: before[name] for name in ("keys", "values") if name in before}
         out, stored = mx.checkpoint(run)(*enter(layer.trainable_parameters(), x), stored, args, kwargs)
-        state.update(stored)
+        if cache is not None:
+            vars(cache).update(state | stored)
         return out
 
     # A class is changed for good, and for every model of the process: once is enough.

@@ -4,6 +4,7 @@ The peak is what stays (weights, optimizer, reference) plus the larger of what t
 """
 
 import itertools
+import math
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -12,16 +13,16 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from adapters import adapter_layers
+from batching import bucket
 from fused_head import on_cuda
 from kv_cache import kv_bytes_per_token
 from lanes import lane_count
 from run_directory import UserError
 
-if on_cuda():
-    # A host that is ahead of its GPU holds what it has handed over: ten buffers of commands, each of what touches so many MB.
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")
-
 GB = 2**30
+AHEAD = 0  # bytes that a host may have handed over to its GPU, and must hold
+if on_cuda():  # ten buffers of commands, each of what touches so many MB
+    AHEAD = 10 * 2**20 * int(os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400"))
 LESS_MEMORY = "Lower micro_batch_tokens, memory_limit_gb or kv_budget_gb, or set grad_checkpoint to true; with --resume too, by --set"
 
 
@@ -47,6 +48,7 @@ class Work:
     rows: int  # completions an update
     generations: int  # of them a prompt
     shares_prompts: bool  # a group's prompt is computed once
+    shares_padded: bool  # and counted once, by what cuts an update into micro-batches
     prompt: int  # the longest prompt
     completion: int  # the longest completion
     has_reference: bool  # a frozen copy beside the policy
@@ -55,6 +57,8 @@ class Work:
     head_chunk: int  # logits alive at once in a lane's head
     lanes: int  # parts of an update that are worked on side by side, within micro_batch_tokens together
     kv_budget: int
+    ahead: int  # what a host may have handed over to its GPU, and must hold
+    memory_limit: int  # from here on the host waits for its GPU instead
 
 
 def plan(work: Work) -> dict[str, int]:
@@ -63,17 +67,19 @@ def plan(work: Work) -> dict[str, int]:
     A layer keeps for its backward pass, of each position, about 8 numbers of the hidden width, 3 of the feed-forward
     width (a SwiGLU layer: its two inputs and its product), and unfused attention its scores: twice by MLX, once by
     cpu_kernels.py. With gradient checkpointing it keeps its input alone, and one layer at a time is computed again. A
-    shared prompt's KV is kept once a row.
+    shared prompt's KV is kept once a row. The peak of an update is where the head has all of that before it and no
+    gradient but its own, or where the last layer's gradients are computed, or in the optimizer's step.
     """
-    length = work.prompt + work.completion
-    prompts = work.rows // work.generations if work.shares_prompts else work.rows
-    whole = prompts * work.prompt + work.rows * work.completion
-    group = whole * work.generations // work.rows
-    fits = work.micro_batch_tokens // group * group or max(work.micro_batch_tokens, length)  # groups go whole where they can
-    positions = min(fits, whole)
-    answers = positions * work.rows * work.completion // whole
-    layer = 8 * work.hidden + 3 * work.wide + work.scores * length
-    kept = work.layers * work.hidden + layer if work.grad_checkpoint else work.layers * layer
+    length, groups = work.prompt + work.completion, work.rows // work.generations
+    counted, group = (
+        work.generations * work.completion + work.prompt * (1 if once else work.generations) for once in (work.shares_padded, work.shares_prompts)
+    )
+    rounds = math.ceil(groups * counted / work.micro_batch_tokens)
+    together = min(math.ceil(groups / rounds), work.micro_batch_tokens // counted)  # groups; 0: not even one
+    positions = together * group or max(work.micro_batch_tokens, length)
+    answers = positions * work.generations * work.completion // group
+    layer = positions * work.item * (8 * work.hidden + 3 * work.wide + work.scores * length)
+    kept = work.layers * (positions * work.item * work.hidden if work.grad_checkpoint else layer)
     prefixes = work.kv_per_token * work.prompt * (answers // work.completion) if work.shares_prompts else 0
     masters = work.trained * 4 if work.item < 4 else 0
     parts = {
@@ -82,14 +88,20 @@ def plan(work: Work) -> dict[str, int]:
         "reference": work.trained * work.item if work.has_reference else 0,
         "KV cache": min(work.rows * length * work.kv_per_token, work.kv_budget),
         "gradients": work.trained * work.item * work.lanes,
-        "activations": positions * kept * work.item + prefixes,
+        "their sum": work.trained * 4 if rounds > 1 else 0,
+        "activations": kept + prefixes,
         "head": 5 * 4 * min(work.head_chunk * work.lanes, answers * work.vocabulary),
     }
     stays = parts["weights"] + parts["optimizer"] + parts["reference"]
     rollout = parts["KV cache"] * 3 // 2  # a cache that grows is copied
-    forward_and_backward = parts["gradients"] + parts["activations"] + parts["head"]
+    head_gradient = min(parts["gradients"], work.vocabulary * work.hidden * work.item * work.lanes)
+    at_head = parts["activations"] + parts["head"] + head_gradient
+    # While gradients come, activations go; a layer's own gradients, and what is computed again for them, are as measured.
+    at_layers = max(parts["activations"], parts["gradients"]) + layer * (3 if work.grad_checkpoint else 1)
+    update = parts["their sum"] + max(at_head, at_layers)
+    parts["in flight"] = max(0, min(work.ahead, work.memory_limit - stays - update))
     step = work.trained * (work.item + 7)  # AdamW's numbers in float32 on their way, as measured
-    return {**parts, "peak": stays + max(rollout, forward_and_backward, step)}
+    return {**parts, "peak": stays + max(rollout, update + parts["in flight"], step)}
 
 
 def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[str]:
@@ -101,7 +113,8 @@ def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[s
     ]
     lines = []
     for size in sizes:
-        peaks = [plan(replace(step, kv_budget=min(work.kv_budget, size * GB // 4)))["peak"] for step in ladder]
+        fits = {"kv_budget": min(work.kv_budget, size * GB // 4), "memory_limit": min(work.memory_limit, size * GB // 2)}
+        peaks = [plan(replace(step, **fits))["peak"] for step in ladder]
         step, peak = next(((step, peak) for step, peak in zip(ladder, peaks) if peak <= share * size * GB), (None, 0))
         if step is None:
             lines.append(f"{size} GB: too small for this model; quantise it (utils/convert_model.py --quantize), or take a smaller one")
@@ -121,6 +134,7 @@ def work_of(trainer) -> Work:
     config, model, args = trainer.config, trainer.model, trainer.model.args
     arrays = [p for _, p in tree_flatten(model.parameters())]
     hidden = getattr(args, "hidden_size", 1024)
+    lengths = {len(row["prompt_ids"]) for row in trainer.rows}
     times_kept = 0 if on_cuda() else 2 if mx.default_device() == mx.gpu else 1
     return Work(
         weights=sum(p.nbytes for p in arrays), trained=sum(p.size for p in trainer.trainable().values()),
@@ -128,11 +142,11 @@ def work_of(trainer) -> Work:
         wide=getattr(args, "intermediate_size", 4 * hidden), scores=times_kept * getattr(args, "num_attention_heads", 16),
         layers=len(model.layers), vocabulary=getattr(args, "vocab_size", 1), kv_per_token=kv_bytes_per_token(model),
         rows=-(-trainer.prompts_per_update // trainer.ranks.size) * config.num_generations, generations=config.num_generations,
-        shares_prompts=trainer.log_probs.shares_padded,
-        prompt=max(len(row["prompt_ids"]) for row in trainer.rows), completion=config.rollout_tokens,
+        shares_prompts=trainer.log_probs.shares_padded or trainer.log_probs.share_prompts and len(lengths) == 1,
+        shares_padded=trainer.log_probs.shares_padded, prompt=bucket(max(lengths)), completion=bucket(config.rollout_tokens),
         has_reference=trainer.reference is not None and not adapter_layers(model),
         micro_batch_tokens=config.micro_batch_tokens, grad_checkpoint=config.grad_checkpoint, head_chunk=trainer.head_chunk, lanes=lane_count(),
-        kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4,
+        kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4, ahead=AHEAD, memory_limit=trainer.memory_limit,
     )  # fmt: skip
 
 

@@ -891,9 +891,9 @@ class MLXGRPOTrainer:
         self.monitor = Monitor(self.updates, config.logging_steps)
 
         # A host that is ahead of its device holds the results of all it has handed over: the limit bounds that, not what must be held.
-        limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
-        mx.set_memory_limit(limit)
-        self.head_chunk = min(HEAD_CHUNK_LOGITS, limit // 256) // lane_count()  # in float32 at most a 64th of the limit
+        self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
+        mx.set_memory_limit(self.memory_limit)
+        self.head_chunk = min(HEAD_CHUNK_LOGITS, self.memory_limit // 256) // lane_count()  # in float32 at most a 64th of the limit
         self.log_probs = CompletionLogProbs(self.model, config.temperature, config.entropy_coef > 0, self.head_chunk)
         self.reference = None
         if config.kl_coeff > 0:

@@ -31,6 +31,7 @@ from inference import Parser, exit_status, mlx_grpo  # noqa: E402  (ahead of MLX
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
+from memory_plan import plan, work_of  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from run_directory import complete_or_absent  # noqa: E402
 
@@ -708,14 +709,14 @@ def full_logits_step(trainer, groups):
 
 
 def memory(args: argparse.Namespace) -> None:
-    """The peak of a training step as configured, with all logits, and with what saves memory."""
+    """The peak of a training step, measured and planned: as configured, with all logits, and with what saves memory."""
     cases = {  # gradient checkpointing patches a model's class for good, so it comes last
         "as configured": [],
         "all logits at once": [],
         "grad_checkpoint": ["grad_checkpoint=true"],
         "lora, grad_checkpoint": ["grad_checkpoint=true", "fine_tune_type=lora"],
     }
-    table = [["training step", "peak, GB", "seconds", "positions/s"]]
+    table = [["training step", "peak, GB", "plan, GB", "seconds", "positions/s"]]
     for case, settings in cases.items():
         with tempfile.TemporaryDirectory() as name:
             trainer, _ = prepare(args, Path(name), args.set + settings)
@@ -734,10 +735,11 @@ def memory(args: argparse.Namespace) -> None:
                     seconds.append(time.perf_counter() - start)
                 positions = args.prompts * args.completions * (args.prompt_tokens + args.tokens)
                 best = median(seconds[1:])
-                table.append([case, f"{mx.get_peak_memory() / 2**30:.2f}", f"{best:.3f}", f"{positions / best:,.0f}"])
+                planned = "-" if case.startswith("all") else f"{plan(work_of(trainer))['peak'] / 2**30:.2f}"
+                table.append([case, f"{mx.get_peak_memory() / 2**30:.2f}", planned, f"{best:.3f}", f"{positions / best:,.0f}"])
                 print(", ".join(map(": ".join, zip(table[0], table[-1]))), file=sys.stderr, flush=True)
             except RuntimeError as error:  # out of memory, as each backend words it
-                table.append([case, "does not fit", "-", "-"])
+                table.append([case, "does not fit", "-", "-", "-"])
                 print(f"{case}: {str(error).splitlines()[0]}", file=sys.stderr)
             del trainer, groups, once
             gc.collect()  # a trainer and its compiled step refer to each other
