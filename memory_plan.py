@@ -99,7 +99,8 @@ def plan(work: Work) -> dict[str, int]:
     # While gradients come, activations go; a layer's own gradients, and what is computed again for them, are as measured.
     at_layers = max(parts["activations"], parts["gradients"]) + layer * (3 if work.grad_checkpoint else 1)
     update = parts["their sum"] + max(at_head, at_layers)
-    parts["in flight"] = max(0, min(work.ahead, work.memory_limit - stays - update))
+    passing = work.layers * layer * 3 // 5  # what a forward computes and does not keep, as measured
+    parts["in flight"] = max(0, min(work.ahead, passing, work.memory_limit - stays - update))
     step = work.trained * (work.item + 7)  # AdamW's numbers in float32 on their way, as measured
     return {**parts, "peak": stays + max(rollout, update + parts["in flight"], step)}
 
