@@ -71,13 +71,13 @@ def plan(work: Work) -> dict[str, int]:
     gradient but its own, or where the last layer's gradients are computed, or in the optimizer's step.
     """
     length, groups = work.prompt + work.completion, work.rows // work.generations
-    counted, group = (
-        work.generations * work.completion + work.prompt * (1 if once else work.generations) for once in (work.shares_padded, work.shares_prompts)
-    )
+    answered = work.generations * work.completion  # positions of a group
+    group = answered + work.prompt * (1 if work.shares_prompts else work.generations)
+    counted = answered + work.prompt * (1 if work.shares_padded else work.generations)
     rounds = math.ceil(groups * counted / work.micro_batch_tokens)
     together = min(math.ceil(groups / rounds), work.micro_batch_tokens // counted)  # groups; 0: not even one
     positions = together * group or max(work.micro_batch_tokens, length)
-    answers = positions * work.generations * work.completion // group
+    answers = positions * answered // group
     layer = positions * work.item * (8 * work.hidden + 3 * work.wide + work.scores * length)
     kept = work.layers * (positions * work.item * work.hidden if work.grad_checkpoint else layer)
     prefixes = work.kv_per_token * work.prompt * (answers // work.completion) if work.shares_prompts else 0
@@ -109,7 +109,7 @@ def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[s
     """For each size of machine in GB, the mildest change of settings whose peak is within `share` of its memory."""
     adapters = replace(work, trained=max(1, work.trained // 100), has_reference=False)  # of rank 8: about a hundredth
     ladder = [
-        replace(base, grad_checkpoint=checkpoint, micro_batch_tokens=work.micro_batch_tokens // divisor)
+        replace(base, grad_checkpoint=checkpoint, micro_batch_tokens=max(1, work.micro_batch_tokens // divisor))
         for base, checkpoint, divisor in itertools.product((work, adapters), sorted({work.grad_checkpoint, True}), (1, 2, 4, 8))
     ]
     lines = []

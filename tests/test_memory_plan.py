@@ -62,6 +62,7 @@ def test_smaller_machines_get_harder_settings():
     assert lines[0].startswith("8 GB:") and "fine_tune_type=lora" in lines[0] and "grad_checkpoint=true" in lines[0]
     assert lines[-1].startswith("64 GB:") and "lora" not in lines[-1]
     assert "too small" in suggestions(replace(large, weights=30 * GB))[0]
+    assert "lora" not in suggestions(replace(WORK, micro_batch_tokens=1))[0]  # which the ladder halves three times
 
 
 MANY = ("batch_size=6", "num_generations=8", "max_completion_length=64")
