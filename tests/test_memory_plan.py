@@ -26,6 +26,7 @@ def test_a_plan_by_hand():
     assert parts["optimizer"] == 2000 and parts["gradients"] == 1000 and parts["KV cache"] == 8 * 15 * 6
     assert parts["head"] == 20 * 80 * 50 and parts["their sum"] == 0
     assert parts["peak"] == 3000 + 1000 + parts["activations"] + max(parts["head"], positions * LAYER)
+    assert plan(replace(WORK, lanes=2))["peak"] == parts["peak"] + 1000
     assert plan(replace(WORK, vocabulary=1, hidden=1))["peak"] < plan(replace(WORK, vocabulary=1, hidden=1, trained=10**6))["peak"]
     assert plan(replace(WORK, shares_prompts=False))["activations"] == 8 * 15 * 3 * LAYER
 
@@ -39,6 +40,7 @@ def test_half_precision_keeps_master_weights_and_checkpointing_one_layer():
 
 
 def test_micro_batches_hold_groups_of_an_equal_share_and_the_sum_of_gradients():
+    assert plan(replace(WORK, micro_batch_tokens=45))["activations"] == plan(WORK)["activations"] // 2
     halves = plan(replace(WORK, micro_batch_tokens=89))  # one position too few
     assert halves["activations"] == plan(WORK)["activations"] // 2 and halves["their sum"] == 1000
     assert plan(replace(WORK, micro_batch_tokens=30))["activations"] == 30 * 3 * LAYER + 30 * 40 // 45 // 10 * 5 * 6  # rows of a group
@@ -81,7 +83,7 @@ def test_the_plan_is_within_a_fifth_of_what_a_step_holds(tmp_path, monkeypatch, 
     trainer.one_rollout()
     mx.reset_peak_memory()
     trainer.one_rollout()
-    low, high = (0.8, 1.2) if mx.default_device() == mx.cpu else (0.5, 2.0)  # of so small a model, which no GPU is needed for
+    low, high = (0.8, 1.2) if mx.default_device() == mx.cpu else (0.6, 1.7)  # of so small a model, which no GPU is needed for
     assert low < plan(work_of(trainer))["peak"] / (mx.get_peak_memory() - elsewhere) < high
     del trainer
     gc.collect()
