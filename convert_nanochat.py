@@ -20,9 +20,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import fast_blas  # noqa: F401  ahead of MLX
-from run_directory import complete_or_absent
-from tiktoken_wrapper import TiktokenTokenizerWrapper, read_tokenizer_pickle
+from mlx_grpo.backends import use_fast_backend
+
+if __name__ == "__main__":
+    use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
+
+from mlx_grpo.run.directory import complete_or_absent
+from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper, read_tokenizer_pickle
 
 ROOT = Path(__file__).resolve().parent
 
@@ -507,7 +511,7 @@ def write_directory(folder: Path, model: Path, meta: dict, tokenizer: Path, dtyp
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(tokenizer, folder / "tokenizer.pkl")
     if is_2026:
-        shutil.copyfile(ROOT / MODEL_FILE, folder / MODEL_FILE)
+        shutil.copyfile(ROOT / "mlx_grpo" / "models" / MODEL_FILE, folder / MODEL_FILE)
     check_tokenizer(folder, reference)
     if quantized:
         quantize(folder)

@@ -49,34 +49,39 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fast_blas import BLAS  # ahead of MLX
-import cpu_kernels  # noqa: F401  in the place of MLX's own, on a CPU
+from mlx_grpo.backends import use_fast_backend
+
+if __name__ == "__main__":
+    use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from adapters import adapter_layers, fused, shared_copy, without_adapters
-from answers import extract_hash_answer, extract_xml_answer, grade, parse_number  # noqa: F401  users import the first from here
-from batching import left_pad, micro_batches
-from cuda_kernels import attention_covers
-from decoding import CompiledDecoder, Decoder, Row, decode
-from fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
-from kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
-from lanes import lane_count, lanes, spread
-from loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
-from memory_plan import LESS_MEMORY, memory_bytes, print_plan
-from monitoring import (
+from mlx_grpo.update.adapters import adapter_layers, fused, shared_copy, without_adapters
+from mlx_grpo.answers import extract_hash_answer, extract_xml_answer, grade, parse_number  # noqa: F401  users import the first from here
+from mlx_grpo.update.micro_batches import left_pad, micro_batches
+from mlx_grpo.backends.blas import blas_name
+from mlx_grpo.backends.cuda_kernels import attention_covers
+from mlx_grpo.rollout.decoding import CompiledDecoder, Decoder, Row, decode
+from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
+from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
+from mlx_grpo.backends.streams import lane_count, lanes, spread
+from mlx_grpo.loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
+from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, print_plan
+from mlx_grpo.run.monitoring import (
     Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, stopping_on_signals, update_facts, write_report,
 )  # fmt: skip
-from ranks import ALONE, Ranks, start_ranks
-from resuming import RESUMED_STATE, read_checkpoint, write_checkpoint, write_model
-from run_directory import RunError, RunLogs, UserError, choose_run_dir, find_checkpoint, lock_directory, write_directory
-from scoring import load_rewards, name_of, score
-from settings import CHOICES, check_config, config_as_toml, read_settings
-from tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
-from trial import dry_run, probe_memory
+from mlx_grpo.run.distributed import ALONE, Ranks, start_ranks
+from mlx_grpo.run.checkpoints import RESUMED_STATE, read_checkpoint, write_checkpoint, write_model
+from mlx_grpo.errors import RunError, UserError
+from mlx_grpo.run.directory import RunLogs, choose_run_dir, find_checkpoint, lock_directory, write_directory
+from mlx_grpo.scoring import load_rewards, name_of, score
+from mlx_grpo.settings import CHOICES, check_config, config_as_toml, read_settings
+from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
+from mlx_grpo.run.dry_run import dry_run, probe_memory
 
 SYSTEM_PROMPT = (
     "Think step by step between <reasoning> and </reasoning>, "
@@ -1299,7 +1304,7 @@ def compile_works() -> bool:
 
 
 MAIN_SETTINGS = """\
-the settings met first (CONFIG_GUIDE.md has all, with their defaults):
+the settings met first (docs/CONFIG_GUIDE.md has all, with their defaults):
   model       model_name, fine_tune_type, lora_parameters
   data        dataset, prompt_field, answer_field, max_train_samples
   rewards     reward_funcs, reward_weights
@@ -1343,7 +1348,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     print("\n".join(line for line in lines if not line.endswith("# default")))
     defaults = "defaults: " + ", ".join(l.removesuffix("  # default").removeprefix("# ") for l in lines if l.endswith("# default"))
     print(textwrap.fill(defaults, min(100, shutil.get_terminal_size((100, 24)).columns)))
-    if sys.platform == "linux" and mx.default_device() == mx.cpu and not BLAS:
+    if sys.platform == "linux" and mx.default_device() == mx.cpu and not blas_name():
         print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
     held = contextlib.ExitStack()
 

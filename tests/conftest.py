@@ -1,6 +1,5 @@
-"""Lets the tests import mlx-grpo.py, whose name is no identifier, as mlx_grpo."""
+"""Settings of all tests: no network, exact float32, and this machine's fast backend, as the programs have it."""
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,4 +11,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"  # GPUs multiply float32 at less than its pr
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # a script that a test starts imports 3,000 files: compiled once, and not beside them
     os.environ["PYTHONPYCACHEPREFIX"] = str(ROOT / ".pytest_cache" / "bytecode")
 sys.path.insert(0, str(ROOT))
-sys.modules["mlx_grpo"] = importlib.import_module("mlx-grpo")
+
+from mlx_grpo.backends import use_fast_backend  # noqa: E402
+
+use_fast_backend()

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import mlx_grpo
-from run_directory import checkpoints, complete_or_absent
+from mlx_grpo.run.directory import checkpoints, complete_or_absent
 
-ROOT = Path(mlx_grpo.__file__).parent
+ROOT = Path(mlx_grpo.__file__).parents[1]
 SMALL = [
     "max_train_samples=60", "batch_size=3", "num_generations=4", "max_completion_length=24", "eval_samples=4", "eval_steps=0",
     "use_compile=false", "run_name=run",

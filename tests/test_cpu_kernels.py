@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import cpu_kernels
+from mlx_grpo.backends import cpu_kernels
 import mlx_grpo  # noqa: F401  puts them there
 
 pytestmark = pytest.mark.skipif(mx.default_device() == mx.gpu, reason="a GPU has its own")

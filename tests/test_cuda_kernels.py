@@ -8,10 +8,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_rollout import PROMPTS, full_logps, roll
 from tiny import ARCHITECTURES, tiny_model
 
-import cuda_kernels
-import decoding
+from mlx_grpo.backends import cuda_kernels
+from mlx_grpo.rollout import decoding
 import mlx_grpo
-from cuda_kernels import Linears, attention_covers, in_place, launches
+from mlx_grpo.backends.cuda_kernels import Linears, attention_covers, in_place, launches
 
 on_cuda = pytest.mark.skipif(not cuda_kernels.has_tensor_cores(), reason="needs a CUDA GPU")
 IDS = mx.array([[5], [6], [7]])

@@ -21,8 +21,8 @@ import pytest
 
 import mlx_grpo
 
-ROOT = Path(mlx_grpo.__file__).parent
-PAGES = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")] if ".venv" not in p.parts)
+ROOT = Path(mlx_grpo.__file__).parents[1]
+PAGES = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")] if ".venv" not in p.parts)
 SCRIPTS = ["mlx-grpo.py", "convert_nanochat.py", *sorted(f"utils/{p.name}" for p in ROOT.glob("utils/*.py"))]
 NEEDS = re.compile(r"\bneeds\b.*\b(hub|network|Mac|GPUs?|machines)\b")
 
@@ -97,7 +97,7 @@ def test_no_page_has_a_placeholder_left():
 # --- Messages ---------------------------------------------------------------------------------------------------
 
 ERRORS = {"UserError", "RunError", "ConversionError", "InferenceError", "ReportError"}
-HAVE_MESSAGES = [p for p in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")] if p.name != "convert_nanochat.py"]
+HAVE_MESSAGES = [ROOT / "mlx-grpo.py", *ROOT.glob("mlx_grpo/**/*.py"), *ROOT.glob("utils/*.py")]
 
 
 def text_of(node: ast.AST) -> str:
@@ -114,7 +114,7 @@ def messages(path: Path) -> set[str]:
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         name = getattr(getattr(node, "func", None), "id", getattr(getattr(node, "func", None), "attr", ""))
-        if isinstance(node, ast.Call) and node.args and (name in ERRORS or (name == "end" and path.name == "ranks.py")):
+        if isinstance(node, ast.Call) and node.args and (name in ERRORS or (name == "end" and path.name == "distributed.py")):
             found.append(text_of(node.args[0]))
         if isinstance(node, ast.Call) and name == "print" and node.args and text_of(node.args[0]).startswith("Warning: "):
             found.append(text_of(node.args[0]).removeprefix("Warning: "))
@@ -143,7 +143,7 @@ def test_first_words_of_a_message():
 
 
 def test_troubleshooting_has_each_message():
-    page = (ROOT / "TROUBLESHOOTING.md").read_text(encoding="utf-8").replace("`", "")
+    page = (ROOT / "docs" / "TROUBLESHOOTING.md").read_text(encoding="utf-8").replace("`", "")
     missing = {m.replace("\0", "{}") for path in HAVE_MESSAGES for m in messages(path) if not re.search(first_words(m), page)}
     assert missing == set()
 

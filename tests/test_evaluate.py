@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx_grpo
 import pytest
-from adapters import save_model
+from mlx_grpo.update.adapters import save_model
 
 ROOT = Path(__file__).parents[1]
 STARTER, DATA = str(ROOT / "starter" / "model"), str(ROOT / "starter" / "data")
@@ -97,7 +97,7 @@ def test_greedy_scores_are_the_trainers(score):
 
 def test_an_evaluation_decodes_no_more_rows_at_a_time_than_a_rollout(monkeypatch):
     seen, real = [], mlx_grpo.decode
-    monkeypatch.setattr(mlx_grpo, "decode", lambda *given: (seen.append(len(given[3])), real(*given))[1])
+    monkeypatch.setattr(mlx_grpo.script, "decode", lambda *given: (seen.append(len(given[3])), real(*given))[1])
     config = mlx_grpo.MLXGRPOConfig(dataset=DATA, max_completion_length=8, batch_size=3, num_generations=12)
     rows = mlx_grpo.load_dataset_split(config, "test")[:40]
     mlx_grpo.evaluate(*mlx_grpo.open_model(STARTER)[:2], rows, config)

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx_grpo
 import numpy as np
 import pytest
-from adapters import save_model
+from mlx_grpo.update.adapters import save_model
 from mlx.utils import tree_flatten
 from nanochat_tokenizer import SPECIAL, make_encoding
 from tiny import LetterTokenizer, tiny_model
@@ -191,7 +191,7 @@ def test_a_run_s_model_is_asked_with_its_system_prompt(ask, starter, tmp_path, m
     (tmp_path / "run" / "config.resolved.toml").write_text('system_prompt = "Be brief."  # --set; default ""\n')
     asked = []
     build = mlx_grpo.build_prompt
-    monkeypatch.setattr(mlx_grpo, "build_prompt", lambda tokenizer, prompt, system: asked.append(system) or build(tokenizer, prompt, system))
+    monkeypatch.setattr(mlx_grpo.script, "build_prompt", lambda tokenizer, prompt, system: asked.append(system) or build(tokenizer, prompt, system))
     said = [ask("--model", str(folder), "--prompt", QUESTION, "--max-tokens", "2", *more)[2] for more in ([], ["--system", ""], ["--raw"])]
     assert asked == ["Be brief.", ""] and "(--system '' for none): Be brief." in said[0] and not said[1] + said[2]
 

@@ -7,8 +7,8 @@ from test_rollout import roll
 from test_training import groups_of, largest_gap, trainer_of, whole_gradient
 from tiny import tiny_model
 
-import batching
-import lanes
+from mlx_grpo.update import micro_batches
+from mlx_grpo.backends import streams as lanes
 import mlx_grpo
 
 pytestmark = pytest.mark.skipif(mx.default_device() == mx.gpu, reason="a GPU has one lane")
@@ -71,7 +71,7 @@ def test_completions_do_not_depend_on_the_number_of_lanes(name, monkeypatch):
     monkeypatch.setattr(lanes, "cores", lambda: 1)
     alone = roll(model, stop_strings=["*"])
     monkeypatch.setattr(lanes, "cores", lambda: 3)
-    monkeypatch.setattr(mlx_grpo, "LANE_ROWS", 1)
+    monkeypatch.setattr(mlx_grpo.script, "LANE_ROWS", 1)
     together = roll(model, stop_strings=["*"])
     assert together.completions == alone.completions and together.finish_reasons == alone.finish_reasons
     for a, b in zip(together.sampler_logps, alone.sampler_logps):
@@ -84,7 +84,7 @@ def test_lanes_share_an_update_and_add_up_to_its_gradient(tmp_path, monkeypatch)
     groups = groups_of(trainer)
     one, loss, grads = whole_gradient(trainer, groups, 10**6)
     monkeypatch.setattr(lanes, "cores", lambda: 2)
-    monkeypatch.setattr(batching, "LANE_POSITIONS", 1)
+    monkeypatch.setattr(micro_batches, "LANE_POSITIONS", 1)
     advantages = np.array([[1.0, -1.0] * (trainer.config.num_generations // 2)] * len(groups))
     assert len(trainer.micro_batches(groups, advantages)) == 2
     assert len(trainer.micro_batches(groups[:1], advantages[:1])) == 2  # one group: its rows are split
@@ -95,7 +95,7 @@ def test_lanes_share_an_update_and_add_up_to_its_gradient(tmp_path, monkeypatch)
 
 
 def test_an_update_by_two_lanes_is_that_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(batching, "LANE_POSITIONS", 1)
+    monkeypatch.setattr(micro_batches, "LANE_POSITIONS", 1)
     records, weights = [], []
     for count in (1, 2):
         monkeypatch.setattr(lanes, "cores", lambda: count)

@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.models.llama import TransformerBlock
 from test_training import trainer_of
 
-from memory_plan import GB, Work, plan, suggestions, work_of
+from mlx_grpo.run.memory_plan import GB, Work, plan, suggestions, work_of
 
 WORK = Work(
     weights=1000, trained=250, item=4, hidden=10, wide=20, scores=4, layers=3, vocabulary=50, kv_per_token=6, rows=8, generations=4,

@@ -18,10 +18,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import mlx_grpo
-import monitoring
-from monitoring import Monitor, Trackers, escaped, numbers, sparkline, start_trackers
+from mlx_grpo.run import monitoring
+from mlx_grpo.run.monitoring import Monitor, Trackers, escaped, numbers, sparkline, start_trackers
 
-ROOT = Path(mlx_grpo.__file__).parent
+ROOT = Path(mlx_grpo.__file__).parents[1]
 NASTY = "\x1b[2J\x1b]0;title\x07\x1b[31mred\r\nback\x08\x08 \u202eright to left\u202c \u200b zero width\tétage 漢字漢字 [bold]no markup[/bold] :smile: \ud800"
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what the display itself writes: colours, cursor movements
 
@@ -362,7 +362,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from monitoring import start_trackers
+from mlx_grpo.run.monitoring import start_trackers
 
 name, run_dir = sys.argv[2], Path(sys.argv[3])
 for update in (0, 1):  # the second time as after a resume from the checkpoint of update 1

@@ -21,11 +21,11 @@ import pytest
 
 import mlx_grpo
 from mlx_grpo import MLXGRPOTrainer, load_config
-from run_directory import checkpoints
-from ranks import ALONE, Ranks, digest, start_ranks
-from run_directory import RunError, UserError
+from mlx_grpo.run.directory import checkpoints
+from mlx_grpo.run.distributed import ALONE, Ranks, digest, start_ranks
+from mlx_grpo.errors import RunError, UserError
 
-ROOT = Path(mlx_grpo.__file__).parent
+ROOT = Path(mlx_grpo.__file__).parents[1]
 TIMEOUT = 4  # seconds, of the ranks in these tests
 TIMED = ("seconds", "tokens_per_s", "memory", "wait_by_rank", "communication")
 REWARDS = """
@@ -126,7 +126,7 @@ def come_apart(self):
 
 def be_a_rank(folder: Path, jobs: list) -> None:
     rank, own = int(os.environ["MLX_RANK"]), MLXGRPOTrainer.check_weights
-    mlx_grpo.write_report = lambda run_dir: None
+    mlx_grpo.script.write_report = lambda run_dir: None
     for name, kind, given in jobs:
         print(f"== {name}", flush=True)
         print(f"== {name}", file=sys.stderr, flush=True)
@@ -179,7 +179,7 @@ def pair(tmp_path_factory):
     reward = lambda name: f'reward_funcs=["{folder}/rewards.py:{name}", "{folder}/rewards.py:noise"]'  # noqa: E731
     # Run by one process, and cut back to its first update for two to go on.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlx_grpo, "write_report", lambda run_dir: None)
+        patch.setattr(mlx_grpo.script, "write_report", lambda run_dir: None)
         patch.chdir(make(folder / "disk0"))
         assert mlx_grpo.main(command(folder, "run_name=one")) == 0
     shutil.copytree(folder / "disk0/outputs/one", folder / "disk0/outputs/one to two")
@@ -265,7 +265,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(pair, monkeypatch):
     shutil.copytree(outputs / "two", outputs / "two to one")
     rewind(outputs / "two to one")
     monkeypatch.chdir(folder / "disk0")
-    monkeypatch.setattr(mlx_grpo, "write_report", lambda run_dir: None)
+    monkeypatch.setattr(mlx_grpo.script, "write_report", lambda run_dir: None)
     assert mlx_grpo.main(command(folder, "run_name=two to one", more=["--resume"])) == 0
     for name in ("two", "one to two", "two to one"):
         close(records(outputs / name), records(outputs / "one"))

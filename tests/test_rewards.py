@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import mlx_grpo
-import scoring
-from answers import answers_equal, last_number
+from mlx_grpo import scoring
+from mlx_grpo.answers import answers_equal, last_number
 from mlx_grpo import (
     MLXGRPOConfig, RunError, UserError, correctness_reward_func, extract_hash_answer, extract_xml_answer, grade,
     int_reward_func, parse_number, repetition_reward_func, score, soft_format_reward_func,

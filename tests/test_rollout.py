@@ -8,9 +8,9 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny import ARCHITECTURES, LetterTokenizer, tiny_model
 
-import decoding
-import kv_cache
-import lanes
+from mlx_grpo.rollout import decoding
+from mlx_grpo.rollout import kv_cache
+from mlx_grpo.backends import streams as lanes
 import mlx_grpo
 from mlx_grpo import Sampling, generate, random_key
 
@@ -60,7 +60,7 @@ def test_a_small_kv_budget_decodes_in_several_batches_with_the_same_result(name)
 
 def test_no_more_rows_than_asked_for_are_decoded_at_a_time(monkeypatch):
     model, seen, real = tiny_model("qwen2"), [], mlx_grpo.decode
-    monkeypatch.setattr(mlx_grpo, "decode", lambda *given: (seen.append(len(given[3])), real(*given))[1])
+    monkeypatch.setattr(mlx_grpo.script, "decode", lambda *given: (seen.append(len(given[3])), real(*given))[1])
     limited = roll(model, most_rows=7).completions
     assert seen == [6, 6] and limited == roll(model).completions
 

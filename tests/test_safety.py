@@ -19,12 +19,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import memory_plan
+from mlx_grpo.run import memory_plan
 import mlx_grpo
 from mlx_grpo import MLXGRPOTrainer, load_config
-from run_directory import checkpoints, damage, file_digest, remove_old_checkpoints
+from mlx_grpo.run.directory import checkpoints, damage, file_digest, remove_old_checkpoints
 
-ROOT = Path(mlx_grpo.__file__).parent
+ROOT = Path(mlx_grpo.__file__).parents[1]
 REWARD = """
 def noise(completions, **kwargs):
     return [float(sum(map(ord, completion[0]["content"])) % 3) for completion in completions]
@@ -35,7 +35,7 @@ TIMED = ("seconds", "tokens_per_s", "memory")
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """The report is a process of its own after each evaluation: slow, and tested elsewhere."""
-    monkeypatch.setattr(mlx_grpo, "write_report", lambda run_dir: None)
+    monkeypatch.setattr(mlx_grpo.script, "write_report", lambda run_dir: None)
 
 
 def small(folder, *extra):
@@ -137,7 +137,7 @@ def finished_run(tmp_path_factory):
     """A finished run of six updates; tests take copies."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlx_grpo, "write_report", lambda run_dir: None)
+        patch.setattr(mlx_grpo.script, "write_report", lambda run_dir: None)
         assert train(folder) == 0
     return folder
 
@@ -167,7 +167,7 @@ def test_rate_and_lengths_may_be_set_on_resume_and_are_recorded(finished_run, st
 
 @pytest.mark.parametrize("change", ["num_generations=4", "seed=1", "batch_size=1", "clip_eps=0.3", "max_train_samples=6", "dataset=other", "sync_every=2", "temperature=0.9"])
 def test_what_would_alter_the_run_is_refused_by_name_and_nothing_is_touched(finished_run, stopped, capsys, monkeypatch, change):
-    monkeypatch.setattr(mlx_grpo, "load_dataset_split", lambda config, split, real=mlx_grpo.load_dataset_split: real(load_config(None, small(finished_run)), split))
+    monkeypatch.setattr(mlx_grpo.script, "load_dataset_split", lambda config, split, real=mlx_grpo.load_dataset_split: real(load_config(None, small(finished_run)), split))
     before = {p: p.read_bytes() for p in stopped[1].rglob("*") if p.is_file()}
     assert resume(finished_run, stopped, change) == 2
     assert capsys.readouterr().err == f"Cannot resume {stopped[1] / 'checkpoint-3'}: changed settings would alter the run: {change.split('=')[0]}\n"
@@ -192,19 +192,21 @@ def test_resuming_from_an_older_checkpoint_sets_the_newer_ones_aside(finished_ru
 # Crash safety
 
 SERVER = """
-import importlib, json, os, signal, sys, time
+import json, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import datasets, jinja2, rich.progress, rich.table, tiktoken, tomli_w, transformers
 import mlx_lm.models.llama, mlx_lm.sample_utils, mlx_lm.utils
-mlx_grpo = importlib.import_module("mlx-grpo")
-mlx_grpo.write_report = lambda run_dir: None
+from mlx_grpo.backends import use_fast_backend
+use_fast_backend()
+from mlx_grpo import script
+script.write_report = lambda run_dir: None
 [hasattr(module, "__file__") for module in list(sys.modules.values())]  # wakes what is imported lazily
 for line in sys.stdin:
     arguments, delay = json.loads(line)
     pid = os.fork()  # nothing of MLX has run here: a trainer's start costs no imports
     if not pid:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(mlx_grpo.main(arguments))
+        os._exit(script.main(arguments))
     end = time.monotonic() + delay
     while time.monotonic() < end and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.002)
@@ -447,7 +449,7 @@ def test_a_file_size_limit_is_a_failed_save_too(tmp_path):
 def scores_of(monkeypatch, scores):
     """Held-out scores in the order of the evaluations."""
     each, real = iter(scores), mlx_grpo.evaluate
-    monkeypatch.setattr(mlx_grpo, "evaluate", lambda *given, **named: {**real(*given, **named), "em_strict": next(each)})
+    monkeypatch.setattr(mlx_grpo.script, "evaluate", lambda *given, **named: {**real(*given, **named), "em_strict": next(each)})
 
 
 @pytest.mark.parametrize("save_steps, kept", [(1, [2, 4, 5]), (4, [2, 4])])
@@ -521,7 +523,7 @@ def test_a_reward_that_fails_in_the_night_loses_no_update(finished_run, tmp_path
             raise mlx_grpo.RunError("Reward function noise raised OSError: the network is away")
         return real(*given)
 
-    monkeypatch.setattr(mlx_grpo, "score", score)
+    monkeypatch.setattr(mlx_grpo.script, "score", score)
     assert train(finished_run, f"output_dir={tmp_path}", "save_steps=0") == 1
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-3"]
     assert train(finished_run, f"output_dir={tmp_path}", "save_steps=1", more=["--resume"]) == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx_grpo
 import pytest
-from run_directory import checkpoints
+from mlx_grpo.run.directory import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "utils" / "sweep.py"

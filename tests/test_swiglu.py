@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.models import activations, llama
 
 import mlx_grpo
-import swiglu
+from mlx_grpo.update import swiglu
 
 
 def written_out(gate, x):

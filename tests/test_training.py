@@ -11,10 +11,10 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from tiny import ARCHITECTURES, tiny_model
 
-import fused_head
+from mlx_grpo.update import fused_head
 import mlx_grpo
-import trial
-from adapters import save_model
+from mlx_grpo.run import dry_run
+from mlx_grpo.update.adapters import save_model
 from mlx_grpo import CompletionLogProbs, Group, MLXGRPOTrainer, left_pad, load_config
 
 PROMPTS = [[5, 6, 7, 8, 9], [20, 21], [30, 31, 32]]
@@ -123,7 +123,7 @@ def test_a_quantised_head_is_read_through_too():
 def test_a_model_whose_head_cannot_be_split_gives_the_same(monkeypatch):
     model = tiny_model("qwen2")
     split = log_probs(model)(batch_of())
-    monkeypatch.setattr(mlx_grpo, "split_head", lambda model: None)
+    monkeypatch.setattr(mlx_grpo.script, "split_head", lambda model: None)
     whole = log_probs(model)(batch_of())
     mask = np.array(batch_of()["mask"])
     for a, b in zip(split, whole):
@@ -196,11 +196,11 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(tmp_path, loss_type):
 
 def test_a_dry_run_says_what_its_gradient_was_and_does_not_pass_one_that_is_not_finite(tmp_path, capsys):
     trainer = trainer_of(tmp_path)
-    trial.dry_run(trainer)
+    dry_run.dry_run(trainer)
     assert float(capsys.readouterr().out.split("gradient norm ")[1].split(")")[0]) > 0
     trainer.model.model.norm.weight = mx.full(trainer.model.model.norm.weight.shape, mx.nan)
     with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered: in the first backward pass"):
-        trial.dry_run(trainer)
+        dry_run.dry_run(trainer)
 
 
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero(tmp_path):
@@ -249,7 +249,7 @@ def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path, monkeypatch):
         assert (np.array(weight) == before[name]).all()
     trainer.collect = lambda seconds: (seconds.update(rollout=1.0, train=1.0), groups)[1]
     trainer.build_step = lambda: None
-    monkeypatch.setattr(mlx_grpo, "probe_memory", lambda trainer: None)
+    monkeypatch.setattr(mlx_grpo.script, "probe_memory", lambda trainer: None)
     with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered: 2 updates in a row"):
         trainer.train()
     assert [p.name for p in trainer.run_dir.glob("checkpoint-*")] == ["checkpoint-1"]

@@ -26,14 +26,20 @@ from statistics import fmean, median
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
-sys.path.insert(0, str(ROOT / "utils"))
-from inference import Parser, exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
+sys.path[:0] = [str(ROOT), str(ROOT / "utils")]
+from mlx_grpo.backends import use_fast_backend  # noqa: E402
 
+if __name__ == "__main__":
+    use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
+
+from inference import Parser, exit_status  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-from memory_plan import plan, work_of  # noqa: E402
+import mlx_grpo  # noqa: E402
+from mlx_grpo.backends.blas import blas_name  # noqa: E402
+from mlx_grpo.run.memory_plan import plan, work_of  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
-from run_directory import complete_or_absent  # noqa: E402
+from mlx_grpo.run.directory import complete_or_absent  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/benchmark.py objectives --updates 32 --seeds 0,1,2 --parallel 2
@@ -313,7 +319,7 @@ def machine() -> str:
     if not on_gpu() and Path("/proc/cpuinfo").is_file():
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         name = found[1] if found else platform.machine()
-    blas = f", {Path(mlx_grpo.BLAS).name}" if mlx_grpo.BLAS and not on_gpu() else ""
+    blas = f", {Path(blas_name()).name}" if blas_name() and not on_gpu() else ""
     return f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, Python {platform.python_version()}; {name}, {os.cpu_count()} CPU cores{blas}"
 
 
@@ -515,7 +521,7 @@ class Peer:
         python = args.peer_python or peer_python(args.peer)
         self.name, self.log = args.peer, folder / "peer.log"
         work |= {"prompts": config.batch_size, "completions": config.num_generations, "tokens": config.max_completion_length}
-        work |= {"model": str(mlx_grpo.resolve_model(config.model_name)), "gpu": on_gpu(), "blas": mlx_grpo.BLAS}
+        work |= {"model": str(mlx_grpo.resolve_model(config.model_name)), "gpu": on_gpu(), "blas": blas_name()}
         try:
             self.process = subprocess.Popen(
                 [python, "-c", DRIVER + REWARDS + PEERS[args.peer][1][args.command]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Write the table of settings in CONFIG_GUIDE.md from MLXGRPOConfig: its fields, types, defaults and the comment beside each.
+"""Write the table of settings in docs/CONFIG_GUIDE.md from MLXGRPOConfig: its fields, types, defaults and the comment beside each.
 
 examples:
   uv run python utils/config_guide.py            rewrite the table
@@ -7,7 +7,6 @@ examples:
 
 import argparse
 import dataclasses
-import importlib
 import inspect
 import re
 import sys
@@ -15,9 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-mlx_grpo = importlib.import_module("mlx-grpo")
+import mlx_grpo  # noqa: E402
 
-GUIDE = ROOT / "CONFIG_GUIDE.md"
+GUIDE = ROOT / "docs" / "CONFIG_GUIDE.md"
 BEGIN, END = "<!-- settings: written by utils/config_guide.py -->", "<!-- end of settings -->"
 SHARED = {"adam_beta1": "first moment's decay", "adam_beta2": "second moment's decay"}
 
@@ -54,7 +53,7 @@ def main() -> int:
     fresh = f"{head}{BEGIN}\n\n{settings_table()}\n\n{END}{tail}"
     if arguments.check:
         if fresh != text:
-            print("CONFIG_GUIDE.md is stale: run uv run python utils/config_guide.py", file=sys.stderr)
+            print("docs/CONFIG_GUIDE.md is stale: run uv run python utils/config_guide.py", file=sys.stderr)
         return int(fresh != text)
     GUIDE.write_text(fresh, encoding="utf-8")
     return 0

@@ -22,14 +22,18 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from inference import Parser  # noqa: E402  (before mlx: it loads a BLAS)
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from mlx_grpo.backends import use_fast_backend  # noqa: E402
 
+if __name__ == "__main__":
+    use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
+
+from inference import Parser  # noqa: E402
 import mlx.core as mx  # noqa: E402
-from loading import flatten_rope_parameters, is_quantized  # noqa: E402
+from mlx_grpo.loading import flatten_rope_parameters, is_quantized  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
-from run_directory import complete_or_absent  # noqa: E402
-from tiktoken_wrapper import read_tokenizer_pickle  # noqa: E402
+from mlx_grpo.run.directory import complete_or_absent  # noqa: E402
+from mlx_grpo.tiktoken_wrapper import read_tokenizer_pickle  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/convert_model.py --hf-path Qwen/Qwen2.5-0.5B-Instruct --quantize --output-dir qwen-4bit

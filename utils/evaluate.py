@@ -19,11 +19,16 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from inference import Parser, exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from mlx_grpo.backends import use_fast_backend  # noqa: E402
 
+if __name__ == "__main__":
+    use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
+
+from inference import Parser, exit_status  # noqa: E402
 import mlx.core as mx  # noqa: E402
-from answers import answers_equal, last_number  # noqa: E402
+import mlx_grpo  # noqa: E402
+from mlx_grpo.answers import answers_equal, last_number  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 

@@ -7,7 +7,6 @@ adapters and tokenizer.pkl directories included. Answers go to stdout, everythin
 
 import argparse
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -19,9 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-mlx_grpo = importlib.import_module("mlx-grpo")  # ahead of MLX: it loads a fast BLAS first
+from mlx_grpo.backends import use_fast_backend  # noqa: E402
+
+if __name__ == "__main__":
+    use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
 
 import mlx.core as mx  # noqa: E402
+import mlx_grpo  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/inference.py --model outputs/run/final --chat

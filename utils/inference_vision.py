@@ -13,10 +13,15 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote
 
-from inference import DEFAULT_MODEL, ctrl_c_noted, number, write_out  # ahead of MLX: it loads a fast BLAS first
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from mlx_grpo.backends import use_fast_backend  # noqa: E402
 
-from convert_model import ConversionError, Parser, find_source, read_checkpoint, shorten
-from convert_vision_model import adapted, load_processor, load_vision_model, run_script
+if __name__ == "__main__":
+    use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
+
+from inference import DEFAULT_MODEL, ctrl_c_noted, number, write_out  # noqa: E402
+from convert_model import ConversionError, Parser, find_source, read_checkpoint, shorten  # noqa: E402
+from convert_vision_model import adapted, load_processor, load_vision_model, run_script  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/inference_vision.py --model qwen-vl-4bit --image chart.png --prompt "What does this chart show?"

@@ -17,7 +17,6 @@ is left for GRPO to mend. No problem of train.jsonl or test.jsonl is in its read
 """
 
 import argparse
-import importlib
 import json
 import random
 import re
@@ -27,7 +26,10 @@ from pathlib import Path
 from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-mlx_grpo = importlib.import_module("mlx-grpo")  # ahead of MLX: it loads a fast BLAS first
+from mlx_grpo.backends import use_fast_backend  # noqa: E402
+
+if __name__ == "__main__":
+    use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -35,6 +37,7 @@ import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
+import mlx_grpo  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 SYSTEM_PROMPT = mlx_grpo.SYSTEM_PROMPT

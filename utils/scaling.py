@@ -11,13 +11,18 @@ import time
 from pathlib import Path
 from statistics import fmean, median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmark import PRESETS, cache_folder, machine, model_folder, on_gpu, positive, print_table, questions, write_work  # noqa: E402
-from inference import exit_status, mlx_grpo  # noqa: E402  (ahead of MLX: it loads a fast BLAS first)
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from mlx_grpo.backends import use_fast_backend  # noqa: E402
 
+if __name__ == "__main__":
+    use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
+
+from benchmark import PRESETS, cache_folder, machine, model_folder, on_gpu, positive, print_table, questions, write_work  # noqa: E402
+from inference import exit_status  # noqa: E402
 import mlx.core as mx  # noqa: E402
-from ranks import Ranks, start_ranks  # noqa: E402
-from run_directory import complete_or_absent  # noqa: E402
+import mlx_grpo  # noqa: E402
+from mlx_grpo.run.distributed import Ranks, start_ranks  # noqa: E402
+from mlx_grpo.run.directory import complete_or_absent  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/scaling.py

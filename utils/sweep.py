@@ -8,7 +8,6 @@ newest checkpoint, or anew where it has none.
 import argparse
 import contextlib
 import hashlib
-import importlib
 import itertools
 import json
 import re
@@ -19,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-mlx_grpo = importlib.import_module("mlx-grpo")
-from run_directory import checkpoints  # noqa: E402
+import mlx_grpo  # noqa: E402
+from mlx_grpo.run.directory import checkpoints  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/sweep.py configs/quickstart.toml --grid learning_rate=1e-4,2e-4 --grid num_generations=4,8

@@ -8,8 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from adapters import save_model
-from run_directory import RunError, UserError, checkpoints, remove_directory, remove_old_checkpoints, write_directory
+from mlx_grpo.update.adapters import save_model
+from mlx_grpo.errors import RunError, UserError
+from mlx_grpo.run.directory import checkpoints, remove_directory, remove_old_checkpoints, write_directory
 
 RESUMED_STATE = ("update", "cursor", "nan_updates", "best", "best_update", "tokens", "quantize_rollouts", "before")
 MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes

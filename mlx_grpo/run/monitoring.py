@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from run_directory import RunError, UserError
+from mlx_grpo.errors import RunError, UserError
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 

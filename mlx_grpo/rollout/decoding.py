@@ -3,10 +3,10 @@
 import mlx.core as mx
 from mlx.utils import tree_map
 
-import cuda_kernels
-from batching import bucket
-from fused_head import on_cuda
-from kv_cache import can_pad, map_rows, mapped_rows, prefill
+from mlx_grpo.backends import cuda_kernels
+from mlx_grpo.update.micro_batches import bucket
+from mlx_grpo.update.fused_head import on_cuda
+from mlx_grpo.rollout.kv_cache import can_pad, map_rows, mapped_rows, prefill
 
 DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
 STEP_OF_ROWS = 0.75  # rows leave in steps to this share of them: few batch sizes are met

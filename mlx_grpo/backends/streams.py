@@ -9,13 +9,10 @@ import os
 
 import mlx.core as mx
 
-from fast_blas import set_blas_threads
+from mlx_grpo.backends.blas import set_blas_threads
 
 MOST_LANES = 4
 STREAMS = []  # of the lanes; made when first needed
-if mx.default_device() == mx.cpu:
-    # One evaluation takes the operations of all lanes by turns; within this width, that is, and 20 is less than one lane.
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
 
 
 def cores() -> int:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from adapters import adapter_layers
-from batching import bucket
-from fused_head import on_cuda
-from kv_cache import kv_bytes_per_token
-from lanes import lane_count
-from run_directory import UserError
+from mlx_grpo.update.adapters import adapter_layers
+from mlx_grpo.update.micro_batches import bucket
+from mlx_grpo.update.fused_head import on_cuda
+from mlx_grpo.rollout.kv_cache import kv_bytes_per_token
+from mlx_grpo.backends.streams import lane_count
+from mlx_grpo.errors import UserError
 
 GB = 2**30
 AHEAD = 0  # bytes that a host may have handed over to its GPU, and must hold

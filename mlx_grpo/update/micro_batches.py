@@ -8,7 +8,7 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from lanes import lane_count
+from mlx_grpo.backends.streams import lane_count
 
 LANE_POSITIONS = 256  # that a lane must have to train on to be worth it
 

@@ -12,8 +12,8 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from loading import local_path
-from run_directory import RunError, UserError
+from mlx_grpo.loading import local_path
+from mlx_grpo.errors import RunError, UserError
 
 
 class OutOfTime(BaseException):

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 
-from batching import bucket
-from memory_plan import suggestions, work_of
-from run_directory import RunError
+from mlx_grpo.update.micro_batches import bucket
+from mlx_grpo.run.memory_plan import suggestions, work_of
+from mlx_grpo.errors import RunError
 
 
 def dry_run(trainer) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from fused_head import sigmoid
+from mlx_grpo.update.fused_head import sigmoid
 
 
 @mx.custom_function

@@ -25,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from run_directory import RunError, UserError
+from mlx_grpo.errors import RunError, UserError
 
 PIECE = 2**28  # bytes of gradients in one exchange: the watch sees each, so that a slow network is no hang
 GRACE = 1.0  # seconds in which a rank that hears of another's failure may still end by its own

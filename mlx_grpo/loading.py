@@ -8,12 +8,12 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from answers import extract_hash_answer
-from run_directory import RunError, UserError
-from swiglu import use_swiglu
-from tiktoken_wrapper import TiktokenTokenizerWrapper
+from mlx_grpo.answers import extract_hash_answer
+from mlx_grpo.errors import RunError, UserError
+from mlx_grpo.update.swiglu import use_swiglu
+from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 CHECK_HUB = "Check the name and the network, or give a local path"
 
 
@@ -97,7 +97,7 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
         model_config = read_model_config(path)
         own_code = path / model_config["model_file"] if "model_file" in model_config else None
         # The one model file that needs no trust is the one this project ships, byte for byte.
-        known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "nanochat_2026.py").read_bytes()
+        known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "mlx_grpo" / "models" / "nanochat_2026.py").read_bytes()
         model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known)
         if adapter_path:
             load_adapters(model, adapter_path)

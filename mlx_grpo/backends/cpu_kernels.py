@@ -1,6 +1,6 @@
 """Attention and rotary embeddings for CPUs, where MLX composes them of many small operations and a slow exponential.
 
-Importing this puts them in the place of mx.fast's, which models call; what they do not cover goes to those. The results are
+`install` puts them in the place of mx.fast's, which models call; what they do not cover goes to those. The results are
 MLX's to rounding.
 """
 
@@ -9,7 +9,7 @@ import functools
 import mlx.core as mx
 import numpy as np
 
-import fused_head
+from mlx_grpo.update import fused_head
 
 MLX_ATTENTION, MLX_ROPE = mx.fast.scaled_dot_product_attention, mx.fast.rope
 
@@ -61,5 +61,7 @@ def rope(x, dims, *, traditional, base, scale, offset, freqs=None, **kwargs):
     return mx.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
-if mx.default_device() == mx.cpu:
-    mx.fast.scaled_dot_product_attention, mx.fast.rope = attention, rope
+def install() -> None:
+    """Put both in the place of MLX's own, for the whole process."""
+    mx.fast.scaled_dot_product_attention = attention
+    mx.fast.rope = rope

@@ -13,13 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-
-class UserError(Exception):
-    """What the user wrote cannot be done; the message is the one line they see. Exit status 2."""
-
-
-class RunError(Exception):
-    """Something failed while running; the message is the one line the user sees. Exit status 1."""
+from mlx_grpo.errors import RunError, UserError
 
 
 def file_digest(path: Path) -> str:

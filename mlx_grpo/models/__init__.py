@@ -1,0 +1,1 @@
+"""Model code that mlx-lm does not have; a converter puts the file beside the weights."""

@@ -1,0 +1,1 @@
+"""Completions of prompts: KV caches, and what decodes them position by position."""

@@ -1,0 +1,1 @@
+"""What surrounds a training run: its directory, checkpoints, memory plan, ranks, terminal and trackers."""

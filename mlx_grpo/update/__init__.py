@@ -1,0 +1,1 @@
+"""One optimizer step: its micro-batches, its log-probs, the layers that it trains."""
