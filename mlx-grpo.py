@@ -71,9 +71,9 @@ from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token,
 from mlx_grpo.backends.streams import lane_count, lanes, spread
 from mlx_grpo.loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
 from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, print_plan
-from mlx_grpo.run.monitoring import (
-    Monitor, check_trackers, completion_records, machine_facts, print_outcome, start_trackers, stopping_on_signals, update_facts, write_report,
-)  # fmt: skip
+from mlx_grpo.run.records import completion_records, machine_facts, update_facts
+from mlx_grpo.run.terminal import Monitor, print_outcome, stopping_on_signals, write_report
+from mlx_grpo.run.trackers import check_trackers, start_trackers
 from mlx_grpo.run.distributed import ALONE, Ranks, start_ranks
 from mlx_grpo.run.checkpoints import RESUMED_STATE, read_checkpoint, write_checkpoint, write_model
 from mlx_grpo.errors import RunError, UserError

@@ -9,7 +9,7 @@ import types
 import typing
 from pathlib import Path
 
-from mlx_grpo.run.monitoring import TRACKERS
+from mlx_grpo.run.trackers import TRACKERS
 from mlx_grpo.errors import UserError
 
 BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}

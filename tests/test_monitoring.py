@@ -18,8 +18,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import mlx_grpo
-from mlx_grpo.run import monitoring
-from mlx_grpo.run.monitoring import Monitor, Trackers, escaped, numbers, sparkline, start_trackers
+from mlx_grpo.run import terminal, trackers
+from mlx_grpo.run.terminal import Monitor
+from mlx_grpo.run.text import clock, escaped, sparkline
+from mlx_grpo.run.trackers import Trackers, numbers, start_trackers
 
 ROOT = Path(mlx_grpo.__file__).parents[1]
 NASTY = "\x1b[2J\x1b]0;title\x07\x1b[31mred\r\nback\x08\x08 \u202eright to left\u202c \u200b zero width\tétage 漢字漢字 [bold]no markup[/bold] :smile: \ud800"
@@ -147,7 +149,7 @@ def test_a_signal_outside_the_display_is_answered_on_stderr(capsys):
 
 def test_the_time_left_is_that_of_the_last_updates(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(monitoring.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     monitor = monitor_of(io.StringIO(), updates=50)
     assert monitor.seconds_left() is None
     monitor.begin(10, None)
@@ -158,7 +160,7 @@ def test_the_time_left_is_that_of_the_last_updates(monkeypatch):
     assert monitor.seconds_left() == 50.0
     now[0] += 3.0
     assert monitor.seconds_left() == 47.0
-    assert monitoring.clock(3725.9) == "1:02:05"
+    assert clock(3725.9) == "1:02:05"
 
 
 def test_sparklines():
@@ -261,7 +263,7 @@ def test_unknown_trackers_are_refused_with_the_choices():
 @pytest.mark.parametrize("found", [None, types.SimpleNamespace(origin=None)], ids=["nothing", "only a folder of its runs"])
 def test_a_tracker_that_is_not_installed_is_refused_before_the_model_is_opened(tmp_path, monkeypatch, capsys, found):
     real = importlib.util.find_spec
-    monkeypatch.setattr(monitoring.importlib.util, "find_spec", lambda name, *rest: found if name == "wandb" else real(name, *rest))
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name, *rest: found if name == "wandb" else real(name, *rest))
     pairs = ['report_to=["wandb"]', "model_name=no/such-model", f"output_dir={tmp_path}"]
     assert mlx_grpo.main([part for pair in pairs for part in ("--set", pair)]) == 2
     assert capsys.readouterr().err == "report_to: wandb is not installed; install it with uv sync --extra trackers, or uv pip install wandb\n"
@@ -343,7 +345,7 @@ def test_a_tracker_that_does_not_start_ends_the_run_with_what_to_do(tmp_path, mo
         raise ValueError("No API key.\nLog in")
 
     opened = Kept()
-    monkeypatch.setattr(monitoring, "TRACKERS", {"tensorboard": lambda *_: opened, "wandb": refuse})
+    monkeypatch.setattr(trackers, "TRACKERS", {"tensorboard": lambda *_: opened, "wandb": refuse})
     with pytest.raises(mlx_grpo.RunError) as failed:
         start_trackers(["tensorboard", "wandb"], tmp_path, {}, 0)
     assert str(failed.value) == "Cannot start tracker wandb: No API key. Log in; mend that, set WANDB_MODE=offline, or leave it out of report_to"
@@ -351,7 +353,7 @@ def test_a_tracker_that_does_not_start_ends_the_run_with_what_to_do(tmp_path, mo
 
 
 def test_a_resumed_run_keeps_its_trackers_id(tmp_path, monkeypatch):
-    monkeypatch.setattr(monitoring, "TRACKERS", {"wandb": Kept})
+    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": Kept})
     assert start_trackers([], tmp_path, {}, 0).members == [] and list(tmp_path.iterdir()) == []
     (_, first), = start_trackers(["wandb", "wandb"], tmp_path, {"seed": 1}, 0).members  # fmt: skip
     (_, second), = start_trackers(["wandb"], tmp_path, {"seed": 1}, 5).members  # fmt: skip
@@ -362,7 +364,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from mlx_grpo.run.monitoring import start_trackers
+from mlx_grpo.run.trackers import start_trackers
 
 name, run_dir = sys.argv[2], Path(sys.argv[3])
 for update in (0, 1):  # the second time as after a resume from the checkpoint of update 1

@@ -1,0 +1,324 @@
+"""The run in the terminal: a live display while it trains, the table at the end, and the report."""
+
+import collections
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mlx_grpo.run.text import clock, escaped, question_text, shortened, sparkline
+from mlx_grpo.run.trackers import Trackers, numbers
+
+ROOT = Path(__file__).resolve().parents[2]
+MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
+
+
+def describe_evaluation(record: dict) -> str:
+    low, high = (100 * x for x in record["em_strict_ci"])
+    split = "held-out" if record["split"] == "test" else "training subset"
+    return f"{split} exact match {100 * record['em_strict']:.1f}% ({low:.1f}-{high:.1f}), lenient {100 * record['em_lenient']:.1f}%, n={record['n']}"
+
+
+def figures(record: dict) -> dict[str, str]:
+    """The few numbers of an update that matter, as words by name."""
+    shown = {"reward": "none" if record["reward_mean"] is None else f"{record['reward_mean']:.3f}"}
+    if record.get("kl"):  # 0 where there is no reference
+        shown["kl"] = f"{record['kl']:.4f}"
+    shown |= {
+        "length": f"{record['completion_length_mean']:.0f}",
+        "truncated": f"{record['truncated_fraction']:.0%}",
+        "no-signal": f"{record['zero_signal_fraction']:.0%}",
+        "rollout": f"{record['rollout_tokens_per_s']:.0f} tok/s",
+        "train": f"{record['train_tokens_per_s']:.0f} tok/s",
+        "memory": f"{record['peak_memory_gb']:.2f} GB",
+        "lr": f"{record['lr']:.1e}",
+    }
+    return shown | ({"skipped": record["skipped"]} if "skipped" in record else {})
+
+
+class Monitor:
+    """Shows a run while it trains: a live display in a terminal, plain lines that grep can find elsewhere; and passes it on
+    to the trackers.
+
+        with monitor:  phase("sampling"), update(record), evaluation(record, "update 25"), completions(records, totals)
+    """
+
+    MARGIN = 3  # columns left free: a ^C that the terminal writes behind the last line must not wrap it
+
+    def __init__(self, updates: int, logging_steps: int = 1, console=None):
+        from rich.console import Console
+
+        self.console = console or Console(highlight=False, markup=False, emoji=False)
+        self.updates, self.logging_steps = updates, logging_steps
+        self.trackers = Trackers()
+        self.done = 0  # updates
+        self.record = None  # the last one shown; between them the display keeps its numbers
+        self.rewards, self.shown_rewards = [], 0  # of each update since the start of this process; how many are shown
+        self.held_out = None  # the newest evaluation on held-out data
+        self.times = collections.deque(maxlen=20)  # (updates done, when), for the time that is left
+        self.doing, self.since, self.note = "", 0.0, ""
+        self.live = None
+        self.warned = False  # that the sampler has drifted too far from the policy to learn from: once is enough
+
+    def __enter__(self):
+        if self.console.file.isatty() and self.console.is_interactive:
+            from rich.live import Live
+
+            # Twice a second moves the clock; updates and phases redraw at once. A stderr that goes elsewhere is let alone.
+            self.live = Live(self, console=self.console, refresh_per_second=2, redirect_stderr=sys.stderr.isatty())
+            self.live.start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.doing = ""
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def begin(self, done: int, held_out: dict | None) -> None:
+        """What there is already: nothing, or after a resume the updates done and the evaluation before the first."""
+        self.done, self.held_out = done, held_out
+
+    def say(self, text: str) -> None:
+        """One line for the user, above the display where there is one."""
+        text = escaped(text, self.console.encoding)
+        if self.live:
+            self.console.print(text, soft_wrap=False)
+        else:
+            print(text, file=self.console.file, flush=True)
+
+    def phase(self, doing: str) -> None:
+        """What the trainer does from now on, such as "sampling"."""
+        self.doing, self.since = doing, time.monotonic()
+        if doing == "sampling" and not self.times:
+            self.times.append((self.done, self.since))
+        if self.live:
+            self.live.refresh()
+
+    def evaluating(self, count: int, when: str) -> None:
+        self.phase("evaluating")
+        if not self.live:
+            self.say(f"{when}: evaluating {count} problems")
+
+    def evaluation(self, record: dict, when: str) -> None:
+        """Show an evaluation's log record; the report comes next. when: "update 25", or "before training"."""
+        if record["split"] == "test":
+            self.held_out = record
+        self.trackers.scalars({f"eval/{record['split']}/{k}": v for k, v in numbers(record).items()}, record["update"])
+        self.say(f"{when}: {describe_evaluation(record)}")
+        self.phase("reporting")
+
+    def update(self, record: dict) -> None:
+        """Show an update's log record: the progress each time, its numbers every logging_steps."""
+        self.trackers.scalars(numbers(record), record["update"])
+        if (record.get("mismatch/kl") or 0.0) > MISMATCH_WARNING and not self.warned:
+            self.warned = True
+            print(
+                f"Warning: sampler and policy differ by {record['mismatch/kl']:.3f} nats a token; raise bits, lower sync_every, "
+                "or set top_p = 1, top_k = 0, min_p = 0, repetition_penalty = 1",
+                file=sys.stderr,
+            )
+        self.done = record["update"]
+        self.times.append((self.done, time.monotonic()))
+        self.rewards.append(record["reward_mean"])
+        if self.done % self.logging_steps == 0:
+            self.record, self.shown_rewards = record, len(self.rewards)
+            if not self.live:
+                words = " ".join(f"{name} {value}" for name, value in figures(record).items())
+                left = self.seconds_left()
+                self.say(f"update {self.done}/{self.updates} {words}" + (f" left {clock(left)}" if left else ""))
+        if self.live:
+            self.live.refresh()
+
+    def completions(self, records: list[dict], totals) -> None:
+        """Show one prompt's best and worst completion: of the first group whose rewards differ, else of the first group.
+
+        records: of completions.jsonl, B*G of them; totals: (B, G), the weighted rewards, NaN where all abstained.
+        """
+        self.trackers.completions(records)
+        totals = np.asarray(totals, dtype=float)
+        lowest, highest = (np.nan_to_num(totals, nan=nan) for nan in (np.inf, -np.inf))
+        b = int(np.argmax(highest.max(axis=1) > lowest.min(axis=1)))
+        chosen = [(name, int(i)) for name, i in (("best", highest[b].argmax()), ("worst", lowest[b].argmin()))]
+        update, question = records[0]["update"], records[b * totals.shape[1]]["prompt"]
+        told = [(name, totals[b, i], records[b * totals.shape[1] + i]) for name, i in chosen]
+        if self.live:
+            self.console.print(self.sample_table(update, question_text(question), told))
+            return
+        self.say(f"sample {update} prompt: {shortened(question_text(question), 400)}")
+        for name, total, record in told:
+            self.say(f"sample {update} {name} {total:.3f} ({reward_words(record)}): {shortened(record['completion'], 400)}")
+
+    def stopping(self) -> None:
+        """Called by a signal handler, which may have interrupted a write: nothing is printed where the display can tell."""
+        if self.live:
+            self.note = "stopping after this update; Ctrl-C again: at once"
+        else:
+            print("Stopping after this update; once more to stop at once", file=sys.stderr)
+
+    def abandon(self) -> None:
+        """Give the terminal its cursor back, when the process ends without leaving the `with`."""
+        if self.live:
+            os.write(self.console.file.fileno(), b"\x1b[?25h\n")
+
+    def seconds_left(self) -> float | None:
+        """Until the last update, at the pace of the last twenty; None before the first."""
+        if len(self.times) < 2:
+            return None
+        (first, start), (last, end) = self.times[0], self.times[-1]
+        return max(0.0, (end - start) / (last - first) * (self.updates - last) - (time.monotonic() - end))
+
+    # Drawing
+
+    def __rich_console__(self, console, options):
+        from rich.text import Text
+
+        width, plain = max(10, options.max_width - self.MARGIN), not console.encoding.lower().startswith("utf")
+        lines = [self.progress_line(width, plain)]
+        if self.record:
+            lines.append(self.reward_line(width, plain))
+            lines += self.figure_lines(width)
+        if self.note:
+            lines.append(Text(self.note, style="yellow"))
+        for line in lines[: max(1, console.height - 1)]:  # a line that scrolls away could not be redrawn
+            line.truncate(width)
+            line.no_wrap = True
+            yield line
+
+    def progress_line(self, width: int, plain: bool):
+        """update 23/50 ━━━━━━━───────  0:01:12 left  sampling 3 s"""
+        from rich.text import Text
+
+        left = self.seconds_left()
+        words = [f"{clock(left)} left"] if left is not None and self.done < self.updates else []
+        if self.doing:
+            words.append(f"{self.doing} {time.monotonic() - self.since:.0f} s")
+        head, tail = f"update {self.done:>{len(str(self.updates))}}/{self.updates} ", "  ".join(words)
+        bar = min(40, width - len(head) - 32)  # of one length, whatever stands behind it
+        line = Text(head)
+        if bar >= 5:
+            full = bar * self.done // max(1, self.updates)
+            line.append(("#" if plain else "━") * full, "green").append(("-" if plain else "─") * (bar - full), "dim").append(" ")
+        return line.append(tail)
+
+    def reward_line(self, width: int, plain: bool):
+        """reward 2.310 ▁▂▂▃▅▆▇█  from 0.51 to 2.93"""
+        from rich.text import Text
+
+        values = self.rewards[: self.shown_rewards]
+        known = [v for v in values if v is not None and math.isfinite(v)]
+        tail = f" {min(known):.2f} to {max(known):.2f}" if known else ""
+        line = Text("reward ").append(figures(self.record)["reward"], "bold").append(" ")
+        return line.append(sparkline(values, max(1, width - line.cell_len - len(tail)), plain), "cyan").append(tail, "dim")
+
+    def figure_lines(self, width: int) -> list:
+        """The other numbers, in as many columns as there is room for."""
+        from rich.text import Text
+
+        shown = {name: value for name, value in figures(self.record).items() if name != "reward"}
+        if self.held_out:
+            shown = {"held-out": f"{self.held_out['em_strict']:.1%} at {self.held_out['update']}", **shown}
+        room = 24  # columns of the widest pair: held-out 100.0% at 99999
+        across = max(1, (width + 2) // (room + 2))
+        pairs, lines = list(shown.items()), []
+        for start in range(0, len(pairs), across):
+            line = Text()
+            for place, (name, value) in enumerate(pairs[start : start + across]):
+                line.pad_right(max(0, place * (room + 2) - line.cell_len))
+                line.append(f"{name} ", "dim").append(escaped(value))
+            lines.append(line)
+        return lines
+
+    def sample_table(self, update: int, question: str, told: list[tuple]):
+        """One prompt with its best and worst completion and their rewards, a few lines each."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 1))
+        table.add_column(width=6, no_wrap=True)
+        table.add_column()
+        width = max(10, self.console.width - 7 - self.MARGIN)
+        table.add_row("sample", f"update {update}")
+        table.add_row(Text("prompt", "dim"), self.few_lines(question, width, 4))
+        for name, total, record in told:
+            head = Text(f"{total:.3f}", "bold").append(f" = {escaped(reward_words(record), self.console.encoding)}", "dim")
+            table.add_row(Text(name, "dim"), head)
+            table.add_row("", self.few_lines(record["completion"], width, 6))
+        return table
+
+    def few_lines(self, text: str, width: int, most: int):
+        """At most `most` lines of a text, its beginning and its end, escaped and wrapped at `width` columns."""
+        from rich.text import Text
+
+        text = shortened(text, 2 * most * width)  # at least all that can be shown
+        lines = [Text(escaped(line, self.console.encoding)) for line in text.strip("\n").split("\n")]
+        lines = [part for line in lines for part in line.wrap(self.console, width) or [line]]
+        if len(lines) > most:
+            lines = [*lines[: most - 3], Text("...", "dim"), *lines[-2:]]
+        return Text("\n").join(lines)
+
+
+def reward_words(record: dict) -> str:
+    """correctness 2.0, int 0.5, ...: each reward function's own, before its weight."""
+    words = [f"{n.removesuffix('_reward_func')} {'none' if r is None else f'{r:.3g}'}" for n, r in record["rewards"].items()]
+    return ", ".join(words)
+
+
+@contextlib.contextmanager
+def stopping_on_signals(trainer):
+    """Ctrl-C and SIGTERM let the update finish and be saved; a second one stops at once."""
+    received = []
+
+    def on_signal(number, frame):
+        if received:
+            trainer.monitor.abandon()
+            os._exit(128 + number)
+        received.append(number)
+        if number == signal.SIGHUP:  # the launcher's connection is gone, and the terminal with it
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        trainer.stop_signal = number
+        trainer.monitor.stopping()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[: 2 if trainer.ranks.size == 1 else 3]
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def print_outcome(run_dir: Path, outcome: dict) -> None:
+    """The table of held-out scores before and after, and where the model is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Held-out problems, greedy answers")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, key in (("exact match, tags required", "em_strict"), ("exact match, last number", "em_lenient")):
+        cells = []
+        for when in ("before", "after"):
+            record = outcome[when].get("test")
+            low, high = (100 * x for x in record[f"{key}_ci"]) if record else (0, 0)
+            cells.append(f"{100 * record[key]:.1f}% ({low:.1f}-{high:.1f})" if record else "not evaluated")
+        table.add_row(label, *cells)
+    Console().print(table)
+    final = run_dir / "final"
+    if (run_dir / "report.html").is_file():
+        print(f"Report     {run_dir / 'report.html'}")
+    print(f"Model      {final}\nTry it     uv run python utils/inference.py --model {final} --chat")
+
+
+def write_report(run_dir: Path) -> None:
+    """Rewrite report.html, in a process of its own: whatever goes wrong with it, the run goes on."""
+    command = [sys.executable, str(ROOT / "utils" / "report.py"), str(run_dir)]
+    result = subprocess.run(command, capture_output=True, text=True, start_new_session=True)  # Ctrl-C is for the trainer
+    if result.returncode:
+        print(f"Warning: no report.html: {(result.stderr.strip() or 'stopped').splitlines()[-1]}", file=sys.stderr)
