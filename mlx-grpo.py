@@ -79,7 +79,7 @@ from mlx_grpo.run.checkpoints import RESUMED_STATE, read_checkpoint, write_check
 from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.run.directory import RunLogs, choose_run_dir, find_checkpoint, lock_directory, write_directory
 from mlx_grpo.scoring import load_rewards, name_of, score
-from mlx_grpo.settings import CHOICES, check_config, config_as_toml, read_settings
+from mlx_grpo.settings import CHOICES, check_config, config_as_toml, read_settings, settings_record
 from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
 from mlx_grpo.run.dry_run import dry_run, probe_memory
 
@@ -1368,6 +1368,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
 
     def describe() -> None:
         (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
+        (run_dir / "settings.json").write_text(json.dumps(settings_record(config, sources), indent=2))
         (run_dir / "machine.json").write_text(json.dumps({**machine_facts(memory_bytes()), "updates": trainer.updates}, indent=2))
 
     run_dir, checkpoint = ranks.on_first(find)

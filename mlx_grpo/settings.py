@@ -92,6 +92,15 @@ def config_as_toml(config, sources: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def settings_record(config, sources: dict) -> dict[str, dict]:
+    """Each setting's value, default and source, for the programs that read a run: settings.json."""
+    defaults = dataclasses.asdict(type(config)())
+    return {
+        name: {"value": value, "default": defaults[name], "source": sources.get(name, "default")}
+        for name, value in dataclasses.asdict(config).items()
+    }
+
+
 # --- What values may be -----------------------------------------------------------------------------------------
 
 CHOICES = {

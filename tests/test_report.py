@@ -53,6 +53,12 @@ def completion_record(update: int, text: str, right: bool, prompt="What is 2 + 3
     return {"update": update, "prompt": prompt, "answer": "5", "completion": text, "rewards": rewards, "finish_reason": "stop", "length": 9}
 
 
+def write_settings(folder: Path, settings: dict) -> None:
+    """settings.json of {name: (value, default, source)}."""
+    record = {name: dict(zip(("value", "default", "source"), setting)) for name, setting in settings.items()}
+    (folder / "settings.json").write_text(json.dumps(record))
+
+
 def make_run(folder: Path, n: int = 50, change=lambda record: {}, evals=(0.3, 0.5, 0.7), completions=True, start=True, tail="") -> Path:
     """A run's directory with n updates, each changed by change(record), and held-out scores spread over them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,10 +67,11 @@ def make_run(folder: Path, n: int = 50, change=lambda record: {}, evals=(0.3, 0.
     records = [evaluation_record(round(i * n / max(1, len(evals) - 1)), score) for i, score in enumerate(evals)]
     records += [(record := update_record(i, n)) | change(record) for i in range(1, n + 1)]
     (folder / "training_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
-    (folder / "config.resolved.toml").write_text(
-        'model_name = "starter/model"  # default\nlearning_rate = 1e-05  # my.toml; default 1e-06\n'
-        'system_prompt = "two  # signs"  # --set; default ""\nbatch_size = 8  # --set; default 8\n# delta is unset  # default\n'
-    )
+    settings = {
+        "model_name": ("starter/model", "starter/model", "default"), "learning_rate": (1e-05, 1e-06, "my.toml"),
+        "system_prompt": ("two  # signs", "", "--set"), "batch_size": (8, 8, "--set"), "delta": (None, None, "default"),
+    }  # fmt: skip
+    write_settings(folder, settings)
     if completions:
         rows = [completion_record(u, f"<answer>{g}</answer>", g == 5) for u in (10, 20, 30) for g in (4, 5, 6)]
         (folder / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -129,7 +136,7 @@ def test_a_cut_last_line_and_foreign_lines_are_left_out(tmp_path):
 
 def test_settings_and_their_defaults(tmp_path):
     run = report.read_run(make_run(tmp_path / "run"))
-    assert run.settings["learning_rate"] == ("1e-05", "my.toml", "1e-06") and run.setting("learning_rate") == 1e-5
+    assert run.setting("learning_rate") == 1e-5
     assert run.setting("system_prompt") == "two  # signs" and run.setting("delta") is None
     differing = page_of(tmp_path / "run").split("Differs from the default")[1].split("<details>")[0]
     assert "learning_rate" in differing and "system_prompt" in differing and "batch_size" not in differing and "delta" not in differing
@@ -219,7 +226,7 @@ def nasty_run(folder: Path) -> Path:
     make_run(folder, change=lambda r: {f"rewards/{NASTY}": 0.5})
     rows = [completion_record(u, NASTY, True, NASTY) | {"answer": NASTY, "finish_reason": NASTY, "rewards": {NASTY: 1.0}} for u in (1, 2)]
     (folder / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "config.resolved.toml").write_text("model_name = '''<script>window.hacked=1</script>'''  # <script>window.hacked=1</script>; default 1\n")
+    write_settings(folder, {"model_name": (NASTY, NASTY + "1", NASTY)})
     (folder / "machine.json").write_text(json.dumps({"updates": 50, "chip": NASTY}))
     return folder
 
@@ -232,7 +239,7 @@ def test_what_a_model_wrote_is_escaped(tmp_path):
 
 def test_several_runs_are_compared(tmp_path):
     first, second = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", evals=(0.3, 0.9))
-    (second / "config.resolved.toml").write_text("learning_rate = 5e-05  # my.toml\n")
+    write_settings(second, {"learning_rate": (5e-05, 1e-06, "my.toml")})
     path = report.write_report([first, second])
     page = path.read_text()
     assert path == tmp_path / "comparison.html" and "a/run" in page and "b/run" in page

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import sys
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,7 +74,7 @@ class Run:
     evals: list[dict]
     start: dict  # machine.json: machine, versions, command of the newest start; {} where there is none
     completions: list[dict]
-    settings: dict[str, tuple[str, str, str]]  # name: value, where it came from, default ("" where not known)
+    settings: dict[str, dict]  # settings.json: by name its value, default and source
     unreadable: int  # lines
 
     def column(self, name: str) -> np.ndarray:
@@ -88,8 +87,7 @@ class Run:
 
     def setting(self, name: str):
         """A setting's value, or None where it is unset or not known."""
-        value = self.settings.get(name, ("",))[0]
-        return tomllib.loads(f"value = {value}")["value"] if value else None
+        return self.settings.get(name, {}).get("value")
 
     def tests(self, key: str = "em_strict") -> list[dict]:
         """The held-out evaluations that have `key`, in order."""
@@ -120,23 +118,12 @@ def read_records(path: Path) -> tuple[list[dict], int]:
     return records, unreadable
 
 
-def read_machine(path: Path) -> dict:
-    """machine.json, {} where it is missing or cut."""
+def read_object(path: Path) -> dict:
+    """A JSON file's object, {} where it is missing or cut."""
     with contextlib.suppress(OSError, ValueError):
         facts = json.loads(path.read_text(encoding="utf-8"))
         return facts if isinstance(facts, dict) else {}
     return {}
-
-
-def read_settings(path: Path) -> dict[str, tuple[str, str, str]]:
-    """config.resolved.toml: a line is `name = value  # source`, or `# name is unset  # source`, the source with `; default X`."""
-    settings = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        match = re.fullmatch(r"(?:# (\w+) is unset|(\w+) = (.*))  # (.*?)(?:; default (.*))?", line)
-        if match:
-            unset, name, value, source, default = match.groups()
-            settings[unset or name] = (value or "", source, "" if default in (None, "null") else default)
-    return settings
 
 
 def read_run(path: Path) -> Run:
@@ -150,8 +137,8 @@ def read_run(path: Path) -> Run:
     of = lambda event: [r for r in records if r.get("event") == event]  # noqa: E731
     updates = {r["update"]: r for r in of(None)}  # a later record of the same update stands
     return Run(
-        path, path.resolve().name, [updates[u] for u in sorted(updates)], of("eval"), read_machine(path / "machine.json"), completions,
-        read_settings(path / "config.resolved.toml"), unreadable + cut,
+        path, path.resolve().name, [updates[u] for u in sorted(updates)], of("eval"), read_object(path / "machine.json"), completions,
+        read_object(path / "settings.json"), unreadable + cut,
     )  # fmt: skip
 
 
@@ -635,13 +622,25 @@ def completions_table(run: Run) -> str:
 <tbody>{"".join(rows)}</tbody></table>"""
 
 
+def code(text: str) -> str:
+    return f"<code>{html.escape(text)}</code>"
+
+
+def setting_text(run: Run, name: str) -> str:
+    """A setting's value as JSON, or "unset"."""
+    value = run.setting(name)
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
+
+
 def settings_tables(run: Run) -> str:
     if not run.settings:
-        return "<p class=soft>No config.resolved.toml.</p>"
-    code = lambda text: f"<code>{html.escape(text) or 'unset'}</code>"  # noqa: E731
-    differ = {n: s for n, s in run.settings.items() if s[1] != "default" and s[0] != s[2]}
-    rows = [[code(n), code(value), code(default) if default else "", html.escape(source)] for n, (value, source, default) in differ.items()]
-    all_of_them = table(["Setting", "Value"], [[code(n), code(value)] for n, (value, _, _) in run.settings.items()])
+        return "<p class=soft>No settings.json.</p>"
+    rows = [
+        [code(name), code(setting_text(run, name)), code(json.dumps(setting.get("default"))), html.escape(str(setting.get("source")))]
+        for name, setting in run.settings.items()
+        if setting.get("value") != setting.get("default")
+    ]
+    all_of_them = table(["Setting", "Value"], [[code(name), code(setting_text(run, name))] for name in run.settings])
     given = table(["Differs from the default", "Value", "Default", "From"], rows) if rows else "<p class=soft>All defaults.</p>"
     return f"{given}<details><summary>All {len(run.settings)} settings</summary>{all_of_them}</details>"
 
@@ -680,19 +679,18 @@ def run_page(run: Run, charts: list[Chart]) -> str:
 
 def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
     names = dict.fromkeys(n for run in runs for n in run.settings if n not in ("output_dir", "run_name"))
-    value = lambda run, n: run.settings.get(n, ("",))[0] or "unset"  # noqa: E731
-    differ = [n for n in names if len({value(run, n) for run in runs}) > 1]
+    differ = [n for n in names if len({setting_text(run, n) for run in runs}) > 1]
     numbers = [str(i) for i in range(1, len(runs) + 1)]
     rows, scores = [], []
     for i, run in enumerate(runs):
         tests, reward = run.tests(), ends(run.column("reward_mean"))[1]
         scores.append((tests[-1]["em_strict"] if tests else -1, np.nan_to_num(reward)))
-        cells = [value(run, n) for n in differ[:3]]
+        cells = [setting_text(run, n) for n in differ[:3]]
         cells += [percent(e, "em_strict") for e in (tests[0], tests[-1])] if tests else ["-", "-"]
         cells += [f"{reward:.2f}", f"{ends(run.column('completion_length_mean'))[1]:.0f}", progress(run), tokens(run), duration(run)]
         rows.append([key(i, f"{numbers[i]}  {run.name}"), *map(html.escape, cells), html.escape(", ".join(t for t, _ in tripwires(run)) or "none")])
     header = ["Run", *differ[:3], "Before", "After", "Reward", "Length", "Updates", "Tokens", "Time", "Warnings"]
-    settings = [[f"<code>{html.escape(cell)}</code>" for cell in (n, *(value(run, n) for run in runs))] for n in differ]
+    settings = [[code(cell) for cell in (n, *(setting_text(run, n) for run in runs))] for n in differ]
     return page(
         "Comparison: MLX-GRPO",
         f"<h1>{len(runs)} runs</h1><p class=soft>Before and after: held-out exact match, tags required, with its 95% interval. "
