@@ -46,6 +46,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,7 +80,7 @@ from mlx_grpo.run.checkpoints import RESUMED_STATE, read_checkpoint, write_check
 from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.run.directory import RunLogs, choose_run_dir, find_checkpoint, lock_directory, write_directory
 from mlx_grpo.scoring import load_rewards, name_of, score
-from mlx_grpo.settings import CHOICES, check_config, config_as_toml, read_settings, settings_record
+from mlx_grpo.settings import CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record
 from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
 from mlx_grpo.run.dry_run import dry_run, probe_memory
 
@@ -146,24 +147,34 @@ class MLXGRPOConfig:
     group_size: int = 64  # of that copy: weights that share a scale
     sync_every: int = 1  # updates between refreshes of the sampler's weights; above 1 it is stale, and corrected
     # Objective
-    loss_type: str = "grpo"  # grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo
+    loss_type: str = "grpo"  # the objective, by its name in the table LOSSES; the recipes say when to use which
     importance_sampling_level: str = "token"  # or sequence (GSPO, arXiv 2507.18071)
     num_iterations: int = 1  # updates a rollout is used for (mu in the paper)
-    clip_eps: float = 0.2  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]
+    clip_eps: float = 0.2  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]; for gmpo the log of it to [-clip_eps, clip_eps_high]
     clip_eps_high: float | None = None  # DAPO's clip-higher; none for clip_eps. For cispo the bound itself, about 5
     delta: float | None = None  # upper bound of the ratio for negative advantages (INTELLECT-2, arXiv 2505.07291)
     kl_coeff: float = 0.0  # beta; above 0 a frozen reference is kept (the same weights, adapters off, under LoRA)
     use_bias_correction_kl: bool = False  # weigh the KL by the ratio, so that its gradient is unbiased off-policy
-    scale_rewards: str = "group"  # divide advantages by the standard deviation of group or batch, or none
+    advantage_estimator: str = "group"  # how rewards become advantages, by its name in the table ESTIMATORS
+    scale_rewards: str = "group"  # divide group advantages by the standard deviation of group or batch, or none
     mask_truncated_completions: bool = False  # leave completions cut at the length limit out of the loss
     top_entropy_quantile: float = 1.0  # train only this share of positions, those of highest entropy
-    entropy_coef: float = 0.0  # bonus per nat of entropy
+    entropy_coef: float = 0.0  # bonus per nat of a trained token's mean entropy; with use_adaptive_entropy where it starts
+    use_adaptive_entropy: bool = False  # change entropy_coef after each update, to hold the entropy up (arXiv 2505.22312)
+    entropy_target: float = 0.2  # nats a token: at most this, the bonus is paid and the coefficient rises; above it falls
+    entropy_coef_delta: float = 0.005  # by so much an update
+    entropy_coef_min: float = 0.0  # within this
+    entropy_coef_max: float = 1.0  # and this
     off_policy_mask_threshold: float | None = None  # drop negative rows whose mean sampler-to-policy gap exceeds it
     sampler_correction: str = "auto"  # token_truncate, token_mask, sequence_truncate, sequence_mask, none; auto: token_truncate where the sampler is not the policy
     sampler_correction_min: float | None = None  # lower end of the correction's range
     sampler_correction_max: float = 3.0  # upper end of the correction's range
     sapo_temperature_pos: float = 1.0  # SAPO's gate for positive advantages (arXiv 2511.20347)
     sapo_temperature_neg: float = 1.05  # and for the others
+    vespo_k_pos: float = 2.0  # VESPO's weight w^k e^(lambda (1 - w)) of a row's ratio w (arXiv 2602.10693): k for advantages of at least 0
+    vespo_lambda_pos: float = 3.0  # and lambda
+    vespo_k_neg: float = 3.0  # k for negative advantages
+    vespo_lambda_neg: float = 2.0  # and lambda
     dynamic_sampling_max_batches: int = 0  # times a batch's groups without signal are replaced by fresh prompts (DAPO)
     # Optimisation
     learning_rate: float = 1e-6  # peak; about 1e-6 for full fine-tuning, 1e-5 for adapters
@@ -200,7 +211,27 @@ class MLXGRPOConfig:
     check_weights_steps: int = 50  # updates between checks that all ranks hold the same weights; 0: only at the start and before a save
 
     def __post_init__(self):
-        check_config(self)  # what cannot work is refused before anything is loaded
+        tables = {"loss_type": tuple(LOSSES), "advantage_estimator": tuple(ESTIMATORS)}
+        check_config(self, tables)  # what cannot work is refused before anything is loaded
+
+    @property
+    def objective(self) -> "Loss":
+        return LOSSES[self.loss_type]
+
+    @property
+    def estimator(self) -> "Estimator":
+        return ESTIMATORS[self.advantage_estimator]
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether entropies need a gradient."""
+        return self.entropy_coef > 0 or self.use_adaptive_entropy
+
+    @property
+    def rewards_drive_alone(self) -> bool:
+        """Whether a row whose advantage is 0 has no gradient."""
+        others = self.kl_coeff > 0 or self.has_entropy_bonus or self.top_entropy_quantile < 1
+        return not others and self.estimator.tokens is None
 
     @property
     def rollout_tokens(self) -> int:
@@ -227,7 +258,7 @@ class MLXGRPOConfig:
     def correction(self) -> str | None:
         """The sampler correction in force, or None."""
         if self.sampler_correction == "auto":
-            return "token_truncate" if self.off_policy_sampler and self.loss_type != "vespo" else None  # vespo has its own
+            return "token_truncate" if self.off_policy_sampler else None
         return None if self.sampler_correction == "none" else self.sampler_correction
 
 
@@ -531,153 +562,523 @@ def generate(
 # ---------------------------------------------------------------------------------------------------------------
 # Objective: pure functions of arrays
 # ---------------------------------------------------------------------------------------------------------------
+# Rewards (B, G) -> ESTIMATORS -> advantages (B, G), a row's own -> LOSSES -> the loss of N = B*G rows and its metrics.
+# An entry of either table is all that an estimator or a loss needs; CONTRIBUTING.md says how one is added.
 
 
-def group_advantages(rewards: mx.array, scale_rewards: str = "group") -> mx.array:
-    """Advantages (B, G) of rewards (B, G), NaN where nothing was scored (DeepSeekMath, eq. 3 and section 4.1.2).
+@dataclass(frozen=True)
+class ScoredGroups:
+    """Rewards as the estimators read them, (B, G) each unless said otherwise; 0 where nothing was scored."""
 
-    Each reward less its group's mean, divided by (standard deviation + 1e-4), ddof 1: the group's, the whole batch's
-    ("batch"), or not at all ("none", Dr. GRPO, arXiv 2503.20783). Rows without a score, groups with fewer than two,
-    and groups whose rewards are all equal get 0.
+    rewards: mx.array
+    scored: mx.array  # bool
+    count: mx.array  # (B, 1), scored completions of a group
+    mean: mx.array  # (B, 1), of those
+    centred: mx.array  # rewards less the mean
+    signal: mx.array  # bool: scored, in a group whose rewards are not all equal
+
+    @classmethod
+    def of(cls, rewards: mx.array) -> "ScoredGroups":
+        """rewards: (B, G), NaN where every function abstained."""
+        scored = ~mx.isnan(rewards)
+        known = mx.where(scored, rewards, 0.0)
+        count = scored.sum(axis=1, keepdims=True)
+        mean = known.sum(axis=1, keepdims=True) / mx.maximum(count, 1)
+        # Equality is exact: rounding in the mean must not make a tiny advantage that a division blows up.
+        highest = mx.where(scored, known, -mx.inf).max(axis=1, keepdims=True)
+        lowest = mx.where(scored, known, mx.inf).min(axis=1, keepdims=True)
+        return cls(known, scored, count, mean, mx.where(scored, known - mean, 0.0), scored & (highest > lowest))
+
+
+def scaled_by_deviation(groups: ScoredGroups, scale_rewards: str) -> mx.array:
+    """(r - mean) / (std + 1e-4), ddof 1 (DeepSeekMath, arXiv 2402.03300, section 4.1.2); the group's standard
+    deviation, the whole batch's ("batch"), or not divided ("none": Dr. GRPO, arXiv 2503.20783)."""
+    if scale_rewards == "none":
+        return groups.centred
+    if scale_rewards == "group":
+        variance = (groups.centred**2).sum(axis=1, keepdims=True) / mx.maximum(groups.count - 1, 1)
+    else:
+        count = groups.scored.sum()
+        spread = mx.where(groups.scored, groups.rewards - groups.rewards.sum() / mx.maximum(count, 1), 0.0)
+        variance = (spread**2).sum() / mx.maximum(count - 1, 1)
+    return groups.centred / (mx.sqrt(variance) + 1e-4)
+
+
+def leave_one_out(groups: ScoredGroups) -> mx.array:
+    """RLOO: r less the mean of the group's other rewards, an unbiased baseline (arXiv 2402.14740)."""
+    others = mx.maximum(groups.count - 1, 1)
+    return groups.rewards - (groups.rewards.sum(axis=1, keepdims=True) - groups.rewards) / others
+
+
+def batch_normalised(groups: ScoredGroups) -> mx.array:
+    """REINFORCE++ with baseline (arXiv 2501.03262): r less its group's mean, over the batch's standard deviation of that.
+
+    Its mean over the batch need not be subtracted: every group's is 0. Lone rows have no baseline and do not count.
+    """
+    counted = groups.scored & (groups.count > 1)
+    variance = mx.where(counted, groups.centred**2, 0.0).sum() / mx.maximum(counted.sum() - 1, 1)
+    return groups.centred / (mx.sqrt(variance) + 1e-4)
+
+
+def by_mean_reward(groups: ScoredGroups) -> mx.array:
+    """MaxRL: (r - mean) / mean (arXiv 2602.02710, Algorithm 1), for rewards of at least 0.
+
+    With rewards of 0 and 1 the mean is the share of right answers, and the expected gradient that of
+    sum_k pass@k / k, which tends to the log-likelihood of a right answer: rarely solved prompts weigh more.
+    """
+    lowest = groups.rewards.min().item()
+    if lowest < 0:
+        raise UserError(
+            f"advantage_estimator maxrl divides by a group's mean reward, so none may be negative, and one is {lowest:.6g}; "
+            "shift the rewards, or choose another advantage_estimator"
+        )
+    return groups.centred / mx.where(groups.mean > 0, groups.mean, 1.0)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How rewards become advantages."""
+
+    rows: Callable  # (ScoredGroups, **options) -> (B, G); rows without signal become 0 whatever it says of them
+    options: tuple[str, ...] = ()  # settings that `rows` takes
+    scales: tuple[str, ...] = ("group", "none")  # values of scale_rewards that do not contradict it
+    # Advantages of their own for the tokens, where it has them: (advantages (N,), old_logps (N, T), ref_logps (N, T)
+    # or None without kl_coeff, mask (N, T)) -> (N, T), a micro-batch at a time.
+    tokens: Callable | None = None
+
+
+ESTIMATORS = {
+    "group": Estimator(scaled_by_deviation, options=("scale_rewards",), scales=CHOICES["scale_rewards"]),
+    "rloo": Estimator(leave_one_out),
+    "reinforce_plus_plus_baseline": Estimator(batch_normalised, scales=("group", "batch")),
+    "maxrl": Estimator(by_mean_reward),
+}
+
+
+def estimate_advantages(rewards: mx.array, estimator: str = "group", scale_rewards: str = "group") -> mx.array:
+    """Advantages (B, G) of rewards (B, G), NaN where nothing was scored, by an entry of ESTIMATORS.
+
+    Rows without a score, groups with fewer than two, and groups whose rewards are all equal get exactly 0.
     """
     if scale_rewards not in CHOICES["scale_rewards"]:
         raise ValueError(f"Unknown scale_rewards: {scale_rewards!r}")
-    valid = ~mx.isnan(rewards)
-    count = valid.sum(axis=1, keepdims=True)  # (B, 1)
-    known = mx.where(valid, rewards, 0.0)
-    centred = mx.where(valid, known - known.sum(axis=1, keepdims=True) / mx.maximum(count, 1), 0.0)
-    if scale_rewards == "group":
-        deviation = mx.sqrt((centred**2).sum(axis=1, keepdims=True) / mx.maximum(count - 1, 1))
-    elif scale_rewards == "batch":
-        spread = mx.where(valid, known - known.sum() / mx.maximum(valid.sum(), 1), 0.0)
-        deviation = mx.sqrt((spread**2).sum() / mx.maximum(valid.sum() - 1, 1))
-    advantages = centred if scale_rewards == "none" else centred / (deviation + 1e-4)
-    # Equality is exact: rounding in the mean must not make a tiny advantage that the division blows up.
-    highest = mx.where(valid, known, -mx.inf).max(axis=1, keepdims=True)
-    lowest = mx.where(valid, known, mx.inf).min(axis=1, keepdims=True)
-    return mx.where(valid & (count > 1) & (highest > lowest), advantages, 0.0)
+    chosen = ESTIMATORS[estimator]
+    groups = ScoredGroups.of(rewards)
+    settings = {"scale_rewards": scale_rewards}
+    advantages = chosen.rows(groups, **{name: settings[name] for name in chosen.options})
+    return mx.where(groups.signal, advantages, 0.0)
+
+
+def group_advantages(rewards: mx.array, scale_rewards: str = "group") -> mx.array:
+    """GRPO's advantages (B, G) of rewards (B, G), NaN where nothing was scored (DeepSeekMath, section 4.1.2)."""
+    return estimate_advantages(rewards, "group", scale_rewards)
 
 
 def combine_rewards(rewards: np.ndarray, weights: list[float], config: MLXGRPOConfig) -> tuple[np.ndarray, mx.array]:
     """Rewards (F, B, G), NaN where a function abstained -> each completion's reward (B, G) and advantage (B, G).
 
-    sum_then_normalize: the weighted sum over functions, then group_advantages. normalize_then_sum: each function's
+    sum_then_normalize: the weighted sum over functions, then the estimator. normalize_then_sum: each function's
     own group advantages, weighted and summed, then scaled over the batch, so that no function drowns another.
     """
     weighted = rewards * np.array(weights)[:, None, None]
     silent = np.isnan(rewards).all(axis=0)
     total = np.where(silent, np.nan, np.nansum(weighted, axis=0))
     if config.multi_objective_aggregation == "sum_then_normalize":
-        return total, group_advantages(mx.array(total, dtype=mx.float32), config.scale_rewards)
+        summed = mx.array(total, dtype=mx.float32)
+        return total, estimate_advantages(summed, config.advantage_estimator, config.scale_rewards)
     each = [w * group_advantages(mx.array(r, dtype=mx.float32), "group") for r, w in zip(rewards, weights)]
     summed = sum(each)
     unmoved = sum(mx.abs(a) for a in each) == 0  # exact: the mean below is not
     return total, mx.where(unmoved, 0.0, (summed - summed.mean()) / (mx.sqrt(mx.var(summed, ddof=1)) + 1e-4))
 
 
+# Losses. What they share is a record of arrays, and the sizes that a sum may be divided by.
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch as the losses read it: (N, T) unless said otherwise, 0 in the padding."""
+
+    logps: mx.array  # the policy's; the gradient enters here
+    log_ratio: mx.array  # logps less the old policy's
+    by_row: bool  # sequence level: one ratio a row
+    advantages: mx.array  # (N, 1), or (N, T) from an estimator with a say for each token
+    mask: mx.array  # 1 on trained positions
+    kept: mx.array  # the mask without what the top-entropy mask drops
+    correction: mx.array | None = None  # sampler correction, (N, T) or (N, 1), gradient stopped
+
+    @property
+    def lengths(self) -> mx.array:
+        """(N, 1), trained positions of each row."""
+        return self.mask.sum(axis=1, keepdims=True)
+
+    @property
+    def ratio(self) -> mx.array:
+        """r: a token's own (GRPO, eq. 3), or (N, 1), its row's geometric mean (GSPO, arXiv 2507.18071, eq. 7).
+
+        Beyond e^+-20 it is held there: past every clip, and finite.
+        """
+        log_ratio = self.row_mean(self.log_ratio) if self.by_row else self.log_ratio
+        return mx.exp(mx.clip(log_ratio, -20.0, 20.0))
+
+    def row_mean(self, values: mx.array) -> mx.array:
+        """(N, 1)"""
+        return (values * self.mask).sum(axis=1, keepdims=True) / mx.maximum(self.lengths, 1)
+
+    def mean(self, values: mx.array) -> mx.array:
+        """Of all trained tokens."""
+        return (values * self.mask).sum() / mx.maximum(self.mask.sum(), 1)
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """Sizes of one optimizer step over all its micro-batches and processes: what a loss may divide by.
+
+    A micro-batch divides its own sums by the sizes of the whole, so that the parts just add up.
+    """
+
+    rows: mx.array | int
+    tokens: mx.array  # trained
+    entropy_tokens: mx.array  # those of them within the top-entropy mask
+    generation_tokens: mx.array | float  # trained, of the whole generation batch, where a step is a part of one
+    longest: int  # max_completion_length
+
+
+def clipped_surrogate(x: Tokens, clip_eps, clip_eps_high, delta) -> mx.array:
+    """-min(r A, clip(r, 1-eps, 1+eps_high) A) (PPO, arXiv 1707.06347, eq. 7; GRPO, eq. 3; eps_high: DAPO, eq. 8).
+
+    The minimum leaves r open above where A < 0: delta bounds it there (INTELLECT-2, arXiv 2505.07291).
+    """
+    bounded = x.ratio if delta is None else mx.minimum(x.ratio, delta)
+    clipped = mx.clip(x.ratio, 1 - clip_eps, 1 + clip_eps_high)
+    return -mx.minimum(bounded * x.advantages, clipped * x.advantages)
+
+
+def clipped_weight(x: Tokens, clip_eps_high) -> mx.array:
+    """-sg(min(r, eps_high)) A logp: the clipped ratio is a weight, every token keeps its gradient (MiniMax-M1,
+    arXiv 2506.13585, eq. 4)."""
+    return -mx.stop_gradient(mx.minimum(x.ratio, clip_eps_high)) * x.advantages * x.logps
+
+
+def sigmoid_gate(x: Tokens, sapo_temperature_pos, sapo_temperature_neg) -> mx.array:
+    """-(4/tau) sigmoid(tau (r - 1)) A: soft in place of the clip, steeper for A <= 0 (SAPO, arXiv 2511.20347, eq. 6)."""
+    tau = mx.where(x.advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
+    return -(4 / tau) * mx.sigmoid(tau * (x.ratio - 1)) * x.advantages
+
+
+def gamma_weight(x: Tokens, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg) -> mx.array:
+    """phi(w) = w^k e^(lambda (1 - w)) of a row's whole ratio w, gradient stopped: (N, 1) (VESPO, arXiv 2602.10693).
+
+    A sampler correction c is part of w: log w = sum_t log r + log c, held within [1e-8, e^20].
+    """
+    lowest = math.log(1e-8)
+    log_w = (mx.clip(x.log_ratio, -20.0, 20.0) * x.mask).sum(axis=1, keepdims=True)
+    if x.correction is not None:  # a masked token's is 0, which counts as 1e-8
+        log_c = mx.clip(mx.log(mx.maximum(x.correction, 1e-8)), lowest, 20.0)
+        log_w = log_w + (log_c * x.mask).sum(axis=1, keepdims=True)
+    log_w = mx.clip(log_w, lowest, 20.0)
+    k = mx.where(x.advantages >= 0, vespo_k_pos, vespo_k_neg)
+    lam = mx.where(x.advantages >= 0, vespo_lambda_pos, vespo_lambda_neg)
+    return mx.stop_gradient(mx.exp(lam + k * log_w - lam * mx.exp(log_w)))
+
+
+def gamma_weighted(x: Tokens, **options) -> mx.array:
+    """-phi(w) A logp (VESPO)."""
+    return -gamma_weight(x, **options) * x.advantages * x.logps
+
+
+def geometric_mean(x: Tokens, clip_eps, clip_eps_high) -> mx.array:
+    """-(prod_t clipped r_t)^(1/|o|) A, one term a row (GMPO, arXiv 2507.20673).
+
+    r is clipped for each token before the mean, in log space and on the side where A pushes: to at most e^eps_high
+    where A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. (N, T): the
+    row's term on each kept token, scaled so that the mean over the row is the term.
+    """
+    log_ratio = mx.clip(x.log_ratio, -20.0, 20.0)
+    clipped = mx.where(
+        x.advantages > 0, mx.minimum(log_ratio, clip_eps_high), mx.maximum(log_ratio, -clip_eps)
+    )
+    kept = mx.maximum(x.kept.sum(axis=1, keepdims=True), 1)  # (N, 1)
+    ratio = mx.exp((clipped * x.kept).sum(axis=1, keepdims=True) / kept)
+    return -ratio * x.advantages * x.lengths / kept
+
+
+def mean_of_row_means(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
+    """Each row by its own length, then the mean over rows: a token of a long row weighs less (GRPO, eq. 3)."""
+    return (sums / mx.maximum(lengths, 1)).sum() / step.rows
+
+
+def mean_of_row_sums(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
+    """The mean over rows of their sums: rows weigh by their length (LUSPO)."""
+    return sums.sum() / step.rows
+
+
+def mean_of_tokens(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
+    """All tokens of the step alike (BNPO)."""
+    return sums.sum() / mx.maximum(step.tokens, 1)
+
+
+def mean_of_generation_tokens(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
+    """All tokens of the generation batch alike, of which the step may be a part (DAPO, eq. 8)."""
+    return sums.sum() / mx.maximum(step.generation_tokens, 1)
+
+
+def by_constant(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
+    """By rows times the length limit, a constant: length earns and costs nothing (Dr. GRPO, arXiv 2503.20783)."""
+    return sums.sum() / (step.rows * step.longest)
+
+
+# Metrics. A table says of each how a step's comes from those of its micro-batches.
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """Sizes of a step's P micro-batches, and of the step, to which rows without signal count that are in none."""
+
+    tokens: np.ndarray  # (P,), trained
+    rows: np.ndarray  # (P,), without those that only pad a shape
+    all_tokens: int
+    all_rows: int
+    by_row: bool  # whether there is one ratio a row, not one a token
+
+
+def over_tokens(values: np.ndarray, sizes: PartSizes) -> float:
+    """The mean over trained tokens."""
+    return (values * sizes.tokens).sum() / max(1, sizes.tokens.sum())
+
+
+def over_rows(values: np.ndarray, sizes: PartSizes) -> float:
+    """The mean over rows."""
+    return (values * sizes.rows).sum() / max(1, sizes.rows.sum())
+
+
+def over_ratios(values: np.ndarray, sizes: PartSizes) -> float:
+    """A share of the ratios: a row that was left out for want of signal is never clipped, and counts."""
+    if sizes.by_row:
+        return (values * sizes.rows).sum() / max(1, sizes.all_rows)
+    return (values * sizes.tokens).sum() / max(1, sizes.all_tokens)
+
+
+def lowest(values: np.ndarray, sizes: PartSizes) -> float:
+    """The least share in a row; a row that was left out for want of signal has 0, and one without tokens none."""
+    all_there = sizes.rows.sum() == sizes.all_rows and sizes.tokens.any()
+    return values[sizes.tokens > 0].min() if all_there else 0.0
+
+
+def highest(values: np.ndarray, sizes: PartSizes) -> float:
+    return values.max()
+
+
+def added(values: np.ndarray, sizes: PartSizes) -> float:
+    """The sum, of what a micro-batch has divided by the step's size already."""
+    return values.sum()
+
+
+METRICS = {  # of every loss
+    "kl": over_tokens,
+    "entropy": over_tokens,
+    "entropy_trained": added,
+    "mismatch/mean": over_tokens,
+    "mismatch/kl": over_tokens,
+    "mismatch/max": highest,
+}
+CLIP_METRICS = {
+    "clip_ratio/low_mean": over_ratios,
+    "clip_ratio/high_mean": over_ratios,
+    "clip_ratio/region_mean": over_ratios,
+    "clip_ratio/low_min": lowest,
+    "clip_ratio/high_max": highest,
+}
+
+
+def clip_metrics(x: Tokens, low: mx.array, high: mx.array, by_row: bool) -> dict[str, mx.array]:
+    """TRL's: shares of what is clipped below and above, and the least and the most of them in a row.
+
+    low, high: bool, (N, T), or (N, 1) with by_row.
+    """
+    share = mx.mean if by_row else x.mean
+    low_row, high_row = (low, high) if by_row else (x.row_mean(low), x.row_mean(high))  # (N, 1)
+    present = mx.ones_like(low_row) if by_row else x.lengths  # a row without tokens has no share
+    least = mx.where(present > 0, low_row, 1.0).min()
+    return {
+        "clip_ratio/low_mean": share(low),
+        "clip_ratio/high_mean": share(high),
+        "clip_ratio/region_mean": share(low | high),
+        "clip_ratio/low_min": mx.where(present.sum() > 0, least, 0.0),
+        "clip_ratio/high_max": mx.where(present > 0, high_row, 0.0).max(),
+    }
+
+
+def surrogate_metrics(x: Tokens, clip_eps, clip_eps_high, delta) -> dict[str, mx.array]:
+    """What the clip holds back: ratios that are low where A < 0, or high where A > 0."""
+    low = (x.ratio < 1 - clip_eps) & (x.advantages < 0)
+    return clip_metrics(x, low, (x.ratio > 1 + clip_eps_high) & (x.advantages > 0), x.by_row)
+
+
+def geometric_metrics(x: Tokens, clip_eps, clip_eps_high) -> dict[str, mx.array]:
+    """The same of single tokens, in log space."""
+    low = (x.log_ratio < -clip_eps) & (x.advantages < 0)
+    return clip_metrics(x, low, (x.log_ratio > clip_eps_high) & (x.advantages > 0), by_row=False)
+
+
+def weight_metrics(x: Tokens, clip_eps_high) -> dict[str, mx.array]:
+    """The share of tokens, or rows, whose weight is clipped."""
+    clipped = (x.ratio > clip_eps_high) & (x.advantages > 0)
+    return {"cispo_clip_ratio": clipped.mean() if x.by_row else x.mean(clipped)}
+
+
+def gamma_metrics(x: Tokens, **options) -> dict[str, mx.array]:
+    """The mean weight of a row."""
+    return {"vespo/phi_seq_mean": gamma_weight(x, **options).mean()}
+
+
+def no_metrics(x: Tokens, **options) -> dict[str, mx.array]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An objective: the term of a token, what divides the sum of the terms, and what it logs."""
+
+    term: Callable  # (Tokens, **options) -> (N, T), or (N, 1) for one a row
+    divisor: Callable  # (sums over each row (N, 1), lengths (N, 1), StepSizes) -> scalar
+    options: tuple[str, ...] = ()  # settings that `term` and `measure` take
+    measure: Callable = no_metrics  # (Tokens, **options) -> scalars by name
+    metrics: dict[str, Callable] = field(default_factory=dict)  # of each, how those of micro-batches are merged
+    whole_rows: bool = False  # its weight is a whole row's: importance_sampling_level has no say
+    corrects_itself: bool = False  # a sampler correction goes into its weight, and is not multiplied onto the term
+
+    @property
+    def sums_tokens(self) -> bool:
+        """Whether long rows weigh more because they have more tokens."""
+        return self.divisor in (mean_of_tokens, mean_of_generation_tokens, by_constant)
+
+
+CLIP = ("clip_eps", "clip_eps_high", "delta")
+LOSSES = {
+    "grpo": Loss(clipped_surrogate, mean_of_row_means, CLIP, surrogate_metrics, CLIP_METRICS),
+    "bnpo": Loss(clipped_surrogate, mean_of_tokens, CLIP, surrogate_metrics, CLIP_METRICS),
+    "dr_grpo": Loss(clipped_surrogate, by_constant, CLIP, surrogate_metrics, CLIP_METRICS),
+    "dapo": Loss(clipped_surrogate, mean_of_generation_tokens, CLIP, surrogate_metrics, CLIP_METRICS),
+    "cispo": Loss(
+        clipped_weight, mean_of_generation_tokens, ("clip_eps_high",),
+        weight_metrics, {"cispo_clip_ratio": over_ratios},
+    ),
+    "sapo": Loss(sigmoid_gate, mean_of_row_means, ("sapo_temperature_pos", "sapo_temperature_neg")),
+    "luspo": Loss(clipped_surrogate, mean_of_row_sums, CLIP, surrogate_metrics, CLIP_METRICS),
+    "vespo": Loss(
+        gamma_weighted, mean_of_generation_tokens,
+        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+        gamma_metrics, {"vespo/phi_seq_mean": over_rows}, whole_rows=True, corrects_itself=True,
+    ),
+    "gmpo": Loss(
+        geometric_mean, mean_of_row_means, ("clip_eps", "clip_eps_high"),
+        geometric_metrics, CLIP_METRICS, whole_rows=True,
+    ),
+}  # fmt: skip
+
+
 def grpo_loss(
     logps, old_logps, advantages, mask, *, ref_logps=None, sampler_logps=None, entropies=None, loss_type="grpo",
     importance_sampling_level="token", clip_eps=0.2, clip_eps_high=None, delta=None, kl_coeff=0.0,
-    max_completion_length=None, num_items=None, use_bias_correction_kl=False, top_entropy_quantile=1.0, entropy_coef=0.0,
-    off_policy_mask_threshold=None, sampler_correction=None, sampler_correction_min=None, sampler_correction_max=3.0,
-    sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, entropy_threshold=None,
+    max_completion_length=None, num_items=None, use_bias_correction_kl=False, top_entropy_quantile=1.0,
+    entropy_coef=0.0, off_policy_mask_threshold=None, sampler_correction=None, sampler_correction_min=None,
+    sampler_correction_max=3.0, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0,
+    vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0, entropy_mask=None, totals=None,
 ):
     """The objective: a scalar loss and a dict of scalar metrics.
 
     logps, old_logps, ref_logps, sampler_logps, entropies and mask are (N, T): nats, and 1 on trained positions;
-    advantages is (N,). old_logps None means logps with the gradient stopped. num_items is the mask's sum over the
-    whole generation batch (dapo, cispo, vespo), max_completion_length the constant of dr_grpo. entropy_threshold
-    replaces this batch's own quantile where it is a part of a larger one. Only logps and entropies carry a gradient.
+    advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items is the mask's sum
+    over the whole generation batch, for the losses that divide by it. Only logps and entropies carry a gradient.
 
-    GRPO 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, SAPO 2511.20347.
+    For a micro-batch, totals are the whole step's {"rows", "tokens", "entropy_tokens"} (StepSizes): the loss is then
+    its part, and the parts add up to the step's. entropy_mask (N, T) replaces the top-entropy mask, whose quantile is
+    the whole step's too. entropy_coef may be an array, where it changes between steps.
     """
-    if loss_type not in CHOICES["loss_type"] or importance_sampling_level not in CHOICES["importance_sampling_level"]:
-        raise ValueError(f"Unknown objective: loss_type {loss_type!r}, importance_sampling_level {importance_sampling_level!r}")
+    check_objective(loss_type, importance_sampling_level, sampler_correction)
+    loss = LOSSES[loss_type]
+    stop = mx.stop_gradient
     mask = mask.astype(mx.float32)
     inside = mask > 0
-    clean = lambda x: mx.where(inside, x, 0.0)  # noqa: E731  padding may hold anything, and inf * 0 is not 0
-    stop = mx.stop_gradient
+
+    def clean(values):  # padding may hold anything, and inf * 0 is not 0
+        return mx.where(inside, values, 0.0)
+
     logps = clean(logps)
     old_logps = stop(logps) if old_logps is None else clean(old_logps)
-    lengths = mask.sum(axis=1, keepdims=True)  # (N, 1)
-    row_mean = lambda x: (x * mask).sum(axis=1, keepdims=True) / mx.maximum(lengths, 1)  # noqa: E731
-    token_mean = lambda x: (x * mask).sum() / mx.maximum(mask.sum(), 1)  # noqa: E731
-    advantages = advantages[:, None]  # (N, 1)
-    clip_eps_high = clip_eps if clip_eps_high is None else clip_eps_high
+    correction = None
+    if sampler_correction and sampler_logps is not None:
+        log_mismatch = clean(old_logps - sampler_logps)
+        bounds = sampler_correction_min, sampler_correction_max
+        correction = correction_weights(log_mismatch, mask, sampler_correction, *bounds)
+    if entropy_mask is None:
+        entropy_mask = top_entropy_mask(entropies, inside, top_entropy_quantile)
+    by_row = importance_sampling_level == "sequence"
+    advantages = advantages[:, None] if advantages.ndim == 1 else clean(advantages)
+    x = Tokens(logps, logps - old_logps, by_row, advantages, mask, mask * entropy_mask, correction)
+    totals = totals or {"rows": len(mask), "tokens": mask.sum(), "entropy_tokens": x.kept.sum()}
+    generation = totals["tokens"] if num_items is None else num_items
+    step = StepSizes(**totals, generation_tokens=generation, longest=max_completion_length or mask.shape[1])
 
-    # Importance ratio r: a token's own (GRPO, eq. 3), or its sequence's geometric mean (GSPO, eq. 7). Beyond e^+-20 it
-    # is held there: past every clip, and finite.
-    log_ratio = logps - old_logps  # (N, T)
-    if importance_sampling_level == "sequence":
-        log_ratio = row_mean(log_ratio)  # (N, 1)
-    ratio = mx.exp(mx.clip(log_ratio, -20.0, 20.0))
+    given = {
+        "clip_eps": clip_eps, "clip_eps_high": clip_eps if clip_eps_high is None else clip_eps_high, "delta": delta,
+        "sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg,
+        "vespo_k_pos": vespo_k_pos, "vespo_lambda_pos": vespo_lambda_pos,
+        "vespo_k_neg": vespo_k_neg, "vespo_lambda_neg": vespo_lambda_neg,
+    }  # fmt: skip
+    options = {name: given[name] for name in loss.options}
+    metrics = loss.measure(x, **options)
 
-    if loss_type == "cispo":  # MiniMax-M1, eq. 4: the clipped ratio is a weight, every token keeps its gradient
-        token_loss = -stop(mx.minimum(ratio, clip_eps_high)) * advantages * logps
-    elif loss_type == "sapo":  # SAPO, eq. 6: a sigmoid gate in place of the clip
-        tau = mx.where(advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
-        token_loss = -(4 / tau) * mx.sigmoid(tau * (ratio - 1)) * advantages
-    elif loss_type == "vespo":  # a gamma-shaped weight on the whole sequence's ratio
-        log_w = mx.clip((mx.clip(logps - old_logps, -20.0, 20.0) * mask).sum(axis=1, keepdims=True), math.log(1e-8), 20.0)
-        k, lam = mx.where(advantages >= 0, 2.0, 3.0), mx.where(advantages >= 0, 3.0, 2.0)
-        phi = stop(mx.exp(lam + k * log_w - lam * mx.exp(log_w)))
-        token_loss = -phi * advantages * logps
-    else:  # the clipped surrogate of PPO
-        bounded = ratio if delta is None else mx.minimum(ratio, delta)
-        clipped = mx.clip(ratio, 1 - clip_eps, 1 + clip_eps_high)
-        token_loss = -mx.minimum(bounded * advantages, clipped * advantages)
-    token_loss = mx.broadcast_to(token_loss, mask.shape)
+    # The policy's term, under the masks and the sampler's correction; the KL escapes the three.
+    keep = x.kept > 0
+    if off_policy_mask_threshold is not None:  # drop bad rows that the sampler liked and the policy no longer does
+        sampled = old_logps if sampler_logps is None else sampler_logps
+        gap = x.row_mean(clean(sampled - stop(logps)))  # (N, 1)
+        keep = keep & ((advantages >= 0) | (gap <= off_policy_mask_threshold))
+    terms = mx.where(keep, loss.term(x, **options), 0.0)  # (N, T)
+    if correction is not None and not loss.corrects_itself:
+        terms = terms * correction
+    if kl_coeff > 0:
+        kl = k3(clean(ref_logps) - logps) * (x.ratio if use_bias_correction_kl else 1.0)
+        terms = terms + kl_coeff * kl
+        metrics["kl"] = x.mean(kl)
+    value = loss.divisor((terms * mask).sum(axis=1, keepdims=True), x.lengths, step)
 
-    keep = mask
-    if off_policy_mask_threshold is not None:  # rows the sampler liked and the policy no longer does
-        gap = row_mean(clean((old_logps if sampler_logps is None else sampler_logps) - stop(logps)))
-        keep = keep * ((advantages >= 0) | (gap <= off_policy_mask_threshold))
-    if top_entropy_quantile < 1.0:  # the forking tokens alone (arXiv 2506.01939)
-        if entropy_threshold is None:
-            entropy_threshold = masked_quantile(stop(entropies), inside, 1 - top_entropy_quantile)
-        keep = keep * (entropies >= entropy_threshold)
-    token_loss = mx.where(keep > 0, token_loss, 0.0)
-    if sampler_correction and sampler_logps is not None and loss_type != "vespo":
-        token_loss = token_loss * correction_weights(
-            clean(old_logps - sampler_logps), mask, sampler_correction, sampler_correction_min, sampler_correction_max
-        )
-
-    metrics = {}
-    if kl_coeff > 0:  # k3: unbiased and never negative (GRPO, eq. 4)
-        log_gap = mx.clip(clean(ref_logps) - logps, -20.0, 20.0)
-        kl = mx.exp(log_gap) - log_gap - 1
-        if use_bias_correction_kl:
-            kl = kl * ratio
-        token_loss = token_loss + kl_coeff * kl
-        metrics["kl"] = token_mean(kl)
-    if entropy_coef > 0:
-        token_loss = token_loss - entropy_coef * clean(entropies)
-
-    summed = (token_loss * mask).sum(axis=1, keepdims=True)  # (N, 1)
-    if loss_type in ("grpo", "sapo"):  # each row by its own length, then the mean over rows
-        loss = (summed / mx.maximum(lengths, 1)).mean()
-    elif loss_type == "bnpo":  # all tokens alike
-        loss = summed.sum() / mx.maximum(mask.sum(), 1)
-    elif loss_type == "dr_grpo":  # by a constant, so that length earns and costs nothing
-        loss = summed.sum() / (mask.shape[0] * (max_completion_length or mask.shape[1]))
-    elif loss_type == "luspo":  # rows weigh by their length
-        loss = summed.mean()
-    else:  # dapo, cispo, vespo: all tokens of the whole generation batch alike
-        loss = summed.sum() / mx.maximum(mask.sum() if num_items is None else num_items, 1)
-
-    # TRL's metrics: shares of tokens or, at the sequence level, of rows.
-    share = token_mean if importance_sampling_level == "token" else mx.mean
-    low, high = (ratio < 1 - clip_eps) & (advantages < 0), (ratio > 1 + clip_eps_high) & (advantages > 0)
-    if loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = share((ratio > clip_eps_high) & (advantages > 0))
-    elif loss_type == "vespo":
-        metrics["vespo/phi_seq_mean"] = phi.mean()
-    elif loss_type != "sapo":
-        metrics |= {"clip_ratio/low_mean": share(low), "clip_ratio/high_mean": share(high), "clip_ratio/region_mean": share(low | high)}
-        metrics |= {"clip_ratio/low_min": row_mean(low).min(), "clip_ratio/high_max": row_mean(high).max()}
+    if isinstance(entropy_coef, mx.array) or entropy_coef > 0:
+        # The mean entropy of a trained token, whatever the loss divides by: the coefficient means the same for all.
+        trained = (clean(entropies) * x.kept).sum() / mx.maximum(step.entropy_tokens, 1)
+        value = value - entropy_coef * trained
+        metrics["entropy_trained"] = trained
     if entropies is not None:
-        metrics["entropy"] = token_mean(clean(entropies))
-    return loss, {name: stop(value) for name, value in metrics.items()}
+        metrics["entropy"] = x.mean(clean(entropies))
+    return value, {name: stop(metric) for name, metric in metrics.items()}
+
+
+def check_objective(loss_type: str, importance_sampling_level: str, sampler_correction: str | None) -> None:
+    """Raise ValueError for names that are none, and a correction that the loss cannot take."""
+    if loss_type not in LOSSES or importance_sampling_level not in CHOICES["importance_sampling_level"]:
+        raise ValueError(
+            f"Unknown objective: loss_type {loss_type!r}, importance_sampling_level {importance_sampling_level!r}"
+        )
+    if LOSSES[loss_type].corrects_itself and sampler_correction in SEQUENCE_CORRECTIONS:
+        raise ValueError(f"loss_type {loss_type} takes a sampler correction for each token, not {sampler_correction!r}")
+
+
+def k3(log_gap: mx.array) -> mx.array:
+    """exp(g) - g - 1 of g = ref - policy: an estimate of the KL that is unbiased and never negative (GRPO, eq. 4).
+
+    Held at g = 20, so that it is finite.
+    """
+    log_gap = mx.minimum(log_gap, 20.0)
+    return mx.exp(log_gap) - log_gap - 1
+
+
+def top_entropy_mask(entropies: mx.array | None, inside: mx.array, share: float):
+    """Whether a token is of the `share` with the highest entropies: the forking tokens (arXiv 2506.01939); (N, T)."""
+    if share >= 1:
+        return 1.0
+    return entropies >= masked_quantile(mx.stop_gradient(entropies), inside, 1 - share)
 
 
 def masked_quantile(values: mx.array, inside: mx.array, q: float) -> mx.array:
@@ -692,17 +1093,46 @@ def masked_quantile(values: mx.array, inside: mx.array, q: float) -> mx.array:
 def correction_weights(log_ratio, mask, mode: str, low: float | None, high: float | None) -> mx.array:
     """Weights that undo the sampler's mismatch: exp(old - sampler) a token or summed over a row, gradient stopped.
 
-    log_ratio: (N, T), 0 outside the mask. truncate: limited to [low, high] (truncated importance sampling); mask: 0
-    outside it.
+    log_ratio: (N, T), 0 outside the mask -> (N, T), or (N, 1) for a row's. truncate: limited to [low, high]
+    (truncated importance sampling); mask: 0 outside it.
     """
-    level, _, action = mode.partition("_")
-    if level == "sequence":
+    if mode in SEQUENCE_CORRECTIONS:
         log_ratio = (log_ratio * mask).sum(axis=1, keepdims=True)
     weight = mx.exp(mx.clip(mx.stop_gradient(log_ratio), -20.0, 20.0))
-    floor, ceiling = 0.0 if low is None else low, mx.inf if high is None else high
-    if action == "truncate":
+    floor = 0.0 if low is None else low
+    ceiling = mx.inf if high is None else high
+    if mode in ("token_truncate", "sequence_truncate"):
         return mx.clip(weight, floor, ceiling)
     return mx.where((weight >= floor) & (weight <= ceiling), weight, 0.0)
+
+
+def mismatch_metrics(logps: mx.array, sampler_logps: mx.array, mask: mx.array) -> dict[str, mx.array]:
+    """How far the sampler's log-probs (N, T) are from the training forward's, of the same tokens: nats.
+
+    With gap = policy - sampler: mean and largest |gap|, and the KL to the policy by k3, exp(gap) - gap - 1.
+    """
+    gap = mx.where(mask > 0, logps - sampler_logps, 0.0)
+    tokens = mx.maximum(mask.sum(), 1)
+    return {
+        "mismatch/mean": mx.abs(gap).sum() / tokens,
+        "mismatch/kl": k3(gap).sum() / tokens,
+        "mismatch/max": mx.abs(gap).max(),
+    }
+
+
+def merge_metrics(parts: list[dict[str, float]], merges: dict[str, Callable], sizes: PartSizes) -> dict[str, float]:
+    """A step's metrics from those of its micro-batches on all ranks, each merged as `merges` says."""
+    return {name: float(merges[name](np.array([part[name] for part in parts]), sizes)) for name in parts[0]}
+
+
+def next_entropy_coef(coef: float, entropy: float, config: MLXGRPOConfig) -> float:
+    """The coefficient of the next step's bonus, after a step whose trained tokens had this entropy in nats.
+
+    Up by entropy_coef_delta where the entropy is at most the target, else down, within the bounds (Skywork-OR1,
+    arXiv 2505.22312; TRL's use_adaptive_entropy).
+    """
+    change = config.entropy_coef_delta if entropy <= config.entropy_target else -config.entropy_coef_delta
+    return min(max(coef + change, config.entropy_coef_min), config.entropy_coef_max)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -899,7 +1329,7 @@ class MLXGRPOTrainer:
         self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
         mx.set_memory_limit(self.memory_limit)
         self.head_chunk = min(HEAD_CHUNK_LOGITS, self.memory_limit // 256) // lane_count()  # in float32 at most a 64th of the limit
-        self.log_probs = CompletionLogProbs(self.model, config.temperature, config.entropy_coef > 0, self.head_chunk)
+        self.log_probs = CompletionLogProbs(self.model, config.temperature, config.has_entropy_bonus, self.head_chunk)
         self.reference = None
         if config.kl_coeff > 0:
             frozen = without_adapters(self.model) if adapter_layers(self.model) else shared_copy(self.model)
@@ -910,6 +1340,8 @@ class MLXGRPOTrainer:
         self.update = 0  # optimizer updates done or skipped
         self.cursor = 0  # prompts drawn from the data
         self.nan_updates = 0  # in a row
+        self.entropy_coef = config.entropy_coef  # as use_adaptive_entropy has it now
+        self.last_entropy = math.inf  # nats a trained token, of the last update
         self.failed_saves = 0  # in a row
         self.best, self.best_update = -1.0, 0  # em_strict on held-out rows, and when
         self.tokens = 0  # completion tokens sampled
@@ -1032,21 +1464,18 @@ class MLXGRPOTrainer:
     def build_step(self) -> None:
         """The two functions of an update, compiled once with the state they read and write."""
         config = self.config
-        options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS}
+        options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS} | {"sampler_correction": config.correction}
 
         def objective(batch, logps, entropies):
             """Loss and metrics of a micro-batch from its (N, T) log-probs and entropies."""
+            now = options | {"entropy_coef": batch.get("entropy_coef", config.entropy_coef)}
             loss, metrics = grpo_loss(
                 logps, batch.get("old_logps"), batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
-                sampler_logps=batch["sampler_logps"], entropies=entropies, num_items=batch["num_items"],
-                entropy_threshold=batch.get("entropy_threshold"), sampler_correction=config.correction, **options,
+                sampler_logps=batch["sampler_logps"], entropies=entropies,
+                entropy_mask=batch.get("entropy_mask"), totals=batch["totals"], **now,
             )  # fmt: skip
-            gap = mx.where(batch["mask"] > 0, batch.get("old_logps", logps) - batch["sampler_logps"], 0.0)
-            tokens = mx.maximum(batch["mask"].sum(), 1)
-            metrics["mismatch/mean"] = mx.abs(gap).sum() / tokens
-            metrics["mismatch/kl"] = ((mx.exp(mx.clip(gap, -20, 20)) - gap - 1) * (batch["mask"] > 0)).sum() / tokens
-            metrics["mismatch/max"] = mx.abs(gap).max()
-            return loss * batch["weight"], metrics
+            metrics |= mismatch_metrics(batch.get("old_logps", logps), batch["sampler_logps"], batch["mask"])
+            return loss, metrics
 
         def loss_and_stats(batch):
             stats = self.log_probs(batch)
@@ -1056,7 +1485,10 @@ class MLXGRPOTrainer:
 
         def gradient(batch):
             (loss, stats), grads = loss_and_gradient(batch)
-            return loss, objective(batch, *stats)[1], grads  # metrics are not compiled: on CUDA each kernel costs seconds
+            # Metrics are not compiled (on CUDA each kernel costs seconds), and padding rows are none of theirs.
+            real = batch["rows"].item()
+            cut = {name: x[:real] if name in ROW_ARRAYS else x for name, x in batch.items()}
+            return loss, objective(cut, *(x[:real] for x in stats))[1], grads
 
         def apply(grads, scale):
             self.optimizer.update(self.model, tree_map(lambda g: g * scale.astype(g.dtype), grads))
@@ -1076,59 +1508,78 @@ class MLXGRPOTrainer:
         rewards = np.stack([group.rewards for group in groups], axis=1)  # (F, B, G)
         self.totals, advantages = combine_rewards(rewards, self.reward_weights, config)  # (B, G) each
         self.advantages = advantages = np.array(advantages)
-        if not advantages.any():  # no signal, no step: Adam would blow rounding noise up to a full one
-            return [{**NO_METRICS, "skipped": "no signal"} for _ in range(config.num_iterations)]
+        if not advantages.any() and config.estimator.tokens is None:
+            # No signal, no step: Adam would blow rounding noise up to a full one.
+            none = {"loss": 0.0, "grad_norm": 0.0} | dict.fromkeys(IDLE_METRICS + tuple(config.objective.metrics), 0.0)
+            return [{**none, "skipped": "no signal"} for _ in range(config.num_iterations)]
         self.model.train()  # models with kernels for inference alone switch to what has a gradient
         batches = self.add_log_probs(self.micro_batches(groups, advantages))
         return [self.step(batches, self.update + i) for i in range(config.num_iterations)]
 
     def add_log_probs(self, batches: list[dict]) -> list[dict]:
-        """The batches with ref_logps, old_logps (N, T) and entropy_threshold, where the objective needs them."""
+        """The batches with ref_logps, old_logps and entropy_mask (N, T), where the objective needs them.
+
+        What is of the policy here is of the policy as it was before the first of num_iterations updates.
+        """
         config = self.config
         if self.reference:
             for batch, (logps, _) in zip(batches, spread(self.reference, batches)):
                 batch["ref_logps"] = logps
-        if config.num_iterations > 1 or config.top_entropy_quantile < 1:
+        needs_policy = config.num_iterations > 1 or config.top_entropy_quantile < 1 or config.estimator.tokens
+        if needs_policy:
             for batch, (logps, entropies) in zip(batches, spread(self.log_probs, batches)):
                 batch["old_logps"], batch["entropies"] = logps, entropies
-        entropies = [(batch.pop("entropies"), batch["mask"] > 0) for batch in batches if "entropies" in batch]
+        entropies = [batch.pop("entropies") for batch in batches if "entropies" in batch]
         if config.top_entropy_quantile < 1:
-            mine = [value for values, inside in entropies for value in np.array(values)[np.array(inside)].tolist()]
-            values = mx.array([value for part in self.ranks.gather(mine) for value in part])
-            threshold = masked_quantile(values, mx.ones_like(values) > 0, 1 - config.top_entropy_quantile)
+            self.mask_low_entropies(batches, entropies)
+        if config.estimator.tokens:
             for batch in batches:
-                batch["entropy_threshold"] = threshold
+                given = batch["advantages"], batch["old_logps"], batch.get("ref_logps"), batch["mask"]
+                batch["advantages"] = config.estimator.tokens(*given)
         return batches
+
+    def mask_low_entropies(self, batches: list[dict], entropies: list[mx.array]) -> None:
+        """Give each batch its part of the step's top-entropy mask, and how many tokens of the step are within it."""
+        inside = [batch["mask"] > 0 for batch in batches]
+        mine = [np.array(values)[np.array(trained)].tolist() for values, trained in zip(entropies, inside)]
+        values = mx.array([value for part in self.ranks.gather(sum(mine, [])) for value in part])
+        threshold = masked_quantile(values, mx.ones_like(values) > 0, 1 - self.config.top_entropy_quantile)
+        kept = (values >= threshold).sum()
+        for batch, found in zip(batches, entropies):
+            batch["entropy_mask"] = found >= threshold
+            batch["totals"] = {**batch["totals"], "entropy_tokens": kept}
 
     def step(self, batches: list[dict], update: int) -> dict:
         """One optimizer step on the sum of the micro-batches' gradients; its metrics."""
         config = self.config
+        if config.use_adaptive_entropy:
+            coef = self.entropy_coef if self.last_entropy <= config.entropy_target else 0.0
+            for batch in batches:
+                batch["entropy_coef"] = mx.array(coef)
         grads, results = None, []
         for batch, loss, metrics, part in spread(lambda batch: (batch, *self.gradient(batch)), batches):
             # Parts are added in float32: in half precision small ones would be lost.
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
-            results.append((loss, metrics, batch["mask"].sum(), batch["ids"].shape[0], batch["num_items"]))
+            results.append((loss, metrics, batch["mask"].sum(), batch["rows"], batch["totals"]["tokens"]))
             mx.async_eval(grads, results[-1])
             del part  # or it would lie beside the next one while that is computed
         grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))  # a rank may have no part
         norm = gradient_norm(grads)
         results = [r for part in self.ranks.gather(tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, results)) for r in part]
         record = {"loss": sum(loss for loss, *_ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
-        tokens, rows = np.array([n for _, _, n, _, _ in results]), np.array([n for *_, n, _ in results])
-        by_row = config.importance_sampling_level == "sequence" or config.loss_type == "vespo"
-        for name in results[0][1]:
-            values = np.array([metrics[name] for _, metrics, *_ in results])
-            merge = {"min": np.min, "max": np.max}.get(re.split("[_/]", name)[-1])
-            if merge:
-                record[name] = float(merge(values))
-            elif "clip" in name:  # rows left out for want of a signal count: they are never clipped
-                record[name] = float((values * rows).sum() / self.totals.size if by_row else (values * tokens).sum() / results[0][-1])
-            else:
-                weights = rows if name == "vespo/phi_seq_mean" else tokens
-                record[name] = float((values * weights).sum() / max(1, weights.sum()))
+        sizes = PartSizes(
+            tokens=np.array([part[2] for part in results]), rows=np.array([part[3] for part in results]),
+            all_tokens=results[0][4], all_rows=self.totals.size,
+            by_row=config.importance_sampling_level == "sequence" and not config.objective.whole_rows,
+        )  # fmt: skip
+        record |= merge_metrics([metrics for _, metrics, *_ in results], METRICS | config.objective.metrics, sizes)
         if not math.isfinite(norm) or not math.isfinite(record["loss"]):
             return self.skip_non_finite(record)
         self.nan_updates = 0
+        if config.use_adaptive_entropy:
+            record["entropy_coef"] = coef
+            self.last_entropy = record["entropy_trained"]
+            self.entropy_coef = next_entropy_coef(self.entropy_coef, self.last_entropy, config)
         if norm == 0:  # every row with an advantage is masked
             return record | {"skipped": "no signal"}
         scale = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
@@ -1278,14 +1729,9 @@ class MLXGRPOTrainer:
             self.refresh_sampler(self.ranks.from_first(self.synced))
 
 
-OBJECTIVE_OPTIONS = (
-    "loss_type", "importance_sampling_level", "clip_eps", "clip_eps_high", "delta", "kl_coeff", "max_completion_length",
-    "use_bias_correction_kl", "top_entropy_quantile", "entropy_coef", "off_policy_mask_threshold", "sampler_correction_min",
-    "sampler_correction_max", "sapo_temperature_pos", "sapo_temperature_neg",
-)  # fmt: skip
-NO_METRICS = {"loss": 0.0, "grad_norm": 0.0} | dict.fromkeys(  # of an update without a forward pass
-    "kl entropy clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean mismatch/mean mismatch/kl mismatch/max".split()
-)
+OBJECTIVE_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name in FIELD_TYPES)
+ROW_ARRAYS = ("ids", "mask", "advantages", "sampler_logps", "old_logps", "ref_logps", "entropy_mask")  # of a micro-batch
+IDLE_METRICS = ("kl", "entropy", "mismatch/mean", "mismatch/kl", "mismatch/max")  # 0 in an update without a forward pass
 
 
 def crossed(previous: int, now: int, every: int) -> bool:

@@ -106,7 +106,6 @@ def settings_record(config, sources: dict) -> dict[str, dict]:
 CHOICES = {
     "fine_tune_type": ("auto", "full", "lora", "dora"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
     "sampler_correction": ("auto", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"),
@@ -114,19 +113,23 @@ CHOICES = {
     "bits": (2, 3, 4, 5, 6, 8),
     "group_size": (32, 64, 128),
 }
+SEQUENCE_CORRECTIONS = ("sequence_truncate", "sequence_mask")  # one weight a row, not one a token
 AT_LEAST_ONE = (
     "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations", "logging_steps",
     "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size",
 )  # fmt: skip
 ABOVE_ZERO = ("temperature", "distributed_timeout", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile",
-              "sapo_temperature_pos", "sapo_temperature_neg")  # fmt: skip
+              "sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg")  # fmt: skip
 AT_MOST_ONE = ("top_p", "min_p", "warmup_ratio", "top_entropy_quantile")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "eval_fraction")
 
 
-def check_config(config) -> None:
-    """Raise UserError for a configuration that cannot work: values that are out of range, or contradict each other."""
-    for name, choices in CHOICES.items():
+def check_config(config, tables: dict[str, tuple]) -> None:
+    """Raise UserError for a configuration that cannot work: values that are out of range, or contradict each other.
+
+    tables: choices of the settings that name an entry of a table.
+    """
+    for name, choices in (CHOICES | tables).items():
         if getattr(config, name) not in choices:
             raise UserError(f"Invalid {name}: {getattr(config, name)!r}; choose one of {', '.join(map(str, choices))}")
     for name, value in vars(config).items():
@@ -169,16 +172,27 @@ def contradictions(config):
     )
     yield config.fine_tune_type == "full" and config.num_layers >= 0, "num_layers is for adapters; use fine_tune_type lora"
     yield lora and config.num_layers == 0, "num_layers = 0 would train nothing; use -1 for all blocks"
-    yield config.loss_type == "vespo" and config.sampler_correction not in ("auto", "none"), (
-        "loss_type vespo has its own correction; set sampler_correction to none"
+    loss = config.objective
+    yield loss.corrects_itself and config.sampler_correction in SEQUENCE_CORRECTIONS, (
+        f"loss_type {config.loss_type} takes a sampler correction into its weight token by token; "
+        "set sampler_correction to token_truncate or token_mask"
     )
-    yield config.delta is not None and config.loss_type in ("cispo", "sapo", "vespo"), f"delta does nothing for loss_type {config.loss_type}"
-    yield config.loss_type == "vespo" and config.importance_sampling_level == "sequence", (
-        "loss_type vespo works on whole sequences already; leave importance_sampling_level at token"
+    yield config.delta is not None and "delta" not in loss.options, f"delta does nothing for loss_type {config.loss_type}"
+    yield loss.whole_rows and config.importance_sampling_level == "sequence", (
+        f"loss_type {config.loss_type} works on whole sequences already; leave importance_sampling_level at token"
+    )
+    yield config.entropy_coef_min > config.entropy_coef_max, (
+        f"entropy_coef_min ({config.entropy_coef_min}) is above entropy_coef_max ({config.entropy_coef_max})"
     )
     yield config.use_bias_correction_kl and not config.kl_coeff, "use_bias_correction_kl does nothing while kl_coeff is 0"
     yield config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group", (
         "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
+    )
+    yield config.scale_rewards not in config.estimator.scales, (
+        f"scale_rewards is for advantage_estimator group: {config.advantage_estimator} scales in its own way; leave it out"
+    )
+    yield config.multi_objective_aggregation == "normalize_then_sum" and config.advantage_estimator != "group", (
+        "normalize_then_sum takes each function's group advantages; leave advantage_estimator at group"
     )
     strange = [name for name in config.report_to if name not in TRACKERS]
     near = [f" (did you mean {n}?)" for name in strange for n in difflib.get_close_matches(name, TRACKERS, 1)]
@@ -186,3 +200,16 @@ def contradictions(config):
     yield "/" in config.run_name or config.run_name in (".", ".."), (
         f"run_name must be a plain name, not a path: {config.run_name!r}; use output_dir for the folder"
     )
+
+
+def doubts(config) -> list[str]:
+    """Warnings of what works and is rarely meant."""
+    found = []
+    if config.sampling_filters:
+        found.append(f"{', '.join(config.sampling_filters)} in force: completions are not drawn from the policy itself")
+    if config.importance_sampling_level == "sequence" and config.objective.sums_tokens:
+        found.append(
+            f"with importance_sampling_level sequence, loss_type {config.loss_type} sums over tokens, so each sequence "
+            "weighs by its length; GSPO's objective is loss_type grpo"
+        )
+    return found

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import types
 from pathlib import Path
 
 import hypothesis
@@ -14,13 +13,15 @@ import numpy as np
 import pytest
 
 import mlx_grpo
-from mlx_grpo import MLXGRPOConfig, combine_rewards, correction_weights, group_advantages, grpo_loss, masked_quantile
+from mlx_grpo import (
+    METRICS, MLXGRPOConfig, PartSizes, UserError, combine_rewards, correction_weights, estimate_advantages, group_advantages, grpo_loss,
+    masked_quantile, merge_metrics, next_entropy_coef,
+)  # fmt: skip
 
 DATA = Path(__file__).parent / "data"
 REFERENCE = json.loads((DATA / "objective_cases.json").read_text())
 ADVANTAGES = json.loads((DATA / "advantage_cases.json").read_text())
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "gmpo")
 LEVELS = ("token", "sequence")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 NAMES = ("logps", "old_logps", "ref_logps", "sampler_logps", "entropies", "advantages", "mask")
@@ -94,6 +95,10 @@ def smaller(a, b):
     return np.where(np.real(a) <= np.real(b), a, b)
 
 
+def larger(a, b):
+    return np.where(np.real(a) >= np.real(b), a, b)
+
+
 def clamp(x, low, high):
     return np.where(np.real(x) < low, low, np.where(np.real(x) > high, high, x))
 
@@ -102,7 +107,8 @@ def second_loss(
     L, O, A, M, R=None, S=None, H=None, *, loss_type="grpo", importance_sampling_level="token", clip_eps=0.2, clip_eps_high=None,
     delta=None, kl_coeff=0.0, max_completion_length=None, num_items=None, use_bias_correction_kl=False, top_entropy_quantile=1.0,
     entropy_coef=0.0, off_policy_mask_threshold=None, sampler_correction=None, sampler_correction_min=None,
-    sampler_correction_max=3.0, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+    sampler_correction_max=3.0, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0,
+    vespo_k_neg=3.0, vespo_lambda_neg=2.0,
 ):  # fmt: skip
     M = np.asarray(M, float)
     zeroed = lambda x: None if x is None else np.where(M > 0, x, 0.0)  # noqa: E731
@@ -113,6 +119,17 @@ def second_loss(
     n = M.sum(1, keepdims=True)
     high = clip_eps if clip_eps_high is None else clip_eps_high
 
+    kept = M
+    if top_entropy_quantile < 1 and M.any():
+        kept = M * (H.real >= np.quantile(H.real[M > 0], 1 - top_entropy_quantile))
+    c = None
+    if sampler_correction and S is not None:
+        level, action = sampler_correction.split("_")
+        log_ratio = (O - S) * M
+        c = np.exp(log_ratio if level == "token" else log_ratio.sum(1, keepdims=True))
+        low, top = sampler_correction_min or 0.0, np.inf if sampler_correction_max is None else sampler_correction_max
+        c = np.clip(c, low, top) if action == "truncate" else c * ((c >= low) & (c <= top))
+
     r = np.exp(L - O) if importance_sampling_level == "token" else np.exp(((L - O) * M).sum(1, keepdims=True) / np.maximum(n, 1))
     if loss_type == "cispo":
         loss = -np.minimum(r.real, high) * A * L
@@ -120,40 +137,42 @@ def second_loss(
         t = np.where(A > 0, sapo_temperature_pos, sapo_temperature_neg)
         loss = -(4 / t) / (1 + np.exp(-t * (r - 1))) * A
     elif loss_type == "vespo":
-        log_w = np.clip((np.clip(held - O, -20, 20) * M).sum(1, keepdims=True), np.log(1e-8), 20)
-        k, lam = np.where(A >= 0, 2, 3), np.where(A >= 0, 3, 2)
+        log_w = (np.clip(held - O, -20, 20) * M).sum(1, keepdims=True)
+        if c is not None:
+            with np.errstate(divide="ignore"):
+                log_w = log_w + (np.clip(np.log(c), np.log(1e-8), 20) * M).sum(1, keepdims=True)
+        log_w = np.clip(log_w, np.log(1e-8), 20)
+        k = np.where(A >= 0, vespo_k_pos, vespo_k_neg)
+        lam = np.where(A >= 0, vespo_lambda_pos, vespo_lambda_neg)
         loss = -np.exp(lam + k * log_w - lam * np.exp(log_w)) * A * L
+    elif loss_type == "gmpo":  # the row's own term, on each kept token such that the mean over n is the term
+        clipped = np.where(A > 0, smaller(L - O, high), larger(L - O, -clip_eps))
+        kept_tokens = np.maximum(kept.sum(1, keepdims=True), 1)
+        loss = -np.exp((clipped * kept).sum(1, keepdims=True) / kept_tokens) * A * n / kept_tokens
     else:
         bounded = r if delta is None else smaller(r, delta)
         loss = -smaller(bounded * A, clamp(r, 1 - clip_eps, 1 + high) * A)
-    loss = loss * np.ones_like(M)
+    loss = loss * kept
     if off_policy_mask_threshold is not None:
         gap = (((O if S is None else S) - held) * M).sum(1, keepdims=True) / np.maximum(n, 1)
         loss = loss * ((A >= 0) | (gap <= off_policy_mask_threshold))
-    if top_entropy_quantile < 1:
-        loss = loss * (H.real >= np.quantile(H.real[M > 0], 1 - top_entropy_quantile))
-    if sampler_correction and S is not None and loss_type != "vespo":
-        level, action = sampler_correction.split("_")
-        log_ratio = (O - S) * M
-        w = np.exp(log_ratio if level == "token" else log_ratio.sum(1, keepdims=True))
-        low, top = sampler_correction_min or 0.0, np.inf if sampler_correction_max is None else sampler_correction_max
-        loss = loss * (np.clip(w, low, top) if action == "truncate" else w * ((w >= low) & (w <= top)))
+    if c is not None and loss_type != "vespo":
+        loss = loss * c
     if kl_coeff > 0:
         kl = np.exp(R - L) - (R - L) - 1
         loss = loss + kl_coeff * kl * (r if use_bias_correction_kl else 1)
-    if entropy_coef > 0:
-        loss = loss - entropy_coef * H
 
     s = loss * M
-    if loss_type in ("grpo", "sapo"):
-        return (s.sum(1, keepdims=True) / np.maximum(n, 1)).mean()
+    bonus = entropy_coef * (H * kept).sum() / max(kept.sum(), 1) if entropy_coef else 0.0
+    if loss_type in ("grpo", "sapo", "gmpo"):
+        return (s.sum(1, keepdims=True) / np.maximum(n, 1)).mean() - bonus
     if loss_type == "bnpo":
-        return s.sum() / max(M.sum(), 1)
+        return s.sum() / max(M.sum(), 1) - bonus
     if loss_type == "dr_grpo":
-        return s.sum() / (len(M) * (max_completion_length or M.shape[1]))
+        return s.sum() / (len(M) * (max_completion_length or M.shape[1])) - bonus
     if loss_type == "luspo":
-        return s.sum(1).mean()
-    return s.sum() / max(M.sum() if num_items is None else num_items, 1)
+        return s.sum(1).mean() - bonus
+    return s.sum() / max(M.sum() if num_items is None else num_items, 1) - bonus
 
 
 def second_value_and_grads(inputs: dict, **options):
@@ -201,6 +220,8 @@ ASIDE = {  # options that no reference figure covers, each alone and in company
     "clip higher": {"clip_eps": 0.1, "clip_eps_high": 0.6},
     "cispo bound": {"clip_eps_high": 5.0},
     "tight cispo bound": {"clip_eps_high": 1.1},
+    "gmpo's range": {"clip_eps": 0.4, "clip_eps_high": 0.5},
+    "vespo's constants": {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.0},
     "sapo temperatures": {"sapo_temperature_pos": 2.5, "sapo_temperature_neg": 0.4},
     "kl": {"kl_coeff": 0.1},
     "bias corrected kl": {"kl_coeff": 0.1, "use_bias_correction_kl": True},
@@ -216,6 +237,10 @@ ASIDE = {  # options that no reference figure covers, each alone and in company
         "delta": 1.4, "kl_coeff": 0.07, "use_bias_correction_kl": True, "top_entropy_quantile": 0.6, "entropy_coef": 0.02,
         "off_policy_mask_threshold": 0.1, "sampler_correction": "token_truncate", "sampler_correction_max": 1.2,
     },
+    "all at once, masked by token": {
+        "kl_coeff": 0.07, "top_entropy_quantile": 0.6, "entropy_coef": 0.02, "off_policy_mask_threshold": 0.1,
+        "sampler_correction": "token_mask", "sampler_correction_min": 0.5, "sampler_correction_max": 1.5,
+    },
     "all at once, by sequence": {
         "kl_coeff": 0.07, "top_entropy_quantile": 0.8, "entropy_coef": 0.02, "off_policy_mask_threshold": 0.3,
         "sampler_correction": "sequence_mask", "sampler_correction_min": 0.2, "sampler_correction_max": 4.0,
@@ -223,10 +248,17 @@ ASIDE = {  # options that no reference figure covers, each alone and in company
 }  # fmt: skip
 
 
+def is_refused(loss_type, options):
+    """VESPO takes a sampler correction token by token."""
+    return loss_type == "vespo" and options.get("sampler_correction") in mlx_grpo.SEQUENCE_CORRECTIONS
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_loss_and_gradients_equal_a_second_implementation(loss_type, level):
     for seed, (name, aside) in enumerate(ASIDE.items()):
+        if is_refused(loss_type, aside):
+            continue
         options = {**BASE, "loss_type": loss_type, "importance_sampling_level": level, **aside}
         for old in (True, False):
             inputs = make_inputs(seed)
@@ -262,6 +294,7 @@ def test_the_second_implementation_equals_trl_too(case):
     share=st.sampled_from([1.0, 0.2, 0.9]), biased=st.booleans(),
 )  # fmt: skip
 def test_any_combination_equals_the_second_implementation(seed, loss_type, level, spread, kl_coeff, correction, delta, share, biased):
+    hypothesis.assume(not is_refused(loss_type, {"sampler_correction": correction}))
     inputs = make_inputs(seed, rows=4, width=5, spread=spread)
     options = {**BASE, "loss_type": loss_type, "importance_sampling_level": level, "kl_coeff": kl_coeff, "delta": delta,
                "sampler_correction": correction, "use_bias_correction_kl": biased, "top_entropy_quantile": share}  # fmt: skip
@@ -355,6 +388,52 @@ def test_vespo_takes_no_sequence_for_less_likely_than_1e_minus_8():
         assert metrics["vespo/phi_seq_mean"] == pytest.approx(math.exp(lam + k * math.log(1e-8) - lam * 1e-8), rel=1e-4)
 
 
+def test_vespos_weight_has_the_samplers_correction_in_it():
+    more = {"sampler_logps": HALVES["old_logps"] - np.log([[4.0, 0.5]])}  # the policy was 4 and 1/2 times as likely
+    phi = lambda w: math.exp(3 + 2 * math.log(w) - 3 * w)  # noqa: E731
+    logps = math.log(0.6) + math.log(0.2)
+    for mode, w in (("token_truncate", 0.75 * 3.0 * 0.5), ("token_mask", 0.75 * 1e-8 * 0.5)):
+        loss, _, metrics = by_hand(1.0, loss_type="vespo", sampler_correction=mode, sampler_correction_max=3.0, more=more)
+        assert metrics["vespo/phi_seq_mean"] == pytest.approx(phi(max(w, 1e-8)), rel=1e-5)
+        assert loss == pytest.approx(-phi(max(w, 1e-8)) * logps / 2, rel=1e-5)  # nothing is multiplied onto the term
+    with pytest.raises(ValueError, match="loss_type vespo takes a sampler correction for each token, not 'sequence_mask'"):
+        by_hand(1.0, loss_type="vespo", sampler_correction="sequence_mask", more=more)
+
+
+def test_vespos_constants_are_options():
+    w = 0.75
+    constants = {"vespo_k_pos": 1.0, "vespo_lambda_pos": 0.5, "vespo_k_neg": 4.0, "vespo_lambda_neg": 1.5}
+    assert by_hand(1.0, loss_type="vespo", **constants)[2]["vespo/phi_seq_mean"] == pytest.approx(w * math.exp(0.5 - 0.5 * w))
+    assert by_hand(-1.0, loss_type="vespo", **constants)[2]["vespo/phi_seq_mean"] == pytest.approx(w**4 * math.exp(1.5 - 1.5 * w))
+
+
+def test_gmpo_clips_each_token_in_log_space_and_takes_their_geometric_mean():
+    # ratios 3/2 = e^0.405 and 1/2 = e^-0.693; the range is e^-0.4 to e^0.4
+    mean = math.exp((0.4 + math.log(0.5)) / 2)  # a good answer is clipped above alone
+    loss, grad, metrics = by_hand(2.0, loss_type="gmpo", clip_eps=0.4)
+    assert loss == pytest.approx(-2 * mean)
+    assert grad == pytest.approx([0.0, -2 * mean / 2], abs=1e-6)
+    assert metrics["clip_ratio/high_mean"] == 0.5 and metrics["clip_ratio/low_mean"] == 0
+    mean = math.exp((math.log(1.5) - 0.4) / 2)  # and a bad one below
+    loss, grad, metrics = by_hand(-1.0, loss_type="gmpo", clip_eps=0.4)
+    assert loss == pytest.approx(mean)
+    assert grad == pytest.approx([mean / 2, 0.0], abs=1e-6)
+    assert metrics["clip_ratio/low_mean"] == 0.5 and metrics["clip_ratio/high_mean"] == 0
+
+
+def test_gmpo_averages_rows_alike_whatever_their_length():
+    rows = {"logps": np.log([[0.6, 0.2], [0.5, 0.5]]), "old_logps": np.log([[0.5, 0.25], [0.4, 0.1]]), "mask": [[1, 1], [1, 0]]}
+    loss, grad, _, _ = value_and_grads({**rows, "advantages": [1.0, -3.0]}, loss_type="gmpo", clip_eps=0.4)
+    first, second = math.sqrt(1.2 * 0.8), 1.25
+    assert loss == pytest.approx((-first + 3 * second) / 2)
+    assert grad.ravel() == pytest.approx([-first / 4, -first / 4, 3 * second / 2, 0.0])
+
+
+def test_tokens_that_the_entropy_mask_drops_leave_gmpos_mean():
+    loss, grad, _ = by_hand(1.0, loss_type="gmpo", clip_eps=0.4, entropies=[[0.1, 0.9]], top_entropy_quantile=0.5)
+    assert loss == pytest.approx(-0.5) and grad == pytest.approx([0.0, -0.5])  # the second token's ratio alone
+
+
 def test_the_kl_estimate_by_hand():
     more = {"ref_logps": np.log([[0.3, 0.4]])}  # half and twice the policy
     k = [0.5 - math.log(0.5) - 1, 2 - math.log(2) - 1]
@@ -395,9 +474,33 @@ def test_the_top_entropy_mask_keeps_the_uncertain_share():
     assert grad[0] == pytest.approx([0, -0.2, -0.2, 0, -0.2])  # the median stays in; the divisor counts all five
 
 
-def test_the_entropy_bonus_pays_for_entropy():
-    loss, _, metrics = by_hand(0.0, entropy_coef=0.1, entropies=[[1.0, 3.0]])
-    assert loss == pytest.approx(-0.2) and metrics["entropy"] == pytest.approx(2.0)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_entropy_bonus_is_the_mean_entropy_of_a_trained_token_whatever_the_loss(loss_type):
+    rows = {"logps": [[-1.0] * 3] * 2, "mask": [[1, 1, 1], [1, 0, 0]], "advantages": [0.0, 0.0]}
+    rows["entropies"] = [[1.0, 3.0, 2.0], [6.0, 9.0, 9.0]]
+    for coef in (0.1, mx.array(0.1)):  # an array where it changes between steps
+        loss, _, by_entropies, metrics = value_and_grads(rows, loss_type=loss_type, entropy_coef=coef, num_items=99, max_completion_length=50)
+        assert loss == pytest.approx(-0.1 * 12 / 4)
+        assert by_entropies.ravel() == pytest.approx([-0.025, -0.025, -0.025, -0.025, 0, 0])
+        assert metrics["entropy"] == metrics["entropy_trained"] == pytest.approx(3.0)
+    loss, _, by_entropies, metrics = value_and_grads(rows, loss_type=loss_type, entropy_coef=0.1, top_entropy_quantile=0.5)
+    assert loss == pytest.approx(-0.1 * 9 / 2)  # those of at least the median, 2.5
+    assert by_entropies.ravel() == pytest.approx([0, -0.05, 0, -0.05, 0, 0])
+    assert metrics["entropy"] == pytest.approx(3.0) and metrics["entropy_trained"] == pytest.approx(4.5)
+
+
+def test_the_adaptive_entropy_coefficient_by_hand():
+    config = MLXGRPOConfig(use_adaptive_entropy=True, entropy_target=0.5, entropy_coef_delta=0.01, entropy_coef_min=0.02, entropy_coef_max=0.04)
+    assert next_entropy_coef(0.025, 0.5, config) == pytest.approx(0.035)  # at the target it rises
+    assert next_entropy_coef(0.035, 0.2, config) == 0.04
+    assert next_entropy_coef(0.035, 0.51, config) == pytest.approx(0.025)
+    assert next_entropy_coef(0.025, 0.51, config) == 0.02
+
+
+def test_advantages_of_single_tokens_are_taken_too():
+    loss, grad, metrics = by_hand([1.0, -1.0])
+    assert loss == pytest.approx((-1.2 + 0.8) / 2) and grad == pytest.approx([0.0, 0.0], abs=1e-7)
+    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == 0.5
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9])
@@ -424,7 +527,7 @@ def test_on_policy_the_ratio_is_1_and_the_gradient_is_not_0(loss_type, level):
     loss, grad, _, metrics = value_and_grads(inputs, **options)
     mask, advantages = inputs["mask"], inputs["advantages"][:, None]
     per_token = {"grpo": 6 * np.maximum(mask.sum(1, keepdims=True), 1), "bnpo": mask.sum(), "dr_grpo": 6 * 9, "luspo": 6}
-    divisor = per_token.get("grpo" if loss_type == "sapo" else loss_type, 40)
+    divisor = per_token.get("grpo" if loss_type in ("sapo", "gmpo") else loss_type, 40)
     wanted = -advantages * mask / divisor  # the policy gradient, in every variant
     if loss_type == "luspo" and level == "sequence":
         wanted = -advantages * mask / 6
@@ -447,7 +550,7 @@ def test_off_policy_every_loss_has_a_gradient_of_its_own(level):
         assert np.abs(a - b).max() > 1e-4, f"{one} and {other}"
 
 
-@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name != "vespo"])  # vespo's ratio is always the sequence's
+@pytest.mark.parametrize("loss_type", [name for name, loss in mlx_grpo.LOSSES.items() if not loss.whole_rows])
 def test_token_and_sequence_level_differ(loss_type):
     inputs = make_inputs(5, rows=8, spread=0.8)
     options = {**BASE, "loss_type": loss_type, "clip_eps_high": 5.0 if loss_type == "cispo" else 0.3}
@@ -455,46 +558,19 @@ def test_token_and_sequence_level_differ(loss_type):
     assert np.abs(token - sequence).max() > 1e-4
 
 
-OPTION_CHANGES = [
-    *((loss, "clip_eps", 0.05, {}) for loss in CLIPPED),
-    *((loss, "clip_eps_high", 0.6, {}) for loss in (*CLIPPED, "cispo")),
-    *((loss, "delta", 1.05, {}) for loss in CLIPPED),
-    *((loss, "kl_coeff", 0.1, {}) for loss in LOSSES),
-    *((loss, "use_bias_correction_kl", True, {"kl_coeff": 0.1}) for loss in LOSSES),
-    *((loss, "top_entropy_quantile", 0.5, {}) for loss in LOSSES),
-    *((loss, "entropy_coef", 0.1, {}) for loss in LOSSES),
-    *((loss, "off_policy_mask_threshold", 0.0, {}) for loss in LOSSES),
-    *((loss, "sampler_correction", mode, {}) for loss in LOSSES if loss != "vespo" for mode in CORRECTIONS),
-    *(("grpo", "sampler_correction_min", 0.95, {"sampler_correction": mode}) for mode in CORRECTIONS),
-    *(("grpo", "sampler_correction_max", 0.2, {"sampler_correction": mode}) for mode in CORRECTIONS),
-    ("dr_grpo", "max_completion_length", 20, {}),
-    *((loss, "num_items", 99, {}) for loss in ("dapo", "cispo", "vespo")),
-    ("sapo", "sapo_temperature_pos", 2.0, {}),
-    ("sapo", "sapo_temperature_neg", 2.0, {}),
-    ("grpo", "importance_sampling_level", "sequence", {}),
-]
-
-
-@pytest.mark.parametrize("loss_type, option, value, company", OPTION_CHANGES)
-def test_every_option_changes_the_gradient(loss_type, option, value, company):
-    inputs = make_inputs(6, rows=8, spread=0.8)
-    options = {**BASE, "loss_type": loss_type, **company}
-    before, after = value_and_grads(inputs, **options), value_and_grads(inputs, **{**options, option: value})
-    assert max(np.abs(before[1] - after[1]).max(), np.abs(before[2] - after[2]).max()) > 1e-5
-
-
-def test_every_option_of_the_objective_is_covered_above():
-    import inspect
-
-    known = {n for n, p in inspect.signature(grpo_loss).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    covered = {option for _, option, _, _ in OPTION_CHANGES} | {"ref_logps", "sampler_logps", "entropies", "loss_type", "entropy_threshold"}
-    assert known == covered
+def test_every_option_of_the_objective_is_among_those_compared():
+    options = set(grpo_loss.__kwdefaults__) - set(NAMES) - {"loss_type", "importance_sampling_level", "entropy_mask", "totals"}
+    assert options == set(BASE).union(*ASIDE.values())
 
 
 # What must not matter
 
-EVERYTHING = {**BASE, "kl_coeff": 0.1, "use_bias_correction_kl": True, "top_entropy_quantile": 0.7, "entropy_coef": 0.05,
-              "off_policy_mask_threshold": 0.3, "sampler_correction": "sequence_truncate"}  # fmt: skip
+
+
+def everything(loss_type, level="token"):
+    correction = "token_truncate" if loss_type == "vespo" else "sequence_truncate"
+    return {**BASE, "loss_type": loss_type, "importance_sampling_level": level, "kl_coeff": 0.1, "use_bias_correction_kl": True,
+            "top_entropy_quantile": 0.7, "entropy_coef": 0.05, "off_policy_mask_threshold": 0.3, "sampler_correction": correction}  # fmt: skip
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -502,7 +578,7 @@ EVERYTHING = {**BASE, "kl_coeff": 0.1, "use_bias_correction_kl": True, "top_entr
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_what_stands_in_the_padding_does_not_matter(loss_type, level, garbage):
     inputs = make_inputs(7)
-    options = {**EVERYTHING, "loss_type": loss_type, "importance_sampling_level": level}
+    options = everything(loss_type, level)
     wanted = value_and_grads(inputs, **options)
     for names in [NAMES[:5], *((name,) for name in NAMES[:5])]:
         dirty = {**inputs, **{name: np.where(inputs["mask"] > 0, inputs[name], garbage) for name in names}}
@@ -519,7 +595,7 @@ def test_what_stands_in_the_padding_does_not_matter(loss_type, level, garbage):
 def test_more_padding_does_not_matter(loss_type, level):
     inputs = make_inputs(8)
     wider = {n: x if n == "advantages" else np.pad(x, ((0, 0), (0, 5)), constant_values=0 if n == "mask" else -3) for n, x in inputs.items()}
-    options = {**EVERYTHING, "loss_type": loss_type, "importance_sampling_level": level}
+    options = everything(loss_type, level)
     loss, grad, _, metrics = value_and_grads(wider, **options)
     wanted_loss, wanted_grad, _, wanted_metrics = value_and_grads(inputs, **options)
     assert_loss(loss, wanted_loss)
@@ -531,7 +607,7 @@ def test_more_padding_does_not_matter(loss_type, level):
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_the_order_of_rows_does_not_matter(loss_type, level):
     inputs, order = make_inputs(9), np.random.default_rng(0).permutation(6)
-    options = {**EVERYTHING, "loss_type": loss_type, "importance_sampling_level": level}
+    options = everything(loss_type, level)
     loss, grad, _, metrics = value_and_grads({name: x[order] for name, x in inputs.items()}, **options)
     wanted_loss, wanted_grad, _, wanted_metrics = value_and_grads(inputs, **options)
     assert_loss(loss, wanted_loss)
@@ -550,7 +626,7 @@ def test_the_type_of_the_mask_does_not_matter(kind):
 def test_a_batch_without_trained_tokens_has_loss_and_gradient_0(loss_type):
     inputs = make_inputs(11)
     inputs["mask"] = np.zeros_like(inputs["mask"])
-    loss, grad, by_entropies, metrics = value_and_grads(inputs, **{**EVERYTHING, "loss_type": loss_type})
+    loss, grad, by_entropies, metrics = value_and_grads(inputs, **everything(loss_type))
     assert loss == 0 and not grad.any() and not by_entropies.any()
     assert all(map(math.isfinite, metrics.values()))
 
@@ -601,26 +677,33 @@ def test_ratios_of_e_to_12_are_still_exact(loss_type, level):
 # Parts of an update add up to the whole
 
 
+def totals_of(mask, kept=None):
+    counts = {"rows": len(mask), "tokens": mask.sum(), "entropy_tokens": (mask if kept is None else kept).sum()}
+    return {name: mx.array(float(n)) for name, n in counts.items()}
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_parts_with_their_weights_add_up_to_the_whole(loss_type, level):
+def test_parts_add_up_to_the_whole_and_so_do_their_metrics(loss_type, level):
     inputs = make_inputs(15, rows=9)
     mask = inputs["mask"]
-    options = {**EVERYTHING, "loss_type": loss_type, "importance_sampling_level": level, "num_items": float(mask.sum())}
-    options["entropy_threshold"] = mx.array(np.quantile(inputs["entropies"][mask > 0], 0.3))
-    whole_loss, whole_grad, _, _ = value_and_grads(inputs, **options)
+    options = everything(loss_type, level)
+    whole_loss, whole_grad, whole_by_entropies, whole_metrics = value_and_grads(inputs, **options)
+    kept = mask * (inputs["entropies"] >= np.quantile(inputs["entropies"][mask > 0], 0.3))
+    options["totals"] = totals_of(mask, kept)
+    by_row = level == "sequence" and not mlx_grpo.LOSSES[loss_type].whole_rows
     for cuts in ([4], [1, 2, 3], [2, 8], list(range(1, 9))):
-        loss, grads = 0.0, []
-        for rows in np.split(np.arange(9), cuts):
-            part_loss, part_grad, _, _ = value_and_grads({name: x[rows] for name, x in inputs.items()}, **options)
-            weight = len(rows) / 9
-            if loss_type == "bnpo":
-                weight = max(mask[rows].sum(), 1) / mask.sum()
-            elif loss_type in ("dapo", "cispo", "vespo"):
-                weight = 1.0
-            loss, grads = loss + weight * part_loss, [*grads, weight * part_grad]
-        assert_loss(loss, whole_loss)
+        parts = np.split(np.arange(9), cuts)
+        results = [
+            value_and_grads({name: x[rows] for name, x in inputs.items()}, entropy_mask=mx.array(kept[rows]), **options) for rows in parts
+        ]
+        losses, grads, by_entropies, metrics = zip(*results)
+        assert_loss(sum(losses), whole_loss)
         assert_grad(np.concatenate(grads), whole_grad)
+        assert_grad(np.concatenate(by_entropies), whole_by_entropies)
+        sizes = PartSizes(np.array([mask[rows].sum() for rows in parts]), np.array([len(rows) for rows in parts]), mask.sum(), 9, by_row)
+        merged = merge_metrics(list(metrics), METRICS | mlx_grpo.LOSSES[loss_type].metrics, sizes)
+        assert merged == pytest.approx(whole_metrics, rel=1e-5, abs=1e-7)
 
 
 def make_groups(config, seed=0):
@@ -636,10 +719,22 @@ def make_groups(config, seed=0):
     return groups
 
 
-@pytest.mark.parametrize("extra", [{}, {"kl_coeff": 0.1}, {"mask_truncated_completions": True}], ids=["plain", "kl", "truncated rows out"])
+EXTRAS = {
+    "plain": {},
+    "kl": {"kl_coeff": 0.1},
+    "entropy bonus": {"entropy_coef": 0.1},
+    "truncated rows out": {"mask_truncated_completions": True},
+    "rloo": {"advantage_estimator": "rloo"},
+    "reinforce_plus_plus_baseline": {"advantage_estimator": "reinforce_plus_plus_baseline"},
+    "maxrl": {"advantage_estimator": "maxrl"},
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_the_trainers_micro_batches_add_up_to_the_whole(loss_type, extra):
     whole_config = MLXGRPOConfig(num_generations=4, batch_size=4, loss_type=loss_type, max_completion_length=24, micro_batch_tokens=10**6, **extra)
+    coefs = {"kl_coeff": whole_config.kl_coeff, "entropy_coef": whole_config.entropy_coef, "max_completion_length": 24}
     groups = make_groups(whole_config)
     rewards = np.stack([group.rewards for group in groups], axis=1)
     advantages = np.array(combine_rewards(rewards, [1.0], whole_config)[1])
@@ -647,20 +742,17 @@ def test_the_trainers_micro_batches_add_up_to_the_whole(loss_type, extra):
     shift = mx.array(np.random.default_rng(2).standard_normal(50) * 0.3)
 
     def total(tokens_a_batch):
-        trainer = object.__new__(mlx_grpo.MLXGRPOTrainer)
-        trainer.ranks = mlx_grpo.ALONE
-        trainer.log_probs = types.SimpleNamespace(shares_padded=True)
-        trainer.config = config = dataclasses.replace(whole_config, micro_batch_tokens=tokens_a_batch)
-        batches = trainer.micro_batches(groups, advantages)
+        config = dataclasses.replace(whole_config, micro_batch_tokens=tokens_a_batch)
+        batches = mlx_grpo.micro_batches(groups, advantages, config, mlx_grpo.ALONE, True)
 
         def loss(policy):
             parts = []
             for batch in batches:
                 logps = policy[batch["ids"]]
                 old, ref = (mx.stop_gradient(logps + sign * shift[batch["ids"]]) for sign in (1, -1))
-                part, _ = grpo_loss(logps, old, batch["advantages"], batch["mask"], ref_logps=ref, loss_type=loss_type, kl_coeff=config.kl_coeff,
-                                    max_completion_length=config.max_completion_length, num_items=batch["num_items"])  # fmt: skip
-                parts.append(part * batch["weight"])
+                part, _ = grpo_loss(logps, old, batch["advantages"], batch["mask"], ref_logps=ref, entropies=-logps,
+                                    loss_type=loss_type, totals=batch["totals"], **coefs)  # fmt: skip
+                parts.append(part)
             return sum(parts)
 
         return len(batches), *mx.value_and_grad(loss)(policy)
@@ -671,11 +763,10 @@ def test_the_trainers_micro_batches_add_up_to_the_whole(loss_type, extra):
     ids = np.zeros((16, 24), int)
     for row, completion in enumerate(c for group in groups for c in group.completions):
         ids[row, : len(completion)] = completion
-    mask = (np.arange(24) < np.array(lengths)[:, None]) & ~np.array([extra.get("mask_truncated_completions", False) and r == "length" for r in reasons])[:, None]
+    mask = (np.arange(24) < np.array(lengths)[:, None]) & ~np.array([whole_config.mask_truncated_completions and r == "length" for r in reasons])[:, None]
     logps = np.array(policy, float)[ids]
     moved = np.array(shift, float)[ids]
-    wanted = np.real(second_loss(logps + 0j, logps + moved, advantages.reshape(-1), mask, logps - moved, loss_type=loss_type,
-                                 kl_coeff=whole_config.kl_coeff, max_completion_length=24, num_items=mask.sum()))  # fmt: skip
+    wanted = np.real(second_loss(logps + 0j, logps + moved, advantages.reshape(-1), mask, logps - moved, None, -logps, loss_type=loss_type, **coefs))
     counts, losses, grads = zip(*(total(tokens) for tokens in (10**6, 200, 60, 1)))
     assert counts[0] == 1 and counts[-1] > counts[1] > 1
     assert_loss(losses[0].item(), wanted)
@@ -684,11 +775,109 @@ def test_the_trainers_micro_batches_add_up_to_the_whole(loss_type, extra):
         assert_grad(np.array(grad), np.array(grads[0]))
 
 
+def test_metrics_are_merged_as_their_table_says():
+    sizes = PartSizes(np.array([3, 1]), np.array([2, 2]), all_tokens=8, all_rows=5, by_row=False)
+    values = {name: np.array([0.5, 0.25]) for name in "abcdef"}
+    assert mlx_grpo.over_tokens(values["a"], sizes) == (1.5 + 0.25) / 4
+    assert mlx_grpo.over_rows(values["b"], sizes) == (1.0 + 0.5) / 4
+    assert mlx_grpo.over_ratios(values["c"], sizes) == (1.5 + 0.25) / 8  # of all tokens, with those of the row left out
+    by_row = dataclasses.replace(sizes, by_row=True)
+    assert mlx_grpo.over_ratios(values["c"], by_row) == (1.0 + 0.5) / 5
+    assert mlx_grpo.highest(values["d"], sizes) == 0.5 and mlx_grpo.added(values["e"], sizes) == 0.75
+    assert mlx_grpo.lowest(values["f"], sizes) == 0.0  # the fifth row's
+    assert mlx_grpo.lowest(values["f"], dataclasses.replace(sizes, all_rows=4)) == 0.25
+    no_tokens = dataclasses.replace(sizes, all_rows=4, tokens=np.array([3, 0]))
+    assert mlx_grpo.lowest(values["f"], no_tokens) == 0.5
+
+
+def test_each_metric_has_the_merge_that_its_meaning_asks_for():
+    merges = METRICS | mlx_grpo.LOSSES["grpo"].metrics
+    parts = [dict.fromkeys(merges, 0.2), dict.fromkeys(merges, 0.6)]
+    sizes = PartSizes(np.array([1, 3]), np.array([2, 2]), all_tokens=8, all_rows=4, by_row=False)
+    mean, share = 0.5, 0.25
+    assert merge_metrics(parts, merges, sizes) == pytest.approx({
+        "kl": mean, "entropy": mean, "entropy_trained": 0.8, "mismatch/mean": mean, "mismatch/kl": mean, "mismatch/max": 0.6,
+        "clip_ratio/low_mean": share, "clip_ratio/high_mean": share, "clip_ratio/region_mean": share,
+        "clip_ratio/low_min": 0.2, "clip_ratio/high_max": 0.6,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_loss_logs_what_its_table_says(loss_type):
+    metrics = value_and_grads(make_inputs(16), **everything(loss_type))[3]
+    assert set(metrics) == {"kl", "entropy", "entropy_trained", *mlx_grpo.LOSSES[loss_type].metrics}
+
+
+def test_the_least_and_the_most_of_a_rows_clipped_share_by_hand():
+    ratios = np.log([[1.5, 0.5, 1.5, 1.0], [1.5, 1.5, 1.0, 1.0], [0.5, 0.5, 0.5, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    rows = {"logps": ratios - 3.0, "old_logps": np.full((4, 4), -3.0), "mask": [[1] * 4] * 3 + [[0] * 4]}
+    metrics = value_and_grads({**rows, "advantages": [1.0, 1.0, 1.0, -1.0]})[3]
+    assert metrics["clip_ratio/low_min"] == 0 and metrics["clip_ratio/high_max"] == 0.5 and metrics["clip_ratio/high_mean"] == pytest.approx(4 / 12)
+    metrics = value_and_grads({**rows, "advantages": [-1.0, -1.0, -1.0, -1.0]})[3]
+    assert metrics["clip_ratio/low_min"] == 0.0 and metrics["clip_ratio/high_max"] == 0
+    rows = {name: np.array(x)[[0, 2, 3]] for name, x in rows.items()}  # the third has no tokens, and no share
+    metrics = value_and_grads({**rows, "advantages": [-1.0, -1.0, -1.0]})[3]
+    assert metrics["clip_ratio/low_min"] == 0.25 and metrics["clip_ratio/high_max"] == 0
+
+
+def test_the_mismatch_of_a_sampler_by_hand():
+    logps, sampler, mask = mx.array([[-1.0, -2.0, 9.0]]), mx.array([[-1.5, -1.0, 0.0]]), mx.array([[1.0, 1.0, 0.0]])
+    found = {name: value.item() for name, value in mlx_grpo.mismatch_metrics(logps, sampler, mask).items()}
+    kl = (math.exp(0.5) - 0.5 - 1 + math.exp(-1.0) + 1.0 - 1) / 2
+    assert found == pytest.approx({"mismatch/mean": 0.75, "mismatch/kl": kl, "mismatch/max": 1.0})
+
+
 # Advantages
 
 
 def advantages_of(rewards, scale="group"):
     return np.array(group_advantages(mx.array(rewards, dtype=mx.float32), scale))
+
+
+def estimated(estimator, rewards):
+    return np.array(estimate_advantages(mx.array(rewards, dtype=mx.float32), estimator))
+
+
+def test_the_table_of_estimators_is_the_one_tested_here():
+    assert tuple(mlx_grpo.ESTIMATORS) == ("group", "rloo", "reinforce_plus_plus_baseline", "maxrl")
+    assert tuple(mlx_grpo.LOSSES) == LOSSES
+
+
+def test_rloo_by_hand():
+    nan = np.nan
+    assert estimated("rloo", [[3.0, 1.0, 2.0]]) == pytest.approx(np.array([[3 - 1.5, 1 - 2.5, 2 - 2.0]]))
+    assert estimated("rloo", [[1.0, 0.0, 0.0, 0.0]]) == pytest.approx(np.array([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
+    assert estimated("rloo", [[3.0, nan, 1.0]]) == pytest.approx(np.array([[2.0, 0.0, -2.0]]))
+
+
+def test_reinforce_plus_plus_by_hand():
+    nan = np.nan
+    deviation = math.sqrt((0.25 + 0.25 + 1 + 1) / 3)  # of what is left of the groups' means, over the batch
+    wanted = np.array([[0.5, -0.5], [1.0, -1.0]]) / (deviation + 1e-4)
+    assert estimated("reinforce_plus_plus_baseline", [[1.0, 0.0], [5.0, 3.0]]) == pytest.approx(wanted, rel=1e-5)
+    # A flat group counts in the deviation, a lone row does not.
+    found = estimated("reinforce_plus_plus_baseline", [[1.0, 0.0, nan], [2.0, 2.0, nan], [7.0, nan, nan]])
+    wanted = np.array([[0.5, -0.5, 0], [0] * 3, [0] * 3]) / (math.sqrt(0.5 / 3) + 1e-4)
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_maxrl_by_hand():
+    nan = np.nan
+    assert estimated("maxrl", [[1.0, 0.0, 0.0, 0.0]]) == pytest.approx(np.array([[3.0, -1, -1, -1]]))  # 1 of 4 right
+    assert estimated("maxrl", [[1.0, 1.0, 1.0, 0.0]]) == pytest.approx(np.array([[1 / 3, 1 / 3, 1 / 3, -1]]))
+    assert estimated("maxrl", [[3.0, 1.0, nan]]) == pytest.approx(np.array([[0.5, -0.5, 0.0]]))
+    assert not estimated("maxrl", [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]).any()
+    with pytest.raises(UserError, match="^advantage_estimator maxrl divides by a group's mean reward.*and one is -0.5;"):
+        estimated("maxrl", [[1.0, 0.0], [-0.5, 1.0]])
+
+
+@pytest.mark.parametrize("estimator", mlx_grpo.ESTIMATORS)
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, 1e-8, 12345.678])
+def test_with_any_estimator_equal_rewards_give_exactly_0(estimator, value):
+    nan = np.nan
+    for size in (2, 3, 7, 11):
+        found = estimated(estimator, [[value] * size, [value, *[nan] * (size - 1)], [0.25] * (size - 1) + [0.5], [nan] * size])
+        assert not found[[0, 1, 3]].any() and found[2].any()
 
 
 def test_advantages_by_hand():
@@ -721,7 +910,6 @@ def test_one_scorable_row_or_none_gives_0(scale):
 @pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 0.7, 1e-8, 12345.678, -0.1, 3e7 + 0.1])
 def test_equal_rewards_give_exactly_0_though_their_mean_rounds(value, aggregation, scale):
     for size in (2, 3, 5, 6, 7, 8, 11, 16):
-        assert not advantages_of([[value] * size], scale).any()
         if aggregation == "normalize_then_sum":
             scale = "group"  # the only one it goes with
         config = MLXGRPOConfig(scale_rewards=scale, multi_objective_aggregation=aggregation)

@@ -337,10 +337,19 @@ def test_adam_is_bias_corrected():
     assert layer.weight.item() == pytest.approx(start - 0.1, rel=1e-4)  # the first step is the learning rate
 
 
-def test_the_schedule_warms_up_and_ends_near_zero():
-    config = load_config(None, ["learning_rate=1.0", "warmup_ratio=0.1", "lr_scheduler_type=linear"])
-    rates = [mlx_grpo.learning_rate(config, u, 100) for u in range(100)]
-    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3]) and max(rates) == 1.0 and rates[-1] == pytest.approx(1 / 90)
+@pytest.mark.parametrize(
+    "schedule, wanted",
+    [
+        ("constant", [0.6, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2]),
+        ("linear", [0.6, 1.2, 1.2, 1.05, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15]),
+        ("cosine", [0.6, 1.2, 1.2] + [0.6 * (1 + cosine) for cosine in (0.92388, 0.70711, 0.38268, 0, -0.38268, -0.70711, -0.92388)]),
+    ],
+)  # fmt: skip
+def test_each_schedule_by_hand(schedule, wanted):
+    config = load_config(None, ["learning_rate=1.2", "warmup_ratio=0.2", f"lr_scheduler_type={schedule}"])
+    assert [mlx_grpo.learning_rate(config, update, 10) for update in range(10)] == pytest.approx(wanted, abs=1e-5)
+    config = load_config(None, ["learning_rate=1.2", "warmup_ratio=0", f"lr_scheduler_type={schedule}"])
+    assert mlx_grpo.learning_rate(config, 0, 8) == 1.2
 
 
 def run_and_read(tmp_path, name, *overrides):

@@ -18,6 +18,7 @@ from mlx_grpo.update.fused_head import on_cuda
 from mlx_grpo.rollout.kv_cache import kv_bytes_per_token
 from mlx_grpo.backends.streams import lane_count
 from mlx_grpo.errors import UserError
+from mlx_grpo.settings import doubts
 
 GB = 2**30
 AHEAD = 0  # bytes that a host may have handed over to its GPU, and must hold
@@ -170,6 +171,6 @@ def print_plan(trainer) -> None:
             f"The model does not fit one rank: weights and optimizer take {held['weights'] + held['optimizer']:.1f} GB of "
             f"{memory_bytes() / GB:.1f} GB, and ranks hold the whole model. Train adapters, quantise it, or take a smaller one"
         )
-    if config.sampling_filters:
-        print(f"Warning: {', '.join(config.sampling_filters)} in force: completions are not drawn from the policy itself", file=sys.stderr)
+    for doubt in doubts(config):
+        print(f"Warning: {doubt}", file=sys.stderr)
     print(f"memory     about {held.pop('peak'):.2f} GB at the peak: " + ", ".join(f"{n} {v:.2f}" for n, v in held.items() if v > 0.005))

@@ -28,13 +28,13 @@ def left_pad(prompts: list[list[int]], length: int) -> tuple[mx.array, mx.array]
 def micro_batches(groups: list, advantages: np.ndarray, config, ranks, shares_padded: bool) -> list[dict]:
     """This rank's share of an update's arrays, in batches of at most micro_batch_tokens positions; advantages: (B, G).
 
-    Each has prompts (P, L), pads (P,), ids and mask (P*K, T), sampler_logps (P*K, T), advantages (P*K,), and what
-    makes the parts add up to the whole: `weight` of its loss, and num_items. shares_padded: whether a padded prompt is
-    computed once for its group's rows.
+    Each has prompts (P, L), pads (P,), ids and mask (P*K, T), sampler_logps (P*K, T), advantages (P*K,), `rows`, how
+    many of the P*K are no padding, and what makes the parts add up to the whole: `totals` (StepSizes).
+    shares_padded: whether a padded prompt is computed once for its group's rows.
     """
     g = config.num_generations
     lengths = [[0 if config.mask_truncated_completions and r == "length" else len(c) for c, r in zip(x.completions, x.finish_reasons)] for x in groups]
-    total_tokens = max(1, sum(map(sum, lengths)))
+    tokens = mx.array(float(sum(map(sum, lengths))))
 
     def cost(count: int, prompt: int, longest: int, rows: int) -> int:
         """Positions of `count` groups, padded: `rows` rows each, of prompts and completions up to these lengths."""
@@ -43,23 +43,17 @@ def micro_batches(groups: list, advantages: np.ndarray, config, ranks, shares_pa
     def whole(b: int) -> int:
         return cost(1, len(groups[b].prompt), max(map(len, groups[b].completions)), g)
 
-    # Where nothing but the advantage drives the loss, groups without signal have no gradient: only the sums count them.
-    plain = config.kl_coeff == 0 and config.entropy_coef == 0 and config.top_entropy_quantile == 1
-    used = [b for b in range(len(groups)) if not plain or np.any(advantages[b])]
+    # Where nothing but the rewards drives the loss, groups without signal have no gradient: only the totals count them.
+    used = [b for b in range(len(groups)) if not config.rewards_drive_alone or np.any(advantages[b])]
     used.sort(key=lambda b: max(map(len, groups[b].completions)))
     used = ranks.balanced(used, whole)
     if not used:
         return []
     units, k = cut(groups, used, cost, sum(map(whole, used)), config)
     batches = [collate(groups, advantages, lengths, unit, k, shares_padded) for unit in units]
+    totals = {"rows": mx.array(float(len(groups) * g)), "tokens": tokens, "entropy_tokens": tokens}
     for batch in batches:
-        if config.loss_type in ("dapo", "cispo", "vespo"):
-            batch["weight"] = mx.array(1.0)
-        elif config.loss_type == "bnpo":
-            batch["weight"] = mx.maximum(batch["mask"].sum(), 1) / total_tokens
-        else:
-            batch["weight"] = mx.array(batch["ids"].shape[0] / (len(groups) * g))
-        batch["num_items"] = mx.array(float(total_tokens))
+        batch["totals"] = totals
     return batches
 
 
@@ -112,4 +106,5 @@ def collate(groups: list, advantages: np.ndarray, lengths: list[list[int]], unit
     flat = np.zeros(count * k, np.float32)
     flat[: len(rows)] = [advantages[b, i] for b, i in rows]
     batch = {"prompts": tokens, "advantages": mx.array(flat), **{n: mx.array(a) for n, a in arrays.items()}}
+    batch["rows"] = mx.array(len(rows))
     return batch if equal else {**batch, "pads": pads}
