@@ -36,6 +36,7 @@ Shapes are written where an array is born:
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -61,9 +62,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_grpo.update.adapters import adapter_layers, fused, shared_copy, without_adapters
+from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy, save_model
 from mlx_grpo.answers import extract_hash_answer, extract_xml_answer, grade, parse_number  # noqa: F401  users import the first from here
-from mlx_grpo.update.micro_batches import left_pad, micro_batches
+from mlx_grpo.update.micro_batches import bucket, left_pad, micro_batches
 from mlx_grpo.backends.blas import blas_name
 from mlx_grpo.backends.cuda_kernels import attention_covers
 from mlx_grpo.rollout.decoding import CompiledDecoder, Decoder, Row, decode
@@ -71,18 +72,19 @@ from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cu
 from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
 from mlx_grpo.backends.streams import lane_count, lanes, spread
 from mlx_grpo.loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
-from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, print_plan
-from mlx_grpo.run.records import completion_records, machine_facts, update_facts
+from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, Work, print_plan, suggestions, work_of
+from mlx_grpo.run.records import completion_records, machine_facts, time_facts, update_facts
 from mlx_grpo.run.terminal import Monitor, print_outcome, stopping_on_signals, write_report
 from mlx_grpo.run.trackers import check_trackers, start_trackers
-from mlx_grpo.run.distributed import ALONE, Ranks, start_ranks
-from mlx_grpo.run.checkpoints import RESUMED_STATE, read_checkpoint, write_checkpoint, write_model
+from mlx_grpo.run.distributed import ALONE, Ranks, digest, start_ranks
+from mlx_grpo.run.checkpoints import (
+    Checkpoints, Snapshot, changed_inputs, changed_settings, not_resumable, read_snapshot, write_snapshot,
+)  # fmt: skip
 from mlx_grpo.errors import RunError, UserError
-from mlx_grpo.run.directory import RunLogs, choose_run_dir, find_checkpoint, lock_directory, write_directory
-from mlx_grpo.scoring import load_rewards, name_of, score
+from mlx_grpo.run.directory import RunLogs, choose_run_dir, file_digest, find_checkpoint, lock_directory, write_directory
+from mlx_grpo.scoring import load_rewards, name_of, reward_files, score
 from mlx_grpo.settings import CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record
 from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
-from mlx_grpo.run.dry_run import dry_run, probe_memory
 
 SYSTEM_PROMPT = (
     "Think step by step between <reasoning> and </reasoning>, "
@@ -367,6 +369,35 @@ def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
     return rows[: config.max_train_samples or None] if split == "train" else rows
 
 
+def context_length(model) -> float:
+    """Positions the model can have, prompt and completion together; infinite where it does not say."""
+    return getattr(getattr(model, "args", None), "max_position_embeddings", None) or math.inf
+
+
+def fitting_rows(tokenizer, config: MLXGRPOConfig, context: float, rows: list[dict], split: str) -> list[dict]:
+    """The rows whose prompt fits max_prompt_length and the model's context, with their token ids as "prompt_ids"."""
+    limit = min(config.max_prompt_length, context - config.rollout_tokens)
+    if limit < 1:
+        raise UserError(f"max_completion_length ({config.rollout_tokens}) leaves no room for a prompt in the model's context of {context}")
+    ids = [build_prompt(tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
+    kept = [{**row, "prompt_ids": prompt} for row, prompt in zip(rows, ids) if len(prompt) <= limit]
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} {split} prompts are longer than {limit} tokens and are dropped")
+    if not kept:
+        raise UserError(f"No {split} prompt is within {limit} tokens; raise max_prompt_length (the shortest has {min(map(len, ids))})")
+    return kept
+
+
+def draw_rows(rows: list[dict], seed: int, first: int, count: int) -> list[tuple[int, dict]]:
+    """(number, row) of `count` prompts from number `first` on: an endless stream of epochs, each in its own random order."""
+    drawn = []
+    for number in range(first, first + count):
+        epoch, place = divmod(number, len(rows))
+        order = np.random.default_rng([seed, 2, epoch]).permutation(len(rows))
+        drawn.append((number, rows[order[place]]))
+    return drawn
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Rewards
 # ---------------------------------------------------------------------------------------------------------------
@@ -453,15 +484,25 @@ class Sampling:
     repetition_penalty: float = 1.0
 
 
-@dataclass
-class Rollout:
-    """Completions of B prompts, G each, N = B*G rows; rows of one prompt stand together. Token ids are the record."""
+@dataclass(eq=False)
+class Completion:
+    """What was sampled for a prompt. Token ids are the record; the text exists for rewards and logs."""
 
-    prompts: list[list[int]]  # B
-    completions: list[list[int]]  # N rows of ids, the id that ended a row included
-    sampler_logps: list[list[float]]  # N rows: each id's log-prob under the distribution it was drawn from
-    finish_reasons: list[str]  # N: "eos", "stop" (a stop string) or "length"
-    texts: list[str]  # N, without special tokens
+    ids: list[int]  # the id that ended it included
+    sampler_logps: list[float]  # each id's log-prob under the distribution it was drawn from
+    mask: list[int]  # 1 where the policy wrote the id
+    finish_reason: str  # "eos", "stop" (a stop string) or "length"
+    text: str  # what is scored: the completion prefix and what follows
+    rewards: list[float] = field(default_factory=list)  # one a reward function, NaN where it abstained
+
+
+@dataclass(eq=False)
+class Group:
+    """A prompt with its G completions."""
+
+    row: dict  # of the dataset: its columns, and the prompt as it was written
+    prompt: list[int]  # ids
+    completions: list[Completion]
 
 
 def random_key(*parts) -> mx.array:
@@ -507,14 +548,14 @@ def make_decoder(model, sampling: Sampling, use_compile: bool = True) -> Decoder
 
 def generate(
     model, tokenizer, prompts, *, sampling=Sampling(), max_new_tokens=512, num_generations=1, stop_strings=(), keys=None,
-    kv_budget=None, most_rows=None, progress=None, decoder=None,
-) -> Rollout:
-    """Complete each of B prompts (lists of ids) num_generations times.
+    kv_budget=None, most_rows=None, progress=None, decoder=None, prefix="",
+) -> list[Completion]:
+    """Complete each of B prompts (lists of ids) num_generations times: N = B*G completions, a prompt's stand together.
 
     keys: (B, 2) random keys, one a prompt; a prompt's completions depend on its key and not on its company. Not
     needed at temperature 0. kv_budget: bytes of KV cache, most_rows: completions at a time; prompts beyond them wait for
     the next batch. progress: called with the number of prompts done. decoder: make_decoder's for this model and sampling,
-    where it is kept from call to call. Models whose caches cannot be padded decode prompts of equal length together.
+    where it is kept from call to call. prefix: what stands before each completion's text. Models whose caches cannot be padded decode prompts of equal length together.
     """
     decoder, penalised = decoder or make_decoder(model, sampling), sampling.repetition_penalty != 1.0
     row = lambda: Row(tokenizer, stop_strings, max_new_tokens)  # noqa: E731
@@ -549,14 +590,14 @@ def generate(
                 running = [lane for lane, arrays in zip(running, started) if arrays is not None]
         if progress:
             progress(len(batch))
-    flat = [r for group in rows for r in group]
-    return Rollout(
-        prompts=prompts,
-        completions=[r.ids for r in flat],
-        sampler_logps=[r.logps for r in flat],
-        finish_reasons=[r.finish_reason for r in flat],
-        texts=[tokenizer.decode(r.ids, skip_special_tokens=True) for r in flat],
-    )
+    return [
+        Completion(
+            row.ids, row.logps, [1] * len(row.ids), row.finish_reason,
+            prefix + tokenizer.decode(row.ids, skip_special_tokens=True),
+        )
+        for group in rows
+        for row in group
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1258,14 +1299,14 @@ def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress
     """Greedy exact match over `rows` ({"prompt", "answer"}): em_strict, em_lenient, their intervals and every text."""
     mine, greedy = ranks.share(rows), Sampling(temperature=0.0)
     prompts = [build_prompt(tokenizer, r["prompt"], config.system_prompt, config.completion_prefix) for r in mine]
-    rollout = generate(
+    completions = generate(
         model, tokenizer, prompts, sampling=greedy, stop_strings=config.stop_strings, progress=progress,
-        decoder=make_decoder(model, greedy, config.use_compile),
+        decoder=make_decoder(model, greedy, config.use_compile), prefix=config.completion_prefix,
         max_new_tokens=config.eval_max_new_tokens or config.max_completion_length, kv_budget=int(config.kv_budget_gb * 2**30),
         # No more rows than a rollout has on this rank: it takes no more memory.
         most_rows=max(EVALUATION_ROWS, config.batch_size * config.num_generations // ranks.size),
     )
-    answers = [[config.completion_prefix + text, len(ids)] for text, ids in zip(rollout.texts, rollout.completions)]
+    answers = [[completion.text, len(completion.ids)] for completion in completions]
     texts, lengths = zip(*ranks.merge(answers))
     hits = np.array([grade(text, row["answer"]) for text, row in zip(texts, rows)])  # (n, 2)
     strict, lenient = (int(h) for h in hits.sum(axis=0))
@@ -1278,258 +1319,77 @@ def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Trainer
+# Update
 # ---------------------------------------------------------------------------------------------------------------
 
-
-@dataclass(eq=False)
-class Group:
-    """One prompt's G completions, scored."""
-
-    row: dict  # of the dataset
-    prompt: list[int]
-    completions: list[list[int]]  # G rows of ids
-    sampler_logps: list[list[float]]  # G rows
-    finish_reasons: list[str]  # G
-    texts: list[str]  # G, with the completion prefix: what was scored
-    rewards: np.ndarray  # (F, G), NaN where a function abstained
-
-    def has_signal(self, weights: list[float], config: MLXGRPOConfig) -> bool:
-        """Whether the rewards tell the completions apart."""
-        return bool(combine_rewards(self.rewards[:, None], weights, config)[1].any())
+ROW_ARRAYS = ("ids", "mask", "advantages", "sampler_logps", "old_logps", "ref_logps", "entropy_mask")  # of a micro-batch
+IDLE_METRICS = ("kl", "entropy", "mismatch/mean", "mismatch/kl", "mismatch/max")  # 0 in an update without a forward pass
 
 
-class MLXGRPOTrainer:
-    """Trains the policy of `config` into the directory `run_dir`, as one of `ranks`: each rolls out its share of the prompts.
+class Learner:
+    """One optimizer step: log-probs, the gradient of a loss over micro-batches, clipping, AdamW.
 
-    model: the policy. sampler: what writes the completions, the policy itself unless it is to be quantised or stale.
-    reference: the policy as it was, for the KL, where kl_coeff asks for one.
+    loss: (batch, logps (N, T), entropies (N, T)) -> loss, metrics. ref_model: for the KL, or None.
     """
 
-    def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
-        self.after_evaluation = lambda run_dir: None  # the command line puts the report here
-        self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
-        self.reward_functions, self.reward_weights = load_rewards(config, BUILT_IN_REWARDS)
-        self.source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
-        train_rows, test_rows = load_dataset_split(config, "train"), load_dataset_split(config, "test")
-        self.model, self.tokenizer = load_model(config)
-        self.model_config = read_model_config(self.source)
-        self.rows = self.drop_long_prompts(train_rows, "training")
-        self.eval_rows = {"test": fixed_subset(self.drop_long_prompts(test_rows, "held-out"), config.eval_samples, config.seed)}
-        if config.eval_every_updates:
-            self.eval_rows["train"] = fixed_subset(self.rows, config.eval_subset_size, config.seed)
-        self.prompts_per_update = config.batch_size * config.gradient_accumulation_steps
-        if self.prompts_per_update < ranks.size:
-            raise UserError(f"{ranks.size} ranks share {self.prompts_per_update} prompts an update; raise batch_size, or start fewer")
-        rollouts = max(1, int(config.num_epochs * len(self.rows) / self.prompts_per_update))
-        self.updates = rollouts * config.num_iterations
-        self.monitor = Monitor(self.updates, config.logging_steps)
-
-        # A host that is ahead of its device holds the results of all it has handed over: the limit bounds that, not what must be held.
-        self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
-        mx.set_memory_limit(self.memory_limit)
-        self.head_chunk = min(HEAD_CHUNK_LOGITS, self.memory_limit // 256) // lane_count()  # in float32 at most a 64th of the limit
-        self.log_probs = CompletionLogProbs(self.model, config.temperature, config.has_entropy_bonus, self.head_chunk)
-        self.reference = None
-        if config.kl_coeff > 0:
-            frozen = without_adapters(self.model) if adapter_layers(self.model) else shared_copy(self.model)
-            self.reference = CompletionLogProbs(frozen, config.temperature, head_chunk=self.head_chunk)
+    def __init__(self, model, ref_model, loss, config: MLXGRPOConfig, ranks: Ranks, memory_limit: int):
+        self.model, self.config, self.ranks = model, config, ranks
+        self.memory_limit = memory_limit
+        # In float32 the head's logits take at most a 64th of the limit.
+        self.head_chunk = min(HEAD_CHUNK_LOGITS, memory_limit // 256) // lane_count()
+        self.log_probs = CompletionLogProbs(model, config.temperature, config.has_entropy_bonus, self.head_chunk)
+        self.ref_log_probs = None
+        if ref_model is not None:
+            self.ref_log_probs = CompletionLogProbs(ref_model, config.temperature, head_chunk=self.head_chunk)
         self.optimizer = MasterAdamW(config)
-        self.optimizer.init(self.model.trainable_parameters())
-        self.quantize_rollouts = config.quantize_for_rollouts
-        self.update = 0  # optimizer updates done or skipped
-        self.cursor = 0  # prompts drawn from the data
-        self.nan_updates = 0  # in a row
-        self.entropy_coef = config.entropy_coef  # as use_adaptive_entropy has it now
-        self.last_entropy = math.inf  # nats a trained token, of the last update
-        self.failed_saves = 0  # in a row
-        self.best, self.best_update = -1.0, 0  # em_strict on held-out rows, and when
-        self.tokens = 0  # completion tokens sampled
-        self.before = {}  # the evaluations before the first update
-        self.logs = RunLogs(self.run_dir)
-        self.stop_signal = 0
-        self.sampler = None
-        self.refresh_sampler()
-        data = [[row["prompt_ids"], row["answer"]] for rows in (self.rows, *self.eval_rows.values()) for row in rows]
-        ranks.must_agree(settings=dataclasses.asdict(config), data=hashlib.sha256(json.dumps(data).encode()).hexdigest())
-        ranks.check_equal(dict(tree_flatten(self.model.parameters())), "as loaded")
+        self.optimizer.init(model.trainable_parameters())
+        self.gradient, self.apply = self.build(loss)
 
-    def drop_long_prompts(self, rows: list[dict], split: str) -> list[dict]:
-        """The rows whose prompt fits max_prompt_length and the model's context, with their token ids as "prompt_ids"."""
-        config, args = self.config, getattr(self.model, "args", None)
-        context = getattr(args, "max_position_embeddings", None) or math.inf
-        limit = min(config.max_prompt_length, context - config.rollout_tokens)
-        if limit < 1:
-            raise UserError(f"max_completion_length ({config.rollout_tokens}) leaves no room for a prompt in the model's context of {context}")
-        ids = [build_prompt(self.tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
-        kept = [{**row, "prompt_ids": prompt} for row, prompt in zip(rows, ids) if len(prompt) <= limit]
-        if len(kept) < len(rows):
-            print(f"{len(rows) - len(kept)} of {len(rows)} {split} prompts are longer than {limit} tokens and are dropped")
-        if not kept:
-            raise UserError(f"No {split} prompt is within {limit} tokens; raise max_prompt_length (the shortest has {min(map(len, ids))})")
-        return kept
-
-    def trainable(self) -> dict:
-        """The trainable arrays by name, as they are now."""
-        return dict(tree_flatten(self.model.trainable_parameters()))
-
-    def refresh_sampler(self, weights: dict | None = None) -> None:
-        """Make the sampler: the policy itself where it may be, else a copy of it as it is now, or with `weights`."""
-        self.synced = {}  # the sampler's weights, where they are not those of the policy
-        on_policy = not self.quantize_rollouts and self.config.sync_every == 1
-        sampler = self.model if on_policy else self.frozen_policy(weights)
-        names = lambda model: [name for name, _ in tree_flatten(model.parameters())]  # noqa: E731
-        if self.sampler is not None and self.sampler is not self.model and names(self.sampler) == names(sampler):
-            self.sampler.update(sampler.parameters())  # the decoder stays, with what it has compiled
-        elif sampler is not self.sampler:
-            self.sampler, self.decoder = sampler, make_decoder(sampler, self.config.sampling, self.config.use_compile)
-
-    def frozen_policy(self, weights: dict | None):
-        """A copy of the policy, adapters merged, as it is now or with `weights`; quantised where rollouts are to be."""
-        now = self.trainable()
-        weights = weights or now
-        if self.config.sync_every > 1:
-            self.synced = weights
-        self.model.load_weights(list(weights.items()), strict=False)
-        copied = fused(self.model)
-        self.model.load_weights(list(now.items()), strict=False)
-        if self.quantize_rollouts:
-            fits = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % self.config.group_size == 0  # noqa: E731
-            nn.quantize(copied, self.config.group_size, self.config.bits, class_predicate=fits)
-        mx.eval(copied.parameters())
-        return copied
-
-    # Rollout and rewards
-
-    def next_rows(self, count: int) -> list[tuple[int, dict]]:
-        """The next `count` (number, row) of the endless stream of epochs, each in its own random order."""
-        drawn = []
-        for number in range(self.cursor, self.cursor + count):
-            epoch, place = divmod(number, len(self.rows))
-            order = np.random.default_rng([self.config.seed, 2, epoch]).permutation(len(self.rows))
-            drawn.append((number, self.rows[order[place]]))
-        self.cursor += count
-        return drawn
-
-    def sample_groups(self, count: int, seconds: dict) -> list[Group]:
-        """Roll out and score the next `count` prompts, each rank its share; every rank gets all the groups."""
-        drawn = self.next_rows(count)
-        try:
-            mine = self.complete(self.ranks.share(drawn), seconds)
-        except RunError as error:  # a reward failed, on one rank
-            mine = error
-        return [Group(row, row["prompt_ids"], *parts, np.array(rewards)) for (_, row), (*parts, rewards) in zip(drawn, self.ranks.merge(mine))]
-
-    def complete(self, drawn: list[tuple[int, dict]], seconds: dict) -> list[list]:
-        """Of each (number, row): its completions, sampler_logps, finish_reasons, texts and rewards, as in Group."""
-        if not drawn:  # fewer prompts than ranks
-            return []
-        config, start = self.config, time.perf_counter()
-        rows = [row for _, row in drawn]
-        self.sampler.eval()
-        rollout = generate(
-            self.sampler, self.tokenizer, [row["prompt_ids"] for row in rows],
-            sampling=config.sampling, decoder=self.decoder,
-            max_new_tokens=config.rollout_tokens, num_generations=config.num_generations, stop_strings=config.stop_strings,
-            keys=[random_key(config.seed, "rollout", number) for number, _ in drawn], kv_budget=int(config.kv_budget_gb * 2**30),
-        )  # fmt: skip
-        seconds["rollout"] += time.perf_counter() - start
-        start, g = time.perf_counter(), config.num_generations
-        texts = [config.completion_prefix + text for text in rollout.texts]
-        names = set().union(*rows) - {"prompt"}  # rewards know it as prompts
-        columns = {name: [row.get(name) for row in rows for _ in range(g)] for name in names}
-        columns |= {"prompts": [row["prompt"] for row in rows for _ in range(g)], "completion_ids": rollout.completions}
-        columns["max_completion_length"] = config.max_completion_length
-        rewards = score(self.reward_functions, config.reward_timeout, texts, columns)  # (F, N)
-        seconds["reward"] += time.perf_counter() - start
-        parts = [slice(i * g, (i + 1) * g) for i in range(len(rows))]
-        return [[rollout.completions[p], rollout.sampler_logps[p], rollout.finish_reasons[p], texts[p], rewards[:, p].tolist()] for p in parts]
-
-    def collect(self, seconds: dict) -> list[Group]:
-        """The groups of one update. Groups without signal make way for fresh prompts, up to the cap (DAPO)."""
-        config, groups = self.config, self.sample_groups(self.prompts_per_update, seconds)
-        for _ in range(config.dynamic_sampling_max_batches):
-            good = [group for group in groups if group.has_signal(self.reward_weights, config)]
-            if len(good) == len(groups):
-                break
-            groups = good + self.sample_groups(len(groups) - len(good), seconds)
-        return groups
-
-    # The update
-
-    def micro_batches(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
-        """This rank's share of the update as arrays; advantages: (B, G)."""
-        return micro_batches(groups, advantages, self.config, self.ranks, self.log_probs.shares_padded)
-
-    def build_step(self) -> None:
-        """The two functions of an update, compiled once with the state they read and write."""
+    def build(self, loss):
+        """The two functions of a step, compiled once with the state they read and write."""
         config = self.config
-        options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS} | {"sampler_correction": config.correction}
-
-        def objective(batch, logps, entropies):
-            """Loss and metrics of a micro-batch from its (N, T) log-probs and entropies."""
-            now = options | {"entropy_coef": batch.get("entropy_coef", config.entropy_coef)}
-            loss, metrics = grpo_loss(
-                logps, batch.get("old_logps"), batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
-                sampler_logps=batch["sampler_logps"], entropies=entropies,
-                entropy_mask=batch.get("entropy_mask"), totals=batch["totals"], **now,
-            )  # fmt: skip
-            metrics |= mismatch_metrics(batch.get("old_logps", logps), batch["sampler_logps"], batch["mask"])
-            return loss, metrics
 
         def loss_and_stats(batch):
             stats = self.log_probs(batch)
-            return objective(batch, *stats)[0], stats
-
-        loss_and_gradient = nn.value_and_grad(self.model, loss_and_stats)
-
-        def gradient(batch):
-            (loss, stats), grads = loss_and_gradient(batch)
-            # Metrics are not compiled (on CUDA each kernel costs seconds), and padding rows are none of theirs.
-            real = batch["rows"].item()
-            cut = {name: x[:real] if name in ROW_ARRAYS else x for name, x in batch.items()}
-            return loss, objective(cut, *(x[:real] for x in stats))[1], grads
+            return loss(batch, *stats)[0], stats
 
         def apply(grads, scale):
             self.optimizer.update(self.model, tree_map(lambda g: g * scale.astype(g.dtype), grads))
 
+        loss_and_gradient = nn.value_and_grad(self.model, loss_and_stats)
         if config.use_compile and not compile_works():
             print("use_compile is off: on Linux CPUs it needs g++, which is not installed")
         elif config.use_compile:
-            if on_cuda():
-                print("compiling the training step: on CUDA the first update may take minutes, or set use_compile to false", flush=True)
-            model, optimizer = [self.model.state], [self.model.state, self.optimizer.state]
-            loss_and_gradient, apply = mx.compile(loss_and_gradient, model, model), mx.compile(apply, optimizer, optimizer)
-        self.gradient, self.apply = gradient, apply
+            model = [self.model.state]
+            both = [self.model.state, self.optimizer.state]
+            loss_and_gradient = mx.compile(loss_and_gradient, model, model)
+            apply = mx.compile(apply, both, both)
 
-    def train_on(self, groups: list[Group]) -> list[dict]:
-        """num_iterations updates on one generation batch; the metrics of each."""
-        config = self.config
-        rewards = np.stack([group.rewards for group in groups], axis=1)  # (F, B, G)
-        self.totals, advantages = combine_rewards(rewards, self.reward_weights, config)  # (B, G) each
-        self.advantages = advantages = np.array(advantages)
-        if not advantages.any() and config.estimator.tokens is None:
-            # No signal, no step: Adam would blow rounding noise up to a full one.
-            none = {"loss": 0.0, "grad_norm": 0.0} | dict.fromkeys(IDLE_METRICS + tuple(config.objective.metrics), 0.0)
-            return [{**none, "skipped": "no signal"} for _ in range(config.num_iterations)]
-        self.model.train()  # models with kernels for inference alone switch to what has a gradient
-        batches = self.add_log_probs(self.micro_batches(groups, advantages))
-        return [self.step(batches, self.update + i) for i in range(config.num_iterations)]
+        def gradient(batch):
+            (value, stats), grads = loss_and_gradient(batch)
+            # Metrics are not compiled (on CUDA each kernel costs seconds), and rows that pad a shape are none of theirs.
+            rows = batch["rows"].item()
+            real = {name: x[:rows] if name in ROW_ARRAYS else x for name, x in batch.items()}
+            return value, loss(real, *(x[:rows] for x in stats))[1], grads
 
-    def add_log_probs(self, batches: list[dict]) -> list[dict]:
-        """The batches with ref_logps, old_logps and entropy_mask (N, T), where the objective needs them.
+        return gradient, apply
 
-        What is of the policy here is of the policy as it was before the first of num_iterations updates.
+    def prepare(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
+        """This rank's micro-batches, with ref_logps, old_logps and entropy_mask (N, T) where the objective needs them.
+
+        advantages: (B, G). What is the policy's here is of the policy as it was before the first of num_iterations steps.
         """
         config = self.config
-        if self.reference:
-            for batch, (logps, _) in zip(batches, spread(self.reference, batches)):
+        self.model.train()  # models with kernels for inference alone switch to what has a gradient
+        batches = micro_batches(groups, advantages, config, self.ranks, self.log_probs.shares_padded)
+        if self.ref_log_probs:
+            for batch, (logps, _) in zip(batches, spread(self.ref_log_probs, batches)):
                 batch["ref_logps"] = logps
-        needs_policy = config.num_iterations > 1 or config.top_entropy_quantile < 1 or config.estimator.tokens
-        if needs_policy:
-            for batch, (logps, entropies) in zip(batches, spread(self.log_probs, batches)):
-                batch["old_logps"], batch["entropies"] = logps, entropies
-        entropies = [batch.pop("entropies") for batch in batches if "entropies" in batch]
+        entropies = []
+        if config.num_iterations > 1 or config.top_entropy_quantile < 1 or config.estimator.tokens:
+            for batch, (logps, found) in zip(batches, spread(self.log_probs, batches)):
+                batch["old_logps"] = logps
+                entropies.append(found)
         if config.top_entropy_quantile < 1:
             self.mask_low_entropies(batches, entropies)
         if config.estimator.tokens:
@@ -1549,199 +1409,559 @@ class MLXGRPOTrainer:
             batch["entropy_mask"] = found >= threshold
             batch["totals"] = {**batch["totals"], "entropy_tokens": kept}
 
-    def step(self, batches: list[dict], update: int) -> dict:
-        """One optimizer step on the sum of the micro-batches' gradients; its metrics."""
-        config = self.config
-        if config.use_adaptive_entropy:
-            coef = self.entropy_coef if self.last_entropy <= config.entropy_target else 0.0
-            for batch in batches:
-                batch["entropy_coef"] = mx.array(coef)
-        grads, results = None, []
-        for batch, loss, metrics, part in spread(lambda batch: (batch, *self.gradient(batch)), batches):
+    def step(self, batches: list[dict], rate: float, entropy_coef: float) -> dict:
+        """One optimizer step on the sum of the micro-batches' gradients, at this learning rate; its metrics.
+
+        "skipped" among them says why no weight was changed.
+        """
+        grads, parts = None, []
+        if self.config.use_adaptive_entropy:
+            batches = [{**batch, "entropy_coef": mx.array(entropy_coef)} for batch in batches]
+        for batch, value, metrics, part in spread(lambda batch: (batch, *self.gradient(batch)), batches):
             # Parts are added in float32: in half precision small ones would be lost.
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
-            results.append((loss, metrics, batch["mask"].sum(), batch["rows"], batch["totals"]["tokens"]))
-            mx.async_eval(grads, results[-1])
-            del part  # or it would lie beside the next one while that is computed
-        grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))  # a rank may have no part
+            sizes = {"tokens": batch["mask"].sum(), "rows": batch["rows"], "totals": batch["totals"]}
+            parts.append({"loss": value, "metrics": metrics, **sizes})
+            mx.async_eval(grads, parts[-1])
+            del part  # free these gradients before the next micro-batch
+        # A rank may have no part.
+        grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))
         norm = gradient_norm(grads)
-        results = [r for part in self.ranks.gather(tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, results)) for r in part]
-        record = {"loss": sum(loss for loss, *_ in results), "grad_norm": norm, "lr": learning_rate(config, update, self.updates)}
-        sizes = PartSizes(
-            tokens=np.array([part[2] for part in results]), rows=np.array([part[3] for part in results]),
-            all_tokens=results[0][4], all_rows=self.totals.size,
-            by_row=config.importance_sampling_level == "sequence" and not config.objective.whole_rows,
-        )  # fmt: skip
-        record |= merge_metrics([metrics for _, metrics, *_ in results], METRICS | config.objective.metrics, sizes)
+        mine = tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, parts)
+        parts = [part for rank in self.ranks.gather(mine) for part in rank]
+        record = {"loss": sum(part["loss"] for part in parts), "grad_norm": norm, "lr": rate}
+        record |= self.step_metrics(parts)
+        if self.config.use_adaptive_entropy:
+            record["entropy_coef"] = entropy_coef
         if not math.isfinite(norm) or not math.isfinite(record["loss"]):
-            return self.skip_non_finite(record)
-        self.nan_updates = 0
-        if config.use_adaptive_entropy:
-            record["entropy_coef"] = coef
-            self.last_entropy = record["entropy_trained"]
-            self.entropy_coef = next_entropy_coef(self.entropy_coef, self.last_entropy, config)
+            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+            return finite | {"skipped": "non-finite gradient"}
         if norm == 0:  # every row with an advantage is masked
             return record | {"skipped": "no signal"}
-        scale = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
-        self.optimizer.learning_rate = record["lr"]
-        self.apply(grads, mx.array(scale))
+        limit = self.config.max_grad_norm
+        self.optimizer.learning_rate = rate
+        self.apply(grads, mx.array(min(1.0, limit / (norm + 1e-6)) if limit else 1.0))
         mx.eval(self.model.state, self.optimizer.state)
         return record
 
-    def skip_non_finite(self, record: dict) -> dict:
-        """A NaN or infinite gradient never reaches the weights: the update is left out, and counted."""
-        self.nan_updates += 1
-        if self.quantize_rollouts:
-            self.quantize_rollouts = False
-            print("NaN gradient encountered: rollouts are in full precision from here on", file=sys.stderr)
-            self.refresh_sampler(self.synced)
-        return {name: (value if math.isfinite(value) else None) for name, value in record.items()} | {"skipped": "non-finite gradient"}
+    def step_metrics(self, parts: list[dict]) -> dict[str, float]:
+        """The step's metrics from those of its micro-batches on all ranks."""
+        config = self.config
+        sizes = PartSizes(
+            tokens=np.array([part["tokens"] for part in parts]),
+            rows=np.array([part["rows"] for part in parts]),
+            all_tokens=parts[0]["totals"]["tokens"],
+            all_rows=parts[0]["totals"]["rows"],
+            by_row=config.importance_sampling_level == "sequence" and not config.objective.whole_rows,
+        )
+        return merge_metrics([part["metrics"] for part in parts], METRICS | config.objective.metrics, sizes)
 
-    def trial_gradient(self, groups: list) -> float:
+    def idle_step(self, rate: float) -> dict:
+        """The record of a step that is left out because no group has a signal: Adam would blow rounding noise up to a
+        full step."""
+        names = ("loss", "grad_norm", *IDLE_METRICS, *self.config.objective.metrics)
+        return {**dict.fromkeys(names, 0.0), "lr": rate, "skipped": "no signal"}
+
+    def probe_memory(self, longest: list[int], groups: int) -> None:
+        """One gradient at the largest micro-batch there can be: memory that will not suffice fails here, not in the night.
+
+        longest: the ids of the longest prompt.
+        """
+        length = self.config.rollout_tokens
+        prompt = [0] * (bucket(len(longest)) - len(longest)) + longest  # as padded ones are
+        completion = Completion([0] * length, [0.0] * length, [1] * length, "eos", "")
+        mx.eval(self.optimizer.state)
+        # Said first: where memory is short, Linux ends the process without another word.
+        print(f"probe      the longest batch, {len(longest)} + {length} tokens a row: ", end="", flush=True)
+        self.trial_gradient([Group({}, prompt, [completion] * self.config.num_generations)] * groups)
+        print(f"{mx.get_peak_memory() / 2**30:.2f} GB at the peak", flush=True)
+
+    def trial_gradient(self, groups: list[Group]) -> float:
         """The norm of a gradient that is thrown away: of as many micro-batches as go at once, with made-up advantages."""
-        self.model.train()
-        advantages = np.tile(np.linspace(-1, 1, self.config.num_generations, dtype=np.float32), (len(groups), 1))
-        batches = self.add_log_probs(self.micro_batches(groups, advantages)[: lane_count()])
+        made_up = np.linspace(-1, 1, self.config.num_generations, dtype=np.float32)
+        batches = self.prepare(groups, np.tile(made_up, (len(groups), 1)))[: lane_count()]
         return gradient_norm([part for _, _, part in spread(self.gradient, batches)])
 
-    # The loop
+
+def compile_works() -> bool:
+    """Whether mx.compile can be used: on Linux CPUs it needs a C++ compiler at run time."""
+    return mx.default_device() == mx.gpu or sys.platform != "linux" or bool(shutil.which("g++"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Trainer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class OldPolicy:
+    """model_old: what samples. It is the policy itself, unless it is to be stale or quantised; then it is a copy."""
+
+    def __init__(self, policy, config: MLXGRPOConfig):
+        self.policy, self.config = policy, config
+        self.quantize = config.quantize_for_rollouts
+        self.model = self.decoder = None
+        self.weights = {}  # the policy's trainable arrays that the copy was made of, where it may be stale
+        self.refresh()
+
+    def refresh(self, weights: dict | None = None) -> None:
+        """Bring it up to the policy as it is now, or as it was with these trainable arrays."""
+        model = self.policy
+        if self.quantize or self.config.sync_every > 1:
+            model = self.copy(weights)
+        kept = self.model is not None and self.model is not self.policy and parameter_names(self.model) == parameter_names(model)
+        if kept:
+            self.model.update(model.parameters())  # the decoder stays, with what it has compiled
+        elif model is not self.model:
+            self.model = model
+            self.decoder = make_decoder(model, self.config.sampling, self.config.use_compile)
+
+    def copy(self, weights: dict | None):
+        """The policy, adapters merged; quantised where rollouts are to be."""
+        config = self.config
+        now = trainable_arrays(self.policy)
+        weights = weights or now
+        self.weights = weights if config.sync_every > 1 else {}
+        self.policy.load_weights(list(weights.items()), strict=False)
+        copied = fused(self.policy)
+        self.policy.load_weights(list(now.items()), strict=False)
+        if self.quantize:
+            nn.quantize(copied, config.group_size, config.bits, class_predicate=lambda _, module: is_divisible(module, config.group_size))
+        mx.eval(copied.parameters())
+        return copied
+
+
+def rows_digest(rows: list[dict]) -> str:
+    """A number that changes with any value of any row, and with their order."""
+    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
+
+def weights_digest(model) -> str:
+    """A number that changes with any bit of what the model brings; of a model with adapters, beneath them."""
+    own = {name for name, _ in tree_flatten(model.trainable_parameters())} if adapter_layers(model) else ()
+    parts = [f"{name} {digest(array)}" for name, array in tree_flatten(model.parameters()) if name not in own]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def input_digests(rows: list[dict], eval_rows: list[dict], model, files: list[Path]) -> dict[str, str]:
+    """What a run reads, by name: a resumed run must read the same."""
+    return {
+        "the training data": rows_digest(rows),
+        "the held-out data": rows_digest(eval_rows),
+        "the base model": weights_digest(model),
+        **{f"the reward file {file}": file_digest(file) for file in files},
+    }
+
+
+def trainable_arrays(model) -> dict[str, mx.array]:
+    """The trainable arrays by name, as they are now."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def parameter_names(model) -> list[str]:
+    return [name for name, _ in tree_flatten(model.parameters())]
+
+
+def is_divisible(module, group_size: int) -> bool:
+    """Whether a layer can be quantised in groups of this size."""
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
+
+
+@dataclass
+class RunState:
+    """Where a run is: with weights and optimizer all that a resume needs, since random keys are made of these and the seed."""
+
+    update: int = 0  # optimizer updates done or skipped
+    cursor: int = 0  # prompts drawn from the data
+    tokens: int = 0  # completion tokens sampled
+    nan_updates: int = 0  # with a non-finite gradient, in a row
+    quantize_rollouts: bool = False  # off for good after a non-finite gradient
+    entropy_coef: float = 0.0  # as use_adaptive_entropy has it now
+    last_entropy: float = 1e9  # nats a trained token, of the last update
+    best: float = -1.0  # em_strict on held-out rows
+    best_update: int = 0  # and when
+    before: dict = field(default_factory=dict)  # the evaluations before the first update
+
+    def bonus(self, config: MLXGRPOConfig) -> float:
+        """The entropy bonus's coefficient in the next step."""
+        if not config.use_adaptive_entropy:
+            return config.entropy_coef
+        return self.entropy_coef if self.last_entropy <= config.entropy_target else 0.0
+
+    def note(self, record: dict, config: MLXGRPOConfig) -> None:
+        """Count an update, and remember what the next one needs of it."""
+        self.update += 1
+        failed = record.get("skipped") == "non-finite gradient"
+        self.nan_updates = self.nan_updates + 1 if failed else 0
+        if config.use_adaptive_entropy and not failed and "entropy_trained" in record:
+            self.last_entropy = record["entropy_trained"]
+            self.entropy_coef = next_entropy_coef(self.entropy_coef, self.last_entropy, config)
+
+    @classmethod
+    def read(cls, plain: dict) -> "RunState":
+        """Of a checkpoint's plain data. Raises TypeError or ValueError for what was no RunState's."""
+        state = cls(**plain)
+        if any(type(value) is not type(getattr(cls(), name)) for name, value in vars(state).items()):
+            raise ValueError("a value of another type")
+        return state
+
+
+def reward_columns(flat: list[tuple[Group, Completion]]) -> dict[str, list]:
+    """What reward functions get beside the completions: the dataset's columns, prompts and ids, one value a completion."""
+    names = set().union(*(group.row for group, _ in flat)) - {"prompt"}  # rewards know it as prompts
+    return {
+        **{name: [group.row.get(name) for group, _ in flat] for name in names},
+        "prompts": [group.row["prompt"] for group, _ in flat],
+        "completion_ids": [completion.ids for _, completion in flat],
+    }
+
+
+class Stopwatch:
+    """Seconds by phase of an update."""
+
+    def __init__(self):
+        self.seconds = {"rollout": 0.0, "reward": 0.0, "train": 0.0}
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+class MLXGRPOTrainer:
+    """GRPO (DeepSeekMath, Algorithm 1) with the settings of `config`, into the directory `run_dir`.
+
+    model: the policy. model_old: what samples, the policy itself unless it is to be quantised or stale. ref_model: the
+    policy as it was, for the KL, where kl_coeff asks for one. Each of several `ranks` rolls out its share of the prompts.
+    """
+
+    def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
+        self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
+        self.reward_functions, self.reward_weights = load_rewards(config, BUILT_IN_REWARDS)
+        self.source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
+        train_rows = load_dataset_split(config, "train")
+        test_rows = load_dataset_split(config, "test")
+        self.model, self.tokenizer = load_model(config)
+        self.model_config = read_model_config(self.source)
+        fitting = functools.partial(fitting_rows, self.tokenizer, config, context_length(self.model))
+        self.rows = fitting(train_rows, "training")
+        self.eval_rows = {"test": fixed_subset(fitting(test_rows, "held-out"), config.eval_samples, config.seed)}
+        if config.eval_every_updates:
+            self.eval_rows["train"] = fixed_subset(self.rows, config.eval_subset_size, config.seed)
+        self.prompts_per_update = config.batch_size * config.gradient_accumulation_steps
+        if self.prompts_per_update < ranks.size:
+            raise UserError(
+                f"{ranks.size} ranks share {self.prompts_per_update} prompts an update; raise batch_size, or start fewer"
+            )
+        self.rollouts = max(1, int(config.num_epochs * len(self.rows) / self.prompts_per_update))
+        self.updates = self.rollouts * config.num_iterations
+
+        # Queued MLX work keeps its buffers alive: above this, MLX waits for queued work.
+        self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
+        mx.set_memory_limit(self.memory_limit)
+        self.ref_model = reference_copy(self.model) if config.kl_coeff > 0 else None
+        self.learner = Learner(self.model, self.ref_model, self.compute_grpo_loss, config, ranks, self.memory_limit)
+        self.old_policy = OldPolicy(self.model, config)
+        self.state = RunState(quantize_rollouts=config.quantize_for_rollouts, entropy_coef=config.entropy_coef)
+        self.logs, self.checkpoints = RunLogs(self.run_dir, config.log_jsonl and ranks.rank == 0), Checkpoints(self.run_dir, config.save_total_limit)
+        self.monitor = Monitor(self.updates, config.logging_steps)
+        self.after_evaluation = lambda run_dir: None  # the command line puts the report here
+        self.stop_signal = 0
+        self.inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
+        ranks.must_agree(settings=dataclasses.asdict(config), data=list(self.inputs.items())[:2])
+        ranks.check_equal(dict(tree_flatten(self.model.parameters())), "as loaded")
+
+    @property
+    def model_old(self):
+        return self.old_policy.model
+
+    @property
+    def work(self) -> Work:
+        """What the memory plan counts with."""
+        rows = math.ceil(self.prompts_per_update / self.ranks.size) * self.config.num_generations
+        return work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows)
+
+    # One update
+
+    def train_step(self) -> list[dict]:
+        """Algorithm 1, lines 4 to 11, for one batch of prompts: num_iterations updates. The log record of each."""
+        config, watch, first = self.config, Stopwatch(), self.state.cursor
+        groups = self.rollout(self.prompts_per_update, watch)
+        for _ in range(config.dynamic_sampling_max_batches):  # DAPO: fresh prompts for the groups without signal
+            useful = [group for group in groups if self.has_signal(group)]
+            if len(useful) == len(groups):
+                break
+            groups = useful + self.rollout(len(groups) - len(useful), watch)
+        rewards, advantages = self.advantages(groups)  # (B, G) each
+
+        self.monitor.phase("training")
+        with watch.phase("train"):
+            metrics = self.train_on(groups, advantages)
+        if is_due(self.state.update - len(metrics), self.state.update, config.sync_every):
+            self.old_policy.refresh()
+        if is_due(self.state.update - len(metrics), self.state.update, config.check_weights_steps):
+            self.check_weights()
+        return self.report(groups, rewards, advantages, metrics, watch, drawn=self.state.cursor - first)
+
+    def rollout(self, count: int, watch: Stopwatch) -> list[Group]:
+        """Complete and score the next `count` prompts, each rank its share; every rank gets all the groups."""
+        drawn = draw_rows(self.rows, self.config.seed, self.state.cursor, count)
+        self.state.cursor += count
+        try:
+            with watch.phase("rollout"):
+                mine = self.generate_responses(self.ranks.share(drawn))
+            with watch.phase("reward"):
+                self.compute_rewards(mine)
+            parts = [[vars(completion) for completion in group.completions] for group in mine]
+        except RunError as error:  # a reward failed, on one rank
+            parts = error
+        merged = self.ranks.merge(parts)
+        return [
+            Group(row, row["prompt_ids"], [Completion(**one) for one in completions])
+            for (_, row), completions in zip(drawn, merged)
+        ]
+
+    def generate_responses(self, drawn: list[tuple[int, dict]]) -> list[Group]:
+        """num_generations completions by model_old of each (number, row)."""
+        config = self.config
+        self.model_old.eval()
+        completions = generate(
+            self.model_old, self.tokenizer, [row["prompt_ids"] for _, row in drawn],
+            sampling=config.sampling, decoder=self.old_policy.decoder, max_new_tokens=config.rollout_tokens,
+            num_generations=config.num_generations, stop_strings=config.stop_strings, prefix=config.completion_prefix,
+            keys=[random_key(config.seed, "rollout", number) for number, _ in drawn],
+            kv_budget=int(config.kv_budget_gb * 2**30),
+        )  # fmt: skip
+        size = config.num_generations
+        return [
+            Group(row, row["prompt_ids"], completions[i * size : (i + 1) * size]) for i, (_, row) in enumerate(drawn)
+        ]
+
+    def compute_rewards(self, groups: list[Group]) -> None:
+        """Score every completion by every reward function; NaN where a function abstains."""
+        flat = [(group, completion) for group in groups for completion in group.completions]
+        if not flat:  # fewer prompts than ranks
+            return
+        columns = reward_columns(flat) | {"max_completion_length": self.config.max_completion_length}
+        texts = [completion.text for _, completion in flat]
+        rewards = score(self.reward_functions, self.config.reward_timeout, texts, columns)  # (F, N)
+        for (_, completion), values in zip(flat, rewards.T):
+            completion.rewards = values.tolist()
+
+    def advantages(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
+        """Each completion's reward and advantage, (B, G) each."""
+        each = np.array([[completion.rewards for completion in group.completions] for group in groups])  # (B, G, F)
+        rewards, advantages = combine_rewards(each.transpose(2, 0, 1), self.reward_weights, self.config)
+        return rewards, np.array(advantages)
+
+    def has_signal(self, group: Group) -> bool:
+        """Whether the rewards tell the group's completions apart."""
+        return bool(self.advantages([group])[1].any())
+
+    def train_on(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
+        """num_iterations optimizer steps on one batch of groups; the metrics of each. advantages: (B, G)."""
+        config, state, metrics = self.config, self.state, []
+        idle = not advantages.any() and config.estimator.tokens is None
+        batches = [] if idle else self.learner.prepare(groups, advantages)
+        for _ in range(config.num_iterations):
+            rate = learning_rate(config, state.update, self.updates)
+            metrics.append(self.learner.idle_step(rate) if idle else self.learner.step(batches, rate, state.bonus(config)))
+            state.note(metrics[-1], config)
+        if state.nan_updates and self.old_policy.quantize:
+            state.quantize_rollouts = self.old_policy.quantize = False
+            print("NaN gradient encountered: rollouts are in full precision from here on", file=sys.stderr)
+            self.old_policy.refresh(self.old_policy.weights)
+        return metrics
+
+    def compute_grpo_loss(self, batch: dict, logps: mx.array, entropies: mx.array) -> tuple[mx.array, dict]:
+        """Loss and metrics of a micro-batch, of the policy's log-probs and entropies (N, T) each."""
+        config = self.config
+        options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS} | {
+            "sampler_correction": config.correction,
+            "entropy_coef": batch.get("entropy_coef", config.entropy_coef),
+        }
+        loss, metrics = grpo_loss(
+            logps, batch.get("old_logps"), batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
+            sampler_logps=batch["sampler_logps"], entropies=entropies, entropy_mask=batch.get("entropy_mask"),
+            totals=batch["totals"], **options,
+        )  # fmt: skip
+        return loss, metrics | mismatch_metrics(batch.get("old_logps", logps), batch["sampler_logps"], batch["mask"])
+
+    # The run
+
+    def dry_run(self) -> None:
+        """One tiny rollout, its rewards, and one backward pass; nothing is written and no weight changes."""
+        whole = self.config
+        self.config = dataclasses.replace(whole, max_completion_length=min(16, whole.rollout_tokens), max_new_tokens=0)
+        groups = self.rollout(self.ranks.size, Stopwatch())
+        self.config = whole
+        norm = self.learner.trial_gradient(groups)
+        if not math.isfinite(norm):
+            raise RunError("NaN gradient encountered: in the first backward pass; load the model in float32, or check its weights")
+        print("to fit     " + "\n           ".join(suggestions(self.work)))
+        tokens = sum(len(completion.ids) for completion in groups[0].completions)
+        print(f"dry run    {tokens} tokens sampled, one backward pass (gradient norm {norm:.3g}): all well")
 
     def train(self) -> dict:
         """Train to the end: evaluate, update, log, save. Returns the evaluations before and after, {} when stopped."""
-        config = self.config
-        self.build_step()
-        probe_memory(self)
+        state = self.state
+        self.learner.probe_memory(max((row["prompt_ids"] for row in self.rows), key=len), self.prompts_per_update)
         with self.monitor as monitor:
-            monitor.begin(self.update, self.before.get("test"))
-            self.before = self.before or self.evaluations()
-            while self.update < self.updates and not self.is_stopped():
-                previous, records = self.update, self.one_rollout()
-                for record in records:
-                    self.log("training_log", record)
-                    monitor.update(record)
-                if self.nan_updates >= config.max_nan_updates:
-                    self.save_checkpoint()
-                    raise RunError(
-                        f"NaN gradient encountered: {self.nan_updates} updates in a row; lower learning_rate, raise clipping "
-                        f"(max_grad_norm), or load the model in float32. Saved in {self.run_dir}"
-                    )
-                if self.update < self.updates:  # the last update's are made below
-                    for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
-                        if crossed(previous, self.update, every):
-                            self.evaluation(split)
-                    if crossed(previous, self.update, config.save_steps) or (config.save_steps and self.best_update == self.update):
+            monitor.begin(state.update, state.before.get("test"))
+            state.before = state.before or self.evaluate_all()
+            while state.update < self.updates and not self.is_stopped():
+                previous, first = state.update, state.cursor
+                monitor.phase("sampling")
+                try:
+                    records = self.train_step()
+                except RunError:  # a reward failed: what is learnt so far is kept, and a resume scores the same prompts
+                    state.cursor = first
+                    if state.update:
                         self.save_checkpoint()
+                    raise
+                self.logs.add("training_log", *records)
+                for record in records:
+                    monitor.update(record)
+                self.stop_where_gradients_fail()
+                if state.update < self.updates:  # the last update's are made below
+                    self.evaluate_and_save(previous)
             if self.is_stopped():
                 self.save_checkpoint()
                 return {}
-            after = self.evaluations()
+            after = self.evaluate_all()
             monitor.phase("saving")
-            self.ranks.on_first(lambda: write_directory(self.run_dir / "final", lambda folder: write_model(self, folder)))
-        return {"before": self.before, "after": after}
+            self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.write_model))
+        return {"before": state.before, "after": after}
+
+    def evaluate_and_save(self, previous: int) -> None:
+        """The evaluations and the checkpoint that are due after the updates since `previous`."""
+        config, update = self.config, self.state.update
+        for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
+            if is_due(previous, update, every):
+                self.evaluate_em(split)
+        if is_due(previous, update, config.save_steps) or (config.save_steps and self.state.best_update == update):
+            self.save_checkpoint()
+
+    def stop_where_gradients_fail(self) -> None:
+        if self.state.nan_updates < self.config.max_nan_updates:
+            return
+        self.save_checkpoint()
+        raise RunError(
+            f"NaN gradient encountered: {self.state.nan_updates} updates in a row; lower learning_rate, raise clipping "
+            f"(max_grad_norm), or load the model in float32. Saved in {self.run_dir}"
+        )
+
+    def request_stop(self, number: int) -> None:
+        """Let the update finish, save and end; number: the signal that asked for it."""
+        self.stop_signal = number
 
     def is_stopped(self) -> bool:
         """Whether any rank has been told to stop; all of them then do."""
         self.stop_signal = max(self.ranks.gather(self.stop_signal))
         return bool(self.stop_signal)
 
-    def one_rollout(self) -> list[dict]:
-        """Sample, score, and update num_iterations times; the log records of those updates."""
-        config, first = self.config, self.cursor
-        seconds = dict.fromkeys(("rollout", "reward", "train"), 0.0)
-        self.ranks.waited = self.ranks.communicated = 0.0
-        self.monitor.phase("sampling")
-        try:
-            groups = self.collect(seconds)
-        except RunError:  # a reward failed: what is learnt so far is kept, and a resume scores the same prompts
-            self.cursor = first
-            if self.update:
-                self.save_checkpoint()
-            raise
-        self.monitor.phase("training")
-        start = time.perf_counter()
-        metrics = self.train_on(groups)
-        seconds["train"] = time.perf_counter() - start
-        previous, self.update = self.update, self.update + len(metrics)
-        if crossed(previous, self.update, config.sync_every):
-            self.refresh_sampler()
-        if crossed(previous, self.update, config.check_weights_steps):
-            self.check_weights()
-        names = list(map(name_of, self.reward_functions))
-        if config.log_completions_steps and (not previous or crossed(previous, self.update, config.log_completions_steps)):
-            records = completion_records(self.update, groups, names)
-            for record in records:
-                self.log("completions", record)
-            self.monitor.completions(records, self.totals)
-        seconds, exchanges = self.ranks.timing(seconds)
-        drawn = self.cursor - first
-        sampled = int(sum(len(c) for group in groups for c in group.completions) * drawn / len(groups))  # replaced groups cost the same each
-        self.tokens += sampled
-        shared = update_facts(self, groups, names, drawn, sampled, seconds) | exchanges
-        return [
-            {"update": number, "lr": learning_rate(config, number - 1, self.updates), **one, **shared}
-            for number, one in enumerate(metrics, previous + 1)
-        ]
-
-    # Records
-
-    def log(self, name: str, record: dict) -> None:
-        if self.config.log_jsonl and self.ranks.rank == 0:
-            self.logs.add(name, record)
-
-    def evaluation(self, split: str) -> dict:
-        """Evaluate on a fixed part of a split, log and show it, and keep the best held-out score."""
-        start, rows = time.perf_counter(), self.eval_rows[split]
-        when = {0: "before training", self.updates: "after training"}.get(self.update, f"update {self.update}")
+    def evaluate_em(self, split: str) -> dict:
+        """Evaluate on a fixed part of a split, log and show it, and note the best held-out score."""
+        start, state, rows = time.perf_counter(), self.state, self.eval_rows[split]
+        when = {0: "before training", self.updates: "after training"}.get(state.update, f"update {state.update}")
         self.monitor.evaluating(len(rows), when)
         self.model.eval()
         result = evaluate(self.model, self.tokenizer, rows, self.config, ranks=self.ranks)
-        record = {"event": "eval", "update": self.update, "split": split, **{k: v for k, v in result.items() if k != "texts"}}
+        del result["texts"]
+        record = {"event": "eval", "update": state.update, "split": split, **result}
         timed = {**record, "seconds": time.perf_counter() - start}
-        self.log("training_log", timed)
-        if split == "test" and record["em_strict"] > self.best:
-            self.best, self.best_update = record["em_strict"], self.update
+        self.logs.add("training_log", timed)
+        if split == "test" and record["em_strict"] > state.best:
+            state.best, state.best_update = record["em_strict"], state.update
         self.monitor.evaluation(timed, when)
         self.after_evaluation(self.run_dir)
         return record
 
-    def evaluations(self) -> dict:
-        return {split: self.evaluation(split) for split in self.eval_rows}
+    def evaluate_all(self) -> dict:
+        return {split: self.evaluate_em(split) for split in self.eval_rows}
+
+    def report(self, groups, rewards, advantages, metrics, watch: Stopwatch, drawn: int) -> list[dict]:
+        """The log records of the updates just made, and samples where they are due. drawn: prompts, replaced ones too."""
+        config, state, names = self.config, self.state, [name_of(function) for function in self.reward_functions]
+        previous = state.update - len(metrics)
+        every = config.log_completions_steps
+        if every and (not previous or is_due(previous, state.update, every)):
+            samples = completion_records(state.update, groups, names)
+            self.logs.add("completions", *samples)
+            self.monitor.completions(samples, rewards)
+        seconds, exchanges = self.ranks.timing(watch.seconds)
+        facts = update_facts(groups, rewards, advantages, names) | time_facts(groups, seconds, drawn, config.num_iterations)
+        state.tokens += facts.pop("sampled")
+        facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens, **exchanges}
+        return [{"update": previous + i, "kl": 0.0, **one, **facts} for i, one in enumerate(metrics, 1)]
 
     # Saving and resuming
 
     def check_weights(self) -> None:
-        """Stop the run where the ranks' weights have come apart: what they learn from then on is nobody's."""
-        self.ranks.check_equal(self.trainable(), f"after update {self.update}")
+        """Raise RunError if the ranks' weights have diverged."""
+        self.ranks.check_equal(trainable_arrays(self.model), f"after update {self.state.update}")
+
+    def write_model(self, folder: Path) -> None:
+        save_model(folder, self.model, self.tokenizer, self.model_config, self.source, self.config)
 
     def save_checkpoint(self) -> None:
-        """Have rank 0 write a checkpoint; the others wait."""
+        """Have rank 0 write checkpoint-UPDATE, with all that an exact resume needs; the others wait."""
         self.check_weights()
-        self.ranks.on_first(lambda: write_checkpoint(self))
+        self.ranks.on_first(lambda: self.checkpoints.write(
+            self.state.update, self.state.best_update, self.write_checkpoint, may_fail=not self.stop_signal
+        ))  # fmt: skip
 
-    def resume(self, folder: Path, asked: set[str] = frozenset()) -> None:
-        """Continue from a checkpoint as if there had been no stop; only rank 0 needs to have it. `asked`: settings given by --set."""
-        self.ranks.on_first(lambda: read_checkpoint(self, folder, asked))
+    def write_checkpoint(self, folder: Path) -> None:
+        logs = self.logs.sync()
+        self.write_model(folder)
+        snapshot = Snapshot(
+            dataclasses.asdict(self.state), dataclasses.asdict(self.config), logs, self.inputs,
+            {}, self.learner.optimizer.state, self.old_policy.weights,
+        )  # fmt: skip
+        write_snapshot(folder, snapshot)
+
+    def resume(self, folder: Path, asked: set[str] = frozenset(), accept_inputs: bool = False) -> None:
+        """Continue from a checkpoint as if there had been no stop; only rank 0 needs to have it.
+
+        asked: settings given by --set, which may differ. accept_inputs: whether data, model and reward files may.
+        """
+        self.ranks.on_first(lambda: self.restore(read_snapshot(folder), folder, asked, accept_inputs))
         if self.ranks.size > 1:
-            for name, value in self.ranks.on_first(lambda: {name: getattr(self, name) for name in RESUMED_STATE}).items():
-                setattr(self, name, value)
-            self.model.load_weights(list(self.ranks.from_first(self.trainable()).items()), strict=False)
-            self.optimizer.state = self.ranks.from_first(self.optimizer.state)
-            self.refresh_sampler(self.ranks.from_first(self.synced))
+            self.state = RunState(**self.ranks.on_first(lambda: dataclasses.asdict(self.state)))
+            weights = self.ranks.from_first(trainable_arrays(self.model))
+            self.model.load_weights(list(weights.items()), strict=False)
+            self.learner.optimizer.state = self.ranks.from_first(self.learner.optimizer.state)
+            self.old_policy.quantize = self.state.quantize_rollouts
+            self.old_policy.refresh(self.ranks.from_first(self.old_policy.weights))
+
+    def restore(self, snapshot: Snapshot, folder: Path, asked: set[str], accept_inputs: bool) -> None:
+        """Take over a snapshot, and set aside what the run wrote after it. Raises UserError where it does not fit."""
+        trainable = trainable_arrays(self.model)
+        if any(name not in snapshot.weights or snapshot.weights[name].shape != now.shape for name, now in trainable.items()):
+            raise UserError(not_resumable(folder))
+        try:
+            state = RunState.read(snapshot.state)
+        except (TypeError, ValueError):
+            raise UserError(not_resumable(folder)) from None
+        changed = changed_settings(snapshot.config, dataclasses.asdict(self.config), asked, folder)
+        changed |= changed_inputs(snapshot.inputs, self.inputs, accept_inputs, folder)
+        self.model.load_weights(list(snapshot.weights.items()), strict=False)
+        self.learner.optimizer.state = snapshot.optimizer
+        self.state = state
+        self.old_policy.quantize = self.state.quantize_rollouts
+        self.old_policy.refresh(snapshot.stale)
+        self.checkpoints.set_aside_after(self.state.update, self.state.best_update)
+        self.logs.cut(snapshot.logs)
+        if changed:
+            self.logs.add("training_log", {"event": "resume", "update": self.state.update, "changed": changed})
 
 
 OBJECTIVE_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name in FIELD_TYPES)
-ROW_ARRAYS = ("ids", "mask", "advantages", "sampler_logps", "old_logps", "ref_logps", "entropy_mask")  # of a micro-batch
-IDLE_METRICS = ("kl", "entropy", "mismatch/mean", "mismatch/kl", "mismatch/max")  # 0 in an update without a forward pass
 
 
-def crossed(previous: int, now: int, every: int) -> bool:
+def is_due(previous: int, now: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (previous, now]; never for 0."""
     return bool(every) and previous // every < now // every
-
-
-def compile_works() -> bool:
-    """Whether mx.compile can be used: on Linux CPUs it needs a C++ compiler at run time."""
-    return mx.default_device() == mx.gpu or sys.platform != "linux" or bool(shutil.which("g++"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1774,6 +1994,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     settings.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, over the file's; repeatable")
     running.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
     running.add_argument("--resume", metavar="CHECKPOINT", nargs="?", const="", help="go on from the newest checkpoint, or this one")
+    running.add_argument("--accept-changed-inputs", action="store_true", help="resume though data, model or reward files differ")
     running.add_argument("-h", "--help", action="help", help="show this")
     return parser.parse_args(argv)
 
@@ -1790,62 +2011,89 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXGRPOConfig, sources: dict) -> int:
     """The same as one of `ranks`, of which the first has the run's directory."""
+    print_settings(config, sources)
+    if sys.platform == "linux" and mx.default_device() == mx.cpu and not blas_name():
+        print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
+    run_dir, checkpoint = map(Path, ranks.on_first(lambda: find_run(config, path.stem, arguments.resume)))
+    resumes = checkpoint != NO_CHECKPOINT
+    trainer = MLXGRPOTrainer(config, run_dir, ranks)
+    gc.freeze()  # what is loaded stays: collections pass over it
+    print_plan(
+        trainer.work, config, training=len(trainer.rows), held_out=len(trainer.eval_rows["test"]),
+        updates=trainer.updates, ranks=ranks.size,
+    )  # fmt: skip
+    if arguments.dry_run:
+        trainer.dry_run()
+        return 0
+
+    with contextlib.ExitStack() as held:
+        with failing_on_the_disk(run_dir):
+            ranks.on_first(lambda: held.enter_context(claimed_directory(run_dir)) and None)
+            if arguments.resume is not None and not resumes:
+                ranks.on_first(lambda: trainer.logs.cut({}))
+            if resumes:
+                asked = {name for name, source in sources.items() if source == "--set"}
+                trainer.resume(checkpoint, asked, arguments.accept_changed_inputs)
+                print(f"Resumed    {checkpoint}, update {trainer.state.update} of {trainer.updates}")
+            ranks.on_first(lambda: describe_run(run_dir, config, sources, trainer.updates))
+        if ranks.rank == 0:
+            trainer.after_evaluation = write_report if config.log_jsonl else trainer.after_evaluation
+            trackers = start_trackers(config.report_to, run_dir, dataclasses.asdict(config), trainer.state.update)
+            trainer.monitor.trackers = held.enter_context(trackers)
+        held.enter_context(stopping_on_signals(trainer.request_stop, trainer.monitor, with_hangup=ranks.size > 1))
+        outcome = trainer.train()
+    if not outcome:
+        print(
+            f"Stopped at update {trainer.state.update} of {trainer.updates}. To continue, run the same command with --resume",
+            file=sys.stderr,
+        )
+        return 128 + trainer.stop_signal
+    print_outcome(run_dir, outcome)
+    return 0
+
+
+NO_CHECKPOINT = Path("")
+
+
+def print_settings(config: MLXGRPOConfig, sources: dict) -> None:
+    """The settings that differ, a line each, then the defaults."""
     lines = config_as_toml(config, sources).splitlines()
     print("\n".join(line for line in lines if not line.endswith("# default")))
     defaults = "defaults: " + ", ".join(l.removesuffix("  # default").removeprefix("# ") for l in lines if l.endswith("# default"))
     print(textwrap.fill(defaults, min(100, shutil.get_terminal_size((100, 24)).columns)))
-    if sys.platform == "linux" and mx.default_device() == mx.cpu and not blas_name():
-        print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
-    held = contextlib.ExitStack()
 
-    def find() -> tuple[str, str]:
-        run_dir = choose_run_dir(Path(config.output_dir), config.run_name, path.stem, arguments.resume)
-        if links := [entry for entry in run_dir.glob("*") if entry.is_symlink()]:
-            raise UserError(f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. Put in its place what it points to")
-        return str(run_dir), str(arguments.resume is not None and find_checkpoint(run_dir, arguments.resume) or "")
 
-    def claim() -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        held.enter_context(lock_directory(run_dir))
-        for left_over in [*run_dir.glob(".*.partial"), *run_dir.glob(".*.removed")]:  # of a save that was killed
-            shutil.rmtree(left_over)
-        if arguments.resume is not None and not checkpoint:
-            trainer.logs.cut({})
+def find_run(config: MLXGRPOConfig, name: str, resume: str | None) -> tuple[str, str]:
+    """The run's directory and, for --resume, the checkpoint to go on from; "" where there is none. Raises UserError."""
+    run_dir = choose_run_dir(Path(config.output_dir), config.run_name, name, resume)
+    if links := [entry for entry in run_dir.glob("*") if entry.is_symlink()]:
+        raise UserError(f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. Put in its place what it points to")
+    return str(run_dir), str(resume is not None and find_checkpoint(run_dir, resume) or "")
 
-    def describe() -> None:
-        (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
-        (run_dir / "settings.json").write_text(json.dumps(settings_record(config, sources), indent=2))
-        (run_dir / "machine.json").write_text(json.dumps({**machine_facts(memory_bytes()), "updates": trainer.updates}, indent=2))
 
-    run_dir, checkpoint = ranks.on_first(find)
-    run_dir = Path(run_dir)
-    trainer = MLXGRPOTrainer(config, run_dir, ranks)
-    gc.freeze()  # what is loaded stays: collections pass over it
-    print_plan(trainer)
-    if arguments.dry_run:
-        dry_run(trainer)
-        return 0
+def claimed_directory(run_dir: Path):
+    """The run's directory, held for this process and without what a killed save has left."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = lock_directory(run_dir)
+    for left_over in [*run_dir.glob(".*.partial"), *run_dir.glob(".*.removed")]:
+        shutil.rmtree(left_over)
+    return lock
 
+
+def describe_run(run_dir: Path, config: MLXGRPOConfig, sources: dict, updates: int) -> None:
+    """Write what the run is of: its settings and the machine."""
+    (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
+    (run_dir / "settings.json").write_text(json.dumps(settings_record(config, sources), indent=2))
+    (run_dir / "machine.json").write_text(json.dumps({**machine_facts(memory_bytes()), "updates": updates}, indent=2))
+
+
+@contextlib.contextmanager
+def failing_on_the_disk(run_dir: Path):
+    """Raise RunError where the run's directory cannot be written."""
     try:
-        ranks.on_first(claim)
-        if checkpoint:
-            trainer.resume(Path(checkpoint), {name for name, source in sources.items() if source == "--set"})
-            print(f"Resumed    {checkpoint}, update {trainer.update} of {trainer.updates}")
-        ranks.on_first(describe)
+        yield
     except OSError as error:
         raise RunError(f"Cannot write to the run directory {run_dir}: {error.strerror}") from None
-
-    if config.log_jsonl and ranks.rank == 0:
-        trainer.after_evaluation = write_report
-    if ranks.rank == 0:
-        trainer.monitor.trackers = start_trackers(config.report_to, run_dir, dataclasses.asdict(config), trainer.update)
-    with held, trainer.monitor.trackers, stopping_on_signals(trainer):
-        outcome = trainer.train()
-    if not outcome:
-        print(f"Stopped at update {trainer.update} of {trainer.updates}. To continue, run the same command with --resume", file=sys.stderr)
-        return 128 + trainer.stop_signal
-    print_outcome(run_dir, outcome)
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

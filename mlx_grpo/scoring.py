@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -34,6 +35,12 @@ def alarm(seconds: float):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def reward_files(config) -> list[Path]:
+    """The files that hold reward functions, each once."""
+    files = [local_path(name.rpartition(":")[0]) for name in config.reward_funcs if ":" in name]
+    return list(dict.fromkeys(file for file in files if file is not None))
 
 
 def load_rewards(config, built_in: dict) -> tuple[list, list[float]]:

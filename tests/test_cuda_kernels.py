@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_rollout import PROMPTS, full_logps, roll
-from tiny import ARCHITECTURES, tiny_model
+from tiny import ARCHITECTURES, ids_of, logps_of, tiny_model
 
 from mlx_grpo.backends import cuda_kernels
 from mlx_grpo.rollout import decoding
@@ -116,7 +116,7 @@ def test_a_rollouts_positions_are_covered_and_the_same(plain, monkeypatch, kind,
     monkeypatch.setattr(cuda_kernels, "attention", attention)
     monkeypatch.setattr(cuda_kernels, "rope", cuda_kernels.MLX_ROPE)
     rollout = roll(model, prompts, decoder=kind(model, draw))
-    assert rollout.completions == expected.completions and rollout.sampler_logps == expected.sampler_logps
+    assert ids_of(rollout) == ids_of(expected) and logps_of(rollout) == logps_of(expected)
     assert asked and all(asked) and plain
 
 
@@ -193,5 +193,5 @@ def test_a_rollout_has_the_log_probs_of_a_full_forward(dtype, tolerance, compile
     decoder = mlx_grpo.make_decoder(model, mlx_grpo.Sampling(), compiled)
     assert (type(decoder) is mlx_grpo.CompiledDecoder) == compiled
     rollout = roll(model, g=5, tokens=80, decoder=decoder)
-    for n, (ids, logps) in enumerate(zip(rollout.completions, rollout.sampler_logps)):
+    for n, (ids, logps) in enumerate(zip(ids_of(rollout), logps_of(rollout))):
         np.testing.assert_allclose(logps, full_logps(model, PROMPTS[n // 5], ids), atol=tolerance)

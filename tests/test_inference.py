@@ -20,7 +20,7 @@ import pytest
 from mlx_grpo.update.adapters import save_model
 from mlx.utils import tree_flatten
 from nanochat_tokenizer import SPECIAL, make_encoding
-from tiny import LetterTokenizer, tiny_model
+from tiny import ids_of, LetterTokenizer, texts_of, tiny_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -132,7 +132,7 @@ def test_an_answer_is_what_generate_writes(starter, sampling):
     prompt, key = mlx_grpo.build_prompt(starter[1], QUESTION), mlx_grpo.random_key("test", 3)
     rollout = mlx_grpo.generate(*starter, [prompt], sampling=sampling, max_new_tokens=60, keys=[key])
     answer = inference.Session(*starter, sampling, 60).answer(prompt, key, lambda piece: None)
-    assert (answer.ids, answer.text) == (rollout.completions[0], rollout.texts[0])
+    assert (answer.ids, answer.text) == (ids_of(rollout)[0], texts_of(rollout)[0])
 
 
 # The KV cache between turns

@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.models.llama import TransformerBlock
 from test_training import trainer_of
 
-from mlx_grpo.run.memory_plan import GB, Work, plan, suggestions, work_of
+from mlx_grpo.run.memory_plan import GB, Work, plan, suggestions
 
 WORK = Work(
     weights=1000, trained=250, item=4, hidden=10, wide=20, scores=4, layers=3, vocabulary=50, kv_per_token=6, rows=8, generations=4,
@@ -79,12 +79,11 @@ def test_the_plan_is_within_a_fifth_of_what_a_step_holds(tmp_path, monkeypatch, 
     trainer = trainer_of(tmp_path, "stop_strings=[]", f"use_compile={compiled}", *extra)
     trainer.tokenizer.eos_token_ids = set()  # every completion is as long as it may be
     trainer.reward_functions = [lambda completions, **_: [i % 2 for i in range(len(completions))]] * len(trainer.reward_functions)
-    trainer.build_step()
-    trainer.one_rollout()
+    trainer.train_step()
     mx.reset_peak_memory()
-    trainer.one_rollout()
+    trainer.train_step()
     low, high = (0.8, 1.2) if mx.default_device() == mx.cpu else (0.6, 1.7)  # of so small a model, which no GPU is needed for
-    assert low < plan(work_of(trainer))["peak"] / (mx.get_peak_memory() - elsewhere) < high
+    assert low < plan(trainer.work)["peak"] / (mx.get_peak_memory() - elsewhere) < high
     del trainer
     gc.collect()
     assert mx.get_active_memory() - elsewhere < 10**6  # nothing of it is left

@@ -100,28 +100,27 @@ def command(folder, *extra, more=()):
 def learn(ranks, folder, extra) -> dict:
     """Three rollouts' updates and an evaluation: weights, sampled ids, log records, scores."""
     trainer = MLXGRPOTrainer(load_config(None, small(folder, *extra)), folder / "never written", ranks)
-    trainer.build_step()
-    sampled, collect = [], trainer.collect
+    sampled, rollout = [], trainer.rollout
 
-    def watched(seconds):
-        groups = collect(seconds)
-        sampled.extend([group.prompt, group.completions, group.rewards.tolist()] for group in groups)
+    def watched(count, watch):
+        groups = rollout(count, watch)
+        sampled.extend([group.prompt, [[c.ids, c.rewards] for c in group.completions]] for group in groups)
         return groups
 
-    trainer.collect = watched
+    trainer.rollout = watched
     trainer.logs.add = lambda *record: None
-    records = [record for _ in range(3) for record in trainer.one_rollout()]
+    records = [record for _ in range(3) for record in trainer.train_step()]
     scores = mlx_grpo.evaluate(trainer.model, trainer.tokenizer, trainer.eval_rows["test"], trainer.config, ranks=ranks)
-    return {"weights": trainer.trainable(), "sampled": sampled, "records": records, "scores": scores}
+    return {"weights": mlx_grpo.trainable_arrays(trainer.model), "sampled": sampled, "records": records, "scores": scores}
 
 
 def come_apart(self):
     """In place of check_weights: rank 1's weights have changed by one bit."""
-    if self.ranks.rank == 1 and self.update == 2:
-        weights = self.trainable()
+    if self.ranks.rank == 1 and self.state.update == 2:
+        weights = mlx_grpo.trainable_arrays(self.model)
         name, first = next(iter(weights.items()))
         self.model.load_weights([(name, mx.where(mx.arange(first.size).reshape(first.shape) == 7, first * (1 + 2e-7), first))], strict=False)
-    self.ranks.check_equal(self.trainable(), f"after update {self.update}")
+    self.ranks.check_equal(mlx_grpo.trainable_arrays(self.model), f"after update {self.state.update}")
 
 
 def be_a_rank(folder: Path, jobs: list) -> None:

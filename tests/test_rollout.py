@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from tiny import ARCHITECTURES, LetterTokenizer, tiny_model
+from tiny import ARCHITECTURES, ids_of, LetterTokenizer, logps_of, reasons_of, texts_of, tiny_model
 
 from mlx_grpo.rollout import decoding
 from mlx_grpo.rollout import kv_cache
@@ -34,9 +34,9 @@ def full_logps(model, prompt, completion, temperature=1.0):
 def test_sampled_log_probs_equal_a_full_forward(name, temperature):
     model = tiny_model(name)
     rollout = roll(model, sampling=Sampling(temperature=temperature))
-    assert len(rollout.completions) == len(PROMPTS) * 3
-    assert len({tuple(c) for c in rollout.completions}) > len(PROMPTS)  # a group's completions differ
-    for n, (ids, logps) in enumerate(zip(rollout.completions, rollout.sampler_logps)):
+    assert len(ids_of(rollout)) == len(PROMPTS) * 3
+    assert len({tuple(c) for c in ids_of(rollout)}) > len(PROMPTS)  # a group's completions differ
+    for n, (ids, logps) in enumerate(zip(ids_of(rollout), logps_of(rollout))):
         assert len(ids) == len(logps) > 0
         np.testing.assert_allclose(logps, full_logps(model, PROMPTS[n // 3], ids, temperature), atol=2e-4)
 
@@ -47,22 +47,22 @@ def test_a_prompts_completions_do_not_depend_on_its_company(name):
     together = roll(model)
     for i, prompt in enumerate(PROMPTS):
         alone = roll(model, [prompt])
-        assert alone.completions == together.completions[3 * i : 3 * i + 3]
-        for a, b in zip(alone.sampler_logps, together.sampler_logps[3 * i :]):
+        assert ids_of(alone) == ids_of(together)[3 * i : 3 * i + 3]
+        for a, b in zip(logps_of(alone), logps_of(together)[3 * i :]):
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
 def test_a_small_kv_budget_decodes_in_several_batches_with_the_same_result(name):
     model = tiny_model(name)
-    assert roll(model, kv_budget=1).completions == roll(model).completions
+    assert ids_of(roll(model, kv_budget=1)) == ids_of(roll(model))
 
 
 def test_no_more_rows_than_asked_for_are_decoded_at_a_time(monkeypatch):
     model, seen, real = tiny_model("qwen2"), [], mlx_grpo.decode
     monkeypatch.setattr(mlx_grpo.script, "decode", lambda *given: (seen.append(len(given[3])), real(*given))[1])
-    limited = roll(model, most_rows=7).completions
-    assert seen == [6, 6] and limited == roll(model).completions
+    limited = ids_of(roll(model, most_rows=7))
+    assert seen == [6, 6] and limited == ids_of(roll(model))
 
 
 def test_the_sampled_distribution_is_the_models():
@@ -94,9 +94,9 @@ def test_uniforms_at_the_edges_never_draw_an_impossible_id():
 def test_the_ending_id_is_kept_and_rows_end_where_they_should():
     model = tiny_model("qwen2")
     rollout = roll(model, g=8, tokens=40)
-    reasons = set(rollout.finish_reasons)
+    reasons = set(reasons_of(rollout))
     assert reasons == {"eos", "length"}
-    for ids, reason in zip(rollout.completions, rollout.finish_reasons):
+    for ids, reason in zip(ids_of(rollout), reasons_of(rollout)):
         assert (ids[-1] == 96) == (reason == "eos")
         assert 96 not in ids[:-1]
         assert len(ids) == 40 if reason == "length" else len(ids) <= 40
@@ -105,19 +105,19 @@ def test_the_ending_id_is_kept_and_rows_end_where_they_should():
 def test_a_stop_string_ends_a_row_at_the_id_that_completes_it():
     model = tiny_model("qwen2")
     free = roll(model, g=4, tokens=40)
-    target = free.texts[0][7:10]  # spans the boundary between two decoding blocks
+    target = texts_of(free)[0][7:10]  # spans the boundary between two decoding blocks
     stopped = roll(model, g=4, tokens=40, stop_strings=[target])
-    assert stopped.finish_reasons[0] == "stop"
-    for ids, text, reason in zip(stopped.completions, stopped.texts, stopped.finish_reasons):
+    assert reasons_of(stopped)[0] == "stop"
+    for ids, text, reason in zip(ids_of(stopped), texts_of(stopped), reasons_of(stopped)):
         assert text.endswith(target) and text.count(target) == 1 if reason == "stop" else target not in text
-    assert stopped.completions[0] == free.completions[0][:10]
-    assert len(stopped.sampler_logps[0]) == 10
+    assert ids_of(stopped)[0] == ids_of(free)[0][:10]
+    assert len(logps_of(stopped)[0]) == 10
 
 
 def test_greedy_is_the_argmax_of_a_full_forward():
     model = tiny_model("llama")
     rollout = generate(model, LetterTokenizer(), PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=0.0))
-    for prompt, completion in zip(PROMPTS, rollout.completions):
+    for prompt, completion in zip(PROMPTS, ids_of(rollout)):
         ids = list(prompt)
         for token in completion:
             assert token == mx.argmax(model(mx.array([ids]))[0, -1]).item()
@@ -127,26 +127,26 @@ def test_greedy_is_the_argmax_of_a_full_forward():
 def test_a_repetition_penalty_changes_what_is_sampled_and_is_in_the_log_probs():
     model = tiny_model("qwen2")
     plain, penalised = roll(model), roll(model, sampling=Sampling(repetition_penalty=1.5))
-    assert plain.completions != penalised.completions
-    prompt, ids = PROMPTS[0], penalised.completions[0]
+    assert ids_of(plain) != ids_of(penalised)
+    prompt, ids = PROMPTS[0], ids_of(penalised)[0]
     logits = np.array(model(mx.array([prompt]))[0, -1])
     seen = sorted(set(prompt))
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.5, logits[seen] * 1.5)
     expected = logits[ids[0]] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-    assert penalised.sampler_logps[0][0] == pytest.approx(expected, abs=1e-4)
+    assert logps_of(penalised)[0][0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_long_prompts_prefill_in_chunks(monkeypatch):
     model = tiny_model("qwen2")
     whole = roll(model)
     monkeypatch.setattr(kv_cache, "PREFILL_CHUNK", 2)
-    assert roll(model).completions == whole.completions
+    assert ids_of(roll(model)) == ids_of(whole)
 
 
 def test_a_prompt_of_one_id_works():
     rollout = roll(tiny_model("qwen2"), [[7], [8, 9, 10]])
-    for n, ids in enumerate(rollout.completions):
-        np.testing.assert_allclose(rollout.sampler_logps[n], full_logps(tiny_model("qwen2"), [[7], [8, 9, 10]][n // 3], ids), atol=2e-4)
+    for n, ids in enumerate(ids_of(rollout)):
+        np.testing.assert_allclose(logps_of(rollout)[n], full_logps(tiny_model("qwen2"), [[7], [8, 9, 10]][n // 3], ids), atol=2e-4)
 
 
 def test_a_cache_whose_state_cannot_be_set_gives_the_same_completions():
@@ -159,7 +159,7 @@ def test_a_cache_whose_state_cannot_be_set_gives_the_same_completions():
     expected = roll(model)
     type(model).make_cache = lambda self: [Sealed() for _ in self.layers]
     try:
-        assert roll(model).completions == expected.completions
+        assert ids_of(roll(model)) == ids_of(expected)
     finally:
         del type(model).make_cache
 
@@ -170,8 +170,8 @@ def test_every_decoder_draws_the_same(kind, options):
     model = tiny_model("qwen2")
     expected = roll(model, prompts=[*PROMPTS, [7]], g=4, tokens=90, decoder=decoder_of(decoding.Decoder, model, **options), **options)
     again = roll(model, prompts=[*PROMPTS, [7]], g=4, tokens=90, decoder=decoder_of(kind, model, **options), **options)
-    assert again.completions == expected.completions and again.finish_reasons == expected.finish_reasons
-    for a, b in zip(again.sampler_logps, expected.sampler_logps):
+    assert ids_of(again) == ids_of(expected) and reasons_of(again) == reasons_of(expected)
+    for a, b in zip(logps_of(again), logps_of(expected)):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
@@ -186,8 +186,8 @@ def test_a_kept_decoder_sees_the_weights_as_they_are():
         before = roll(model, decoder=decoder)
         model.update(tree_map(lambda w: 1.5 * w, model.parameters()))
         after = roll(model, decoder=decoder)
-        assert before.completions != after.completions
-        assert after.completions == roll(model, decoder=decoder_of(decoding.Decoder, model)).completions
+        assert ids_of(before) != ids_of(after)
+        assert ids_of(after) == ids_of(roll(model, decoder=decoder_of(decoding.Decoder, model)))
 
 
 def test_a_compiled_position_is_traced_once_for_each_shape(monkeypatch):

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import mlx.core as mx
@@ -124,7 +124,7 @@ def test_a_run_resumed_from_any_update_is_the_run_in_one_go(tmp_path, course):
         assert train(tmp_path, *options, f"output_dir={other}", more=["--resume"]) == 0
         assert learnt(other / "run") == whole
         states = [json.loads((p / "run" / f"checkpoint-{saved[-1]}" / "trainer_state.json").read_text()) for p in (tmp_path, other)]
-        assert all(states[0][name] == states[1][name] for name in mlx_grpo.RESUMED_STATE)
+        assert all(states[0][name] == states[1][name] for name in ("state", "config", "inputs"))
 
 
 def test_dynamic_sampling_does_draw_more_in_the_course_above(tmp_path):
@@ -385,7 +385,7 @@ def before_saves(monkeypatch, actions):
     real, calls = MLXGRPOTrainer.save_checkpoint, []
 
     def save_checkpoint(self):
-        calls.append(self.update)
+        calls.append(self.state.update)
         actions.get(len(calls), lambda: None)()
         real(self)
 
@@ -463,7 +463,7 @@ def test_a_resumed_run_knows_its_best(finished_run, stopped, monkeypatch):
     state = json.loads((stopped[1] / "checkpoint-3" / "trainer_state.json").read_text())
     trainer = MLXGRPOTrainer(load_config(None, small(finished_run, f"output_dir={stopped[0]}")), stopped[1])
     trainer.resume(stopped[1] / "checkpoint-3")
-    assert (trainer.best, trainer.best_update) == (state["best"], state["best_update"]) and trainer.best >= 0
+    assert dataclasses.asdict(trainer.state) == state["state"] and trainer.state.best >= 0
 
 
 def test_a_lock_holds_while_its_process_lives_and_no_longer(tmp_path):
@@ -484,12 +484,18 @@ def test_a_lock_holds_while_its_process_lives_and_no_longer(tmp_path):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_the_first_evaluation_or_in_an_update_is_a_stop_that_resumes_exactly(finished_run, tmp_path, monkeypatch, capsys, number, status):
-    real = MLXGRPOTrainer.evaluation
-    monkeypatch.setattr(MLXGRPOTrainer, "evaluation", lambda self, split: (self.update in (0, 2) and os.kill(os.getpid(), number), real(self, split))[1])
+    real = MLXGRPOTrainer.evaluate_em
+
+    def interrupted(self, split):
+        if self.state.update in (0, 2):
+            os.kill(os.getpid(), number)
+        return real(self, split)
+
+    monkeypatch.setattr(MLXGRPOTrainer, "evaluate_em", interrupted)
     assert train(finished_run, f"output_dir={tmp_path}") == status
     assert "To continue, run the same command with --resume" in capsys.readouterr().err
     assert train(finished_run, f"output_dir={tmp_path}", more=["--resume"]) == status
-    monkeypatch.setattr(MLXGRPOTrainer, "evaluation", real)
+    monkeypatch.setattr(MLXGRPOTrainer, "evaluate_em", real)
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-0", "checkpoint-1", "checkpoint-2"]
     assert train(finished_run, f"output_dir={tmp_path}", more=["--resume"]) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoint-0")
@@ -660,14 +666,18 @@ def test_memory_that_will_not_suffice_is_said_by_the_estimate(tmp_path, monkeypa
 
 @pytest.mark.parametrize("extra", [[], ["num_iterations=2", "top_entropy_quantile=0.5", "kl_coeff=0.1"], ["micro_batch_tokens=60"]])
 def test_the_longest_batch_is_probed_before_the_first_update(tmp_path, capsys, monkeypatch, extra):
-    shapes, real = [], MLXGRPOTrainer.build_step
+    shapes, real = [], mlx_grpo.Learner.build
 
-    def build_step(self):
-        real(self)
-        gradient = self.gradient
-        self.gradient = lambda batch: (shapes.append({name: a.shape for name, a in batch.items()}), gradient(batch))[1]
+    def build(self, loss):
+        gradient, apply = real(self, loss)
 
-    monkeypatch.setattr(MLXGRPOTrainer, "build_step", build_step)
+        def watched(batch):
+            shapes.append({name: a.shape for name, a in batch.items() if isinstance(a, mx.array)})
+            return gradient(batch)
+
+        return watched, apply
+
+    monkeypatch.setattr(mlx_grpo.Learner, "build", build)
     assert train(tmp_path, *extra) == 0
     shown = capsys.readouterr().out
     assert shown.index("probe  ") < shown.index("before training")
@@ -689,7 +699,7 @@ def test_running_out_of_memory_in_the_probe_is_one_line_before_the_first_update(
     def out_of_memory(self, groups):
         raise error
 
-    monkeypatch.setattr(MLXGRPOTrainer, "trial_gradient", out_of_memory)
+    monkeypatch.setattr(mlx_grpo.Learner, "trial_gradient", out_of_memory)
     assert train(tmp_path) == 1
     line = capsys.readouterr().err
     assert line.startswith(f"Out of memory: {error}") and line.count("\n") == 1
@@ -701,7 +711,7 @@ def test_another_runtime_error_is_no_matter_of_memory(tmp_path, monkeypatch):
     def broken(self, groups):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(MLXGRPOTrainer, "trial_gradient", broken)
+    monkeypatch.setattr(mlx_grpo.Learner, "trial_gradient", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         train(tmp_path)
 
@@ -712,7 +722,11 @@ def test_another_runtime_error_is_no_matter_of_memory(tmp_path, monkeypatch):
 def forge(checkpoint, **changes):
     """Change a checkpoint's state as somebody would who knows of the manifest."""
     path = checkpoint / "trainer_state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    state = json.loads(path.read_text())
+    for name, value in changes.items():
+        part = state["state"] if name in state["state"] else state
+        part[name] = value
+    path.write_text(json.dumps(state))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
@@ -829,7 +843,7 @@ def test_no_shell_no_eval_no_pickle_in_the_program():
 @pytest.mark.slow
 def test_three_hundred_updates_take_no_more_memory_and_time_than_the_first(tmp_path, monkeypatch):
     traces, seen = [], []
-    forward, one_rollout = mlx_grpo.CompletionLogProbs.__call__, MLXGRPOTrainer.one_rollout
+    forward, train_step = mlx_grpo.CompletionLogProbs.__call__, MLXGRPOTrainer.train_step
     compiled = mlx_grpo.compile_works()
 
     def counted(self, batch):
@@ -840,13 +854,13 @@ def test_three_hundred_updates_take_no_more_memory_and_time_than_the_first(tmp_p
 
     def measured(self):
         start = time.perf_counter()
-        result = one_rollout(self)
+        result = train_step(self)
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
         seen.append((time.perf_counter() - start, mx.get_active_memory(), resident, len(traces)))
         return result
 
     monkeypatch.setattr(mlx_grpo.CompletionLogProbs, "__call__", counted)
-    monkeypatch.setattr(MLXGRPOTrainer, "one_rollout", measured)
+    monkeypatch.setattr(MLXGRPOTrainer, "train_step", measured)
     options = ["max_train_samples=300", "batch_size=2", "num_epochs=2", "learning_rate=1e-5", "eval_steps=100", "save_steps=100", "log_completions_steps=10", "use_compile=true", "kl_coeff=0.01"]
     assert train(tmp_path, *options) == 0
     seconds, active, resident, variants = np.array(seen).T
@@ -862,6 +876,5 @@ def test_three_hundred_updates_take_no_more_memory_and_time_than_the_first(tmp_p
 def test_a_model_too_large_for_a_rank_is_refused(monkeypatch, tmp_path):
     trainer = MLXGRPOTrainer(load_config(None, small(tmp_path)), tmp_path / "run")
     monkeypatch.setattr(memory_plan, "memory_bytes", lambda: 5 * 2**20)
-    trainer.ranks = types.SimpleNamespace(size=2)
     with pytest.raises(mlx_grpo.UserError, match="The model does not fit one rank"):
-        memory_plan.print_plan(trainer)
+        memory_plan.print_plan(trainer.work, trainer.config, training=1, held_out=1, updates=1, ranks=2)

@@ -13,9 +13,8 @@ from tiny import ARCHITECTURES, tiny_model
 
 from mlx_grpo.update import fused_head
 import mlx_grpo
-from mlx_grpo.run import dry_run
 from mlx_grpo.update.adapters import save_model
-from mlx_grpo import CompletionLogProbs, Group, MLXGRPOTrainer, left_pad, load_config
+from mlx_grpo import Completion, CompletionLogProbs, Group, MLXGRPOTrainer, left_pad, load_config, trainable_arrays
 
 PROMPTS = [[5, 6, 7, 8, 9], [20, 21], [30, 31, 32]]
 COMPLETIONS = [[1, 2, 3, 4], [5, 6], [7], [8, 9, 10, 11, 12], [13, 14, 15], [16, 17, 18, 96]]  # two a prompt
@@ -154,33 +153,42 @@ def groups_of(trainer, b=3, ragged=True):
     groups = []
     for i in range(b):
         lengths = rng.integers(3, 20, g) if ragged else [10] * g
-        completions = [rng.integers(5, 200, n).tolist() for n in lengths]
+        ids = [rng.integers(5, 200, n).tolist() for n in lengths]
         logps = [rng.uniform(-4, -0.1, n).tolist() for n in lengths]
         reasons = ["length" if n > 16 else "eos" for n in lengths]
         rewards = rng.normal(size=(5, g)) if i != 1 else np.ones((5, g))  # the second group has no signal
-        groups.append(Group(trainer.rows[i], trainer.rows[i]["prompt_ids"], completions, logps, reasons, [""] * g, rewards))
+        parts = zip(ids, logps, reasons, rewards.T.tolist())
+        completions = [Completion(row, logp, [1] * len(row), reason, "", reward) for row, logp, reason, reward in parts]
+        groups.append(Group(trainer.rows[i], trainer.rows[i]["prompt_ids"], completions))
     return groups
 
 
+def train_on(trainer, groups):
+    return trainer.train_on(groups, trainer.advantages(groups)[1])
+
+
+def set_rewards(group, rewards):
+    """rewards: (F, G)"""
+    for completion, values in zip(group.completions, np.array(rewards).T.tolist()):
+        completion.rewards = values
+
+
 def whole_gradient(trainer, groups, micro_batch_tokens, stored=()):
-    trainer.config = dataclasses.replace(trainer.config, micro_batch_tokens=micro_batch_tokens)
-    trainer.build_step()
-    rewards = np.stack([group.rewards for group in groups], axis=1)
-    _, advantages = mlx_grpo.combine_rewards(rewards, trainer.reward_weights, trainer.config)
-    batches = trainer.micro_batches(groups, np.array(advantages))
+    trainer.learner.config = dataclasses.replace(trainer.config, micro_batch_tokens=micro_batch_tokens)
+    batches = trainer.learner.prepare(groups, trainer.advantages(groups)[1])
     rng_shift = 0.3
     total, grads = 0.0, None
     for batch in batches:
         if "old" in stored:
-            logps = trainer.log_probs(batch)[0]
+            logps = trainer.learner.log_probs(batch)[0]
             batch["old_logps"] = logps + rng_shift * mx.sin(batch["ids"].astype(mx.float32))
-        loss, _, part = trainer.gradient(batch)
+        loss, _, part = trainer.learner.gradient(batch)
         grads = part if grads is None else tree_map(mx.add, grads, part)
         total += loss.item()
     return len(batches), total, grads
 
 
-@pytest.mark.parametrize("loss_type", mlx_grpo.CHOICES["loss_type"])
+@pytest.mark.parametrize("loss_type", mlx_grpo.LOSSES)
 def test_micro_batches_add_up_to_the_whole_batchs_gradient(tmp_path, loss_type):
     trainer = trainer_of(tmp_path, f"loss_type={loss_type}", "mask_truncated_completions=true", "kl_coeff=0")
     groups = groups_of(trainer)
@@ -196,18 +204,17 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(tmp_path, loss_type):
 
 def test_a_dry_run_says_what_its_gradient_was_and_does_not_pass_one_that_is_not_finite(tmp_path, capsys):
     trainer = trainer_of(tmp_path)
-    dry_run.dry_run(trainer)
+    trainer.dry_run()
     assert float(capsys.readouterr().out.split("gradient norm ")[1].split(")")[0]) > 0
     trainer.model.model.norm.weight = mx.full(trainer.model.model.norm.weight.shape, mx.nan)
     with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered: in the first backward pass"):
-        dry_run.dry_run(trainer)
+        trainer.dry_run()
 
 
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero(tmp_path):
     trainer = trainer_of(tmp_path)
-    trainer.build_step()
-    groups = trainer.sample_groups(3, {"rollout": 0.0, "reward": 0.0})
-    record = trainer.train_on(groups)[0]
+    groups = trainer.rollout(3, mlx_grpo.Stopwatch())
+    record = train_on(trainer, groups)[0]
     assert record["grad_norm"] > 1e-3
     assert record["clip_ratio/region_mean"] == 0.0
     assert record["mismatch/max"] < 1e-3  # the rollout's log-probs are the training forward's
@@ -217,8 +224,7 @@ def test_compiled_and_eager_updates_agree(tmp_path):
     results = []
     for flag in ("true", "false"):
         trainer = trainer_of(tmp_path, f"use_compile={flag}", "loss_type=dapo")
-        trainer.build_step()
-        results.append((trainer.train_on(groups_of(trainer))[0], trainer.trainable()))
+        results.append((train_on(trainer, groups_of(trainer))[0], trainable_arrays(trainer.model)))
     assert results[0][0]["grad_norm"] == pytest.approx(results[1][0]["grad_norm"], rel=1e-4)
     for name, weight in results[0][1].items():
         np.testing.assert_allclose(np.array(weight), np.array(results[1][1][name]), atol=2e-4)
@@ -226,51 +232,46 @@ def test_compiled_and_eager_updates_agree(tmp_path):
 
 def test_a_batch_without_signal_changes_nothing(tmp_path):
     trainer = trainer_of(tmp_path)
-    trainer.build_step()
-    before = {k: np.array(v) for k, v in trainer.trainable().items()}
+    before = {k: np.array(v) for k, v in trainable_arrays(trainer.model).items()}
     groups = groups_of(trainer)
     for group in groups:
-        group.rewards = np.full_like(group.rewards, 0.1)
-    record = trainer.train_on(groups)[0]
+        set_rewards(group, np.full((5, 4), 0.1))
+    record = train_on(trainer, groups)[0]
     assert record["skipped"] == "no signal"
-    for name, weight in trainer.trainable().items():
+    for name, weight in trainable_arrays(trainer.model).items():
         assert (np.array(weight) == before[name]).all()
 
 
 def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, "max_nan_updates=2")
-    trainer.build_step()
-    before = {k: np.array(v) for k, v in trainer.trainable().items()}
+    before = {k: np.array(v) for k, v in trainable_arrays(trainer.model).items()}
     groups = groups_of(trainer)
-    good = trainer.gradient
-    trainer.gradient = lambda batch: (*good(batch)[:2], tree_map(lambda g: g * mx.nan, good(batch)[2]))
-    assert trainer.train_on(groups)[0]["skipped"] == "non-finite gradient"
-    for name, weight in trainer.trainable().items():
+    good = trainer.learner.gradient
+    trainer.learner.gradient = lambda batch: (*good(batch)[:2], tree_map(lambda g: g * mx.nan, good(batch)[2]))
+    assert train_on(trainer, groups)[0]["skipped"] == "non-finite gradient"
+    for name, weight in trainable_arrays(trainer.model).items():
         assert (np.array(weight) == before[name]).all()
-    trainer.collect = lambda seconds: (seconds.update(rollout=1.0, train=1.0), groups)[1]
-    trainer.build_step = lambda: None
-    monkeypatch.setattr(mlx_grpo.script, "probe_memory", lambda trainer: None)
+    trainer.rollout = lambda count, watch: (watch.seconds.update(rollout=1.0), groups)[1]
+    trainer.learner.probe_memory = lambda *_: None
     with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered: 2 updates in a row"):
         trainer.train()
-    assert [p.name for p in trainer.run_dir.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert [p.name for p in trainer.run_dir.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_the_reference_is_the_policy_at_first_and_stays_behind(tmp_path):
     trainer = trainer_of(tmp_path, "kl_coeff=0.1")
-    trainer.build_step()
     groups = groups_of(trainer)
-    assert trainer.train_on(groups)[0]["kl"] == pytest.approx(0, abs=1e-9)
-    assert trainer.train_on(groups)[0]["kl"] > 1e-6
+    assert train_on(trainer, groups)[0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert train_on(trainer, groups)[0]["kl"] > 1e-6
 
 
 def test_the_adapters_reference_is_the_base(tmp_path):
     for kind in ("lora", "dora"):
         trainer = trainer_of(tmp_path, "kl_coeff=0.1", f"fine_tune_type={kind}")
-        assert all(k.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m") for k in trainer.trainable())
-        trainer.build_step()
+        assert all(k.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m") for k in trainable_arrays(trainer.model))
         groups = groups_of(trainer)
-        assert trainer.train_on(groups)[0]["kl"] == pytest.approx(0, abs=1e-6)
-        assert trainer.train_on(groups)[0]["kl"] > 1e-6
+        assert train_on(trainer, groups)[0]["kl"] == pytest.approx(0, abs=1e-6)
+        assert train_on(trainer, groups)[0]["kl"] > 1e-6
 
 
 def test_the_adapters_of_a_half_precision_model_are_as_it_is_but_for_dora(tmp_path):
@@ -281,36 +282,34 @@ def test_the_adapters_of_a_half_precision_model_are_as_it_is_but_for_dora(tmp_pa
     save_model(folder, model, tokenizer, config, Path("starter/model"), load_config())
     for kind, precision in (("lora", mx.bfloat16), ("dora", mx.float32)):
         trainer = trainer_of(tmp_path, f"model_name={folder}", f"fine_tune_type={kind}", "learning_rate=1e-4")
-        adapters = trainer.trainable()
+        adapters = trainable_arrays(trainer.model)
         assert {a.dtype for name, a in adapters.items() if "lora_" in name} == {precision}
         assert trainer.model(mx.array([[1, 2]])).dtype == mx.bfloat16
-        masters = [a for name, a in tree_flatten(trainer.optimizer.state) if name.endswith("master")]
+        masters = [a for name, a in tree_flatten(trainer.learner.optimizer.state) if name.endswith("master")]
         assert len(masters) == (len(adapters) if kind == "lora" else 0) and all(a.dtype == mx.float32 for a in masters)
-        trainer.build_step()
-        trainer.train_on(groups_of(trainer))
-        moved = [name for name, a in trainer.trainable().items() if mx.any(a != adapters[name]).item()]
+        train_on(trainer, groups_of(trainer))
+        moved = [name for name, a in trainable_arrays(trainer.model).items() if mx.any(a != adapters[name]).item()]
         assert any("lora_b" in name for name in moved)
 
 
 @pytest.mark.parametrize("overrides", [(), ("quantize_for_rollouts=true", "group_size=32"), ("sync_every=2",), ("fine_tune_type=lora", "sync_every=2")])
 def test_a_sampler_keeps_its_decoder_and_gets_the_policys_weights(overrides, tmp_path):
     trainer = trainer_of(tmp_path, *overrides)
-    before, frozen = trainer.decoder, dict(tree_flatten(trainer.sampler.parameters()))
+    before, frozen = trainer.old_policy.decoder, dict(tree_flatten(trainer.model_old.parameters()))
     trainer.model.update(tree_map(lambda w: w + 0.5, trainer.model.trainable_parameters()))
-    trainer.refresh_sampler()
-    assert trainer.decoder is before and trainer.decoder.model is trainer.sampler
-    expected = trainer.frozen_policy(None) if overrides else trainer.model
-    now, fresh = (dict(tree_flatten(model.parameters())) for model in (trainer.sampler, expected))
+    trainer.old_policy.refresh()
+    assert trainer.old_policy.decoder is before and trainer.old_policy.decoder.model is trainer.model_old
+    expected = trainer.old_policy.copy(None) if overrides else trainer.model
+    now, fresh = (dict(tree_flatten(model.parameters())) for model in (trainer.model_old, expected))
     assert now.keys() == fresh.keys() and all(mx.array_equal(now[name], fresh[name]) for name in now)
     assert any(not mx.array_equal(now[name], frozen[name]) for name in now)
 
 
 def test_quantised_rollouts_are_measured_and_corrected(tmp_path):
     trainer = trainer_of(tmp_path, "quantize_for_rollouts=true", "group_size=32")
-    assert mlx_grpo.is_quantized(trainer.sampler) and not mlx_grpo.is_quantized(trainer.model)
+    assert mlx_grpo.is_quantized(trainer.model_old) and not mlx_grpo.is_quantized(trainer.model)
     assert trainer.config.correction == "token_truncate"
-    trainer.build_step()
-    record = trainer.train_on(trainer.sample_groups(3, {"rollout": 0.0, "reward": 0.0}))[0]
+    record = train_on(trainer, trainer.rollout(3, mlx_grpo.Stopwatch()))[0]
     assert record["mismatch/max"] > 1e-3
 
 
@@ -368,8 +367,8 @@ def records_of(folder):
 def test_two_equal_runs_are_equal_to_the_bit(tmp_path):
     (a, log_a), (b, log_b) = (run_and_read(tmp_path, name, "max_train_samples=9") for name in "ab")
     assert log_a == log_b and len([r for r in log_a if "event" not in r]) == 3
-    for name, weight in a.trainable().items():
-        assert (np.array(weight) == np.array(b.trainable()[name])).all()
+    for name, weight in trainable_arrays(a.model).items():
+        assert (np.array(weight) == np.array(trainable_arrays(b.model)[name])).all()
     c, log_c = run_and_read(tmp_path, "c", "max_train_samples=9", "seed=1")
     assert log_c != log_a
 
@@ -380,23 +379,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, extra):
     whole, log = run_and_read(tmp_path, "whole", *options)
     stopped = MLXGRPOTrainer(settings(tmp_path, "run_name=cut", *options), tmp_path / "cut")
     stopped.run_dir.mkdir()
-    one_rollout = stopped.one_rollout
+    train_step = stopped.train_step
 
     def stop_after_the_first():
-        records = one_rollout()
-        stopped.stop_signal = 2
+        records = train_step()
+        stopped.request_stop(2)
         return records
 
-    stopped.one_rollout = stop_after_the_first
+    stopped.train_step = stop_after_the_first
     assert stopped.train() == {}
     resumed = MLXGRPOTrainer(settings(tmp_path, "run_name=cut", *options), tmp_path / "cut")
     resumed.resume(mlx_grpo.find_checkpoint(tmp_path / "cut", ""))
-    assert resumed.update == 1
+    assert resumed.state.update == 1
     resumed.train()
     assert records_of(tmp_path / "cut") == log
     assert (tmp_path / "cut" / "completions.jsonl").read_text() == (tmp_path / "whole" / "completions.jsonl").read_text()
-    for name, weight in whole.trainable().items():
-        assert (np.array(weight) == np.array(resumed.trainable()[name])).all()
+    for name, weight in trainable_arrays(whole.model).items():
+        assert (np.array(weight) == np.array(trainable_arrays(resumed.model)[name])).all()
 
 
 @pytest.mark.parametrize("extra", [[], ["fine_tune_type=lora"], ["fine_tune_type=dora"]])
@@ -424,7 +423,7 @@ def test_a_quantised_model_trains_through_adapters_only(tmp_path):
     with pytest.raises(mlx_grpo.UserError, match="is quantised and cannot be trained in full"):
         trainer_of(tmp_path, f"model_name={folder}", "fine_tune_type=full")
     trainer, records = run_and_read(tmp_path, "qlora", f"model_name={folder}", "max_train_samples=6")
-    assert trainer.trainable() and all("lora" in name for name in trainer.trainable())
+    assert trainable_arrays(trainer.model) and all("lora" in name for name in trainable_arrays(trainer.model))
     assert any(record.get("grad_norm", 0) > 0 for record in records)
     from mlx_lm import load
 
@@ -436,19 +435,20 @@ def test_a_quantised_model_trains_through_adapters_only(tmp_path):
 
 def test_dynamic_sampling_replaces_groups_without_signal(tmp_path):
     trainer = trainer_of(tmp_path, "dynamic_sampling_max_batches=3")
-    real, calls = trainer.sample_groups, []
+    real, calls, trained = trainer.rollout, [], []
 
-    def sample_groups(count, seconds):
-        groups = real(count, seconds)
+    def rollout(count, watch):
+        groups = real(count, watch)
         calls.append(count)
         for i, group in enumerate(groups):
-            group.rewards = np.arange(20.0).reshape(5, 4) if len(calls) > 1 or i == 0 else np.ones((5, 4))
+            set_rewards(group, np.arange(20.0).reshape(5, 4) if len(calls) > 1 or i == 0 else np.ones((5, 4)))
         return groups
 
-    trainer.sample_groups = sample_groups
-    groups = trainer.collect({"rollout": 0.0, "reward": 0.0})
-    assert calls == [3, 2] and trainer.cursor == 5
-    assert len(groups) == 3 and all(group.has_signal(trainer.reward_weights, trainer.config) for group in groups)
+    trainer.rollout = rollout
+    trainer.train_on = lambda groups, advantages: trained.extend(groups) or []
+    trainer.train_step()
+    assert calls == [3, 2] and trainer.state.cursor == 5
+    assert len(trained) == 3 and all(map(trainer.has_signal, trained))
 
 
 @pytest.mark.slow
@@ -465,7 +465,7 @@ def test_the_quickstart_learns(tmp_path):
 OFF_POLICY = ["num_iterations=2", "learning_rate=0.002", "warmup_ratio=0", "lr_scheduler_type=constant"]
 VARIANTS = {
     "grpo": [],
-    **{loss: [f"loss_type={loss}"] for loss in mlx_grpo.CHOICES["loss_type"] if loss != "grpo"},
+    **{loss: [f"loss_type={loss}"] for loss in mlx_grpo.LOSSES if loss != "grpo"},
     "sequence level": ["importance_sampling_level=sequence"],
     "clip_eps": ["clip_eps=0.01"],
     "clip_eps_high": ["clip_eps_high=0.9"],
@@ -499,15 +499,15 @@ VARIANTS = {
 
 def updated(tmp_path, options):
     trainer = trainer_of(tmp_path, *OFF_POLICY, *options)
-    trainer.build_step()
     groups = groups_of(trainer)
     for group in groups:  # a sampler not far from the policy, so that the corrections are neither all 1 nor all 0
         prompt = mlx_grpo.left_pad([group.prompt], len(group.prompt))
-        for i, ids in enumerate(group.completions):
-            logps = trainer.log_probs({"prompts": prompt[0], "pads": prompt[1], "ids": mx.array([ids])})[0]
-            group.sampler_logps[i] = (np.array(logps[0]) + 0.5 * np.sin(np.arange(len(ids)) + 1) + 0.3 * (-1) ** i).tolist()
-    records = trainer.train_on(groups)
-    return records, np.concatenate([np.array(w).ravel() for w in trainer.trainable().values()])
+        for i, completion in enumerate(group.completions):
+            batch = {"prompts": prompt[0], "pads": prompt[1], "ids": mx.array([completion.ids])}
+            logps = np.array(trainer.learner.log_probs(batch)[0][0])
+            completion.sampler_logps = (logps + 0.5 * np.sin(np.arange(len(logps)) + 1) + 0.3 * (-1) ** i).tolist()
+    records = train_on(trainer, groups)
+    return records, np.concatenate([np.array(w).ravel() for w in trainable_arrays(trainer.model).values()])
 
 
 def test_every_objective_and_every_option_changes_the_weights(tmp_path):

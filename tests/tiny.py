@@ -40,3 +40,22 @@ class LetterTokenizer:
 
     def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(33 + i) for i in ids if not (skip_special_tokens and i in self.eos_token_ids))
+
+
+# The parts of a rollout, a list of Completion, as lists.
+
+
+def ids_of(rollout) -> list[list[int]]:
+    return [completion.ids for completion in rollout]
+
+
+def logps_of(rollout) -> list[list[float]]:
+    return [completion.sampler_logps for completion in rollout]
+
+
+def reasons_of(rollout) -> list[str]:
+    return [completion.finish_reason for completion in rollout]
+
+
+def texts_of(rollout) -> list[str]:
+    return [completion.text for completion in rollout]

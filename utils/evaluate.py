@@ -111,21 +111,21 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
     each = samples or 1
     for start in range(0, len(rows), BATCH):
         part = range(start, min(start + BATCH, len(rows)))
-        rollout = mlx_grpo.generate(
+        completions = mlx_grpo.generate(
             model, tokenizer, [prompts[i] for i in part], num_generations=each, stop_strings=config.stop_strings,
-            sampling=sampling, decoder=decoder,
+            sampling=sampling, decoder=decoder, prefix=config.completion_prefix,
             max_new_tokens=config.eval_max_new_tokens or config.max_completion_length,
             keys=[mlx_grpo.random_key("evaluate", config.seed, i) for i in part],
             kv_budget=int(config.kv_budget_gb * 2**30), progress=progress,
         )  # fmt: skip
-        for n, (text, ids, reason) in enumerate(zip(rollout.texts, rollout.completions, rollout.finish_reasons)):
-            row, text = rows[part[n // each]], config.completion_prefix + text
+        for n, completion in enumerate(completions):
+            row, text = rows[part[n // each]], completion.text
             tagged, gold = mlx_grpo.extract_xml_answer(text), row["answer"]
             strict, lenient = (None, None) if gold is None else mlx_grpo.grade(text, gold)
             yield {
                 "index": part[n // each], "sample": n % each if samples else None, "question": row["prompt"], "gold": gold,
                 "text": text, "answer_strict": tagged, "answer_lenient": tagged or last_number(text),
-                "strict": strict, "lenient": lenient, "tokens": len(ids), "finish_reason": reason,
+                "strict": strict, "lenient": lenient, "tokens": len(completion.ids), "finish_reason": completion.finish_reason,
             }  # fmt: skip
 
 

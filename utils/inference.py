@@ -280,13 +280,14 @@ def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
     start, written = time.perf_counter(), 0
     for first in range(0, len(rows), FILE_BATCH):
         part = range(first, min(first + FILE_BATCH, len(rows)))
-        rollout = mlx_grpo.generate(
+        completions = mlx_grpo.generate(
             model, tokenizer, [prompts[i] for i in part], sampling=sampling, max_new_tokens=args.max_tokens,
             keys=[mlx_grpo.random_key("inference", args.seed, i) for i in part], decoder=decoder,
         )  # fmt: skip
-        for i, text, ids, reason in zip(part, rollout.texts, rollout.completions, rollout.finish_reasons):
-            print(json.dumps({**rows[i], "completion": text, "tokens": len(ids), "finish_reason": reason}, ensure_ascii=False))
-            written += len(ids)
+        for i, completion in zip(part, completions):
+            facts = {"completion": completion.text, "tokens": len(completion.ids), "finish_reason": completion.finish_reason}
+            print(json.dumps({**rows[i], **facts}, ensure_ascii=False))
+            written += len(completion.ids)
         sys.stdout.flush()
     if args.verbose:
         seconds = time.perf_counter() - start

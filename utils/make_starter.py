@@ -313,10 +313,10 @@ def measure(folder, rows):
     for name, temperature, prefix in (("greedy", 0.0, ""), ("sampled", 1.0, ""), ("primed greedy", 0.0, "<reasoning>\n")):
         prompts = [mlx_grpo.build_prompt(tokenizer, row["question"], SYSTEM_PROMPT, prefix) for row in rows]
         sampling = mlx_grpo.Sampling(temperature)
-        rollout = mlx_grpo.generate(model, tokenizer, prompts, sampling=sampling, max_new_tokens=96, stop_strings=["</answer>"], keys=keys)
-        hits = [mlx_grpo.grade(prefix + text, answer) for text, answer in zip(rollout.texts, gold)]
+        completions = mlx_grpo.generate(model, tokenizer, prompts, sampling=sampling, max_new_tokens=96, stop_strings=["</answer>"], keys=keys, prefix=prefix)
+        hits = [mlx_grpo.grade(completion.text, answer) for completion, answer in zip(completions, gold)]
         figures[f"{name} strict"], figures[f"{name} lenient"] = np.mean(hits, axis=0)
-        figures[f"{name} prompt tokens"], figures[f"{name} completion tokens"] = fmean(map(len, prompts)), fmean(map(len, rollout.completions))
+        figures[f"{name} prompt tokens"], figures[f"{name} completion tokens"] = fmean(map(len, prompts)), fmean(len(c.ids) for c in completions)
     return figures
 
 

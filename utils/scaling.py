@@ -56,12 +56,11 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> None:
     ])  # fmt: skip
     trainer = mlx_grpo.MLXGRPOTrainer(config, folder, ranks)
     trainer.tokenizer.eos_token_ids = set()
-    trainer.build_step()
     found = []
     for _ in range(args.repeats + 1):  # the first compiles
         ranks.gather(None)
         start = time.perf_counter()
-        record = trainer.one_rollout()[-1]
+        record = trainer.train_step()[-1]
         ranks.gather(None)
         found.append({**record, "wall": time.perf_counter() - start})
     found = found[1:]
@@ -69,7 +68,7 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> None:
     peaks = ranks.gather(mx.get_peak_memory() / 2**30)
     middle = lambda value: median(map(value, found))  # noqa: E731
     share = lambda value: f"{100 * middle(lambda r: value(r) / r['wall']):.1f}%"  # noqa: E731
-    trained = sum(p.size for p in trainer.trainable().values())
+    trained = sum(p.size for p in mlx_grpo.trainable_arrays(trainer.model).values())
     print(f"{args.preset}, {trained / 1e6:.1f}M trained; {args.prompts} prompts of {args.prompt_tokens} tokens x {args.completions} completions of "
           f"{args.tokens}, over all ranks; median of {args.repeats}\n{machine()}\n")  # fmt: skip
     print_table([

@@ -158,13 +158,15 @@ def lock_directory(path: Path):
 class RunLogs:
     """The run's NAME.jsonl files. What a full disk refuses waits in memory, in order."""
 
-    def __init__(self, run_dir: Path):
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, enabled: bool = True):
+        self.run_dir, self.enabled = run_dir, enabled
         self.waiting = []  # (path, line)
 
-    def add(self, name: str, record: dict) -> None:
-        """Append one line to NAME.jsonl, out of the process when this returns."""
-        self.waiting.append((self.run_dir / f"{name}.jsonl", json.dumps(record) + "\n"))
+    def add(self, name: str, *records: dict) -> None:
+        """Append a line for each record to NAME.jsonl, out of the process when this returns."""
+        if not self.enabled:
+            return
+        self.waiting += [(self.run_dir / f"{name}.jsonl", json.dumps(record) + "\n") for record in records]
         with contextlib.suppress(OSError):  # the next save meets it too, and says so
             self.write()
 

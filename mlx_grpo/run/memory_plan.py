@@ -131,42 +131,40 @@ def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[s
     return lines
 
 
-def work_of(trainer) -> Work:
-    """What the memory plan counts with: this model, these settings, the longest prompt."""
-    config, model, args = trainer.config, trainer.model, trainer.model.args
+def work_of(learner, lengths: set[int], rows: int) -> Work:
+    """What the memory plan counts with. lengths: of all prompts, in tokens; rows: completions an update on this rank."""
+    config, model, args = learner.config, learner.model, learner.model.args
     arrays = [p for _, p in tree_flatten(model.parameters())]
     hidden = getattr(args, "hidden_size", 1024)
-    lengths = {len(row["prompt_ids"]) for row in trainer.rows}
     times_kept = 0 if on_cuda() else 2 if mx.default_device() == mx.gpu else 1
     return Work(
-        weights=sum(p.nbytes for p in arrays), trained=sum(p.size for p in trainer.trainable().values()),
+        weights=sum(p.nbytes for p in arrays), trained=sum(p.size for p in [p for _, p in tree_flatten(model.trainable_parameters())]),
         item=2 if any(p.dtype in (mx.bfloat16, mx.float16) for p in arrays) else 4, hidden=hidden,
         wide=getattr(args, "intermediate_size", 4 * hidden), scores=times_kept * getattr(args, "num_attention_heads", 16),
         layers=len(model.layers), vocabulary=getattr(args, "vocab_size", 1), kv_per_token=kv_bytes_per_token(model),
-        rows=-(-trainer.prompts_per_update // trainer.ranks.size) * config.num_generations, generations=config.num_generations,
-        shares_prompts=trainer.log_probs.shares_padded or trainer.log_probs.share_prompts and len(lengths) == 1,
-        shares_padded=trainer.log_probs.shares_padded, prompt=bucket(max(lengths)), completion=bucket(config.rollout_tokens),
-        has_reference=trainer.reference is not None and not adapter_layers(model),
-        micro_batch_tokens=config.micro_batch_tokens, grad_checkpoint=config.grad_checkpoint, head_chunk=trainer.head_chunk, lanes=lane_count(),
-        kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4, ahead=AHEAD, memory_limit=trainer.memory_limit,
+        rows=rows, generations=config.num_generations,
+        shares_prompts=learner.log_probs.shares_padded or learner.log_probs.share_prompts and len(lengths) == 1,
+        shares_padded=learner.log_probs.shares_padded, prompt=bucket(max(lengths)), completion=bucket(config.rollout_tokens),
+        has_reference=learner.ref_log_probs is not None and not adapter_layers(model),
+        micro_batch_tokens=config.micro_batch_tokens, grad_checkpoint=config.grad_checkpoint, head_chunk=learner.head_chunk, lanes=lane_count(),
+        kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4, ahead=AHEAD, memory_limit=learner.memory_limit,
     )  # fmt: skip
 
 
-def print_plan(trainer) -> None:
+def print_plan(work: Work, config, training: int, held_out: int, updates: int, ranks: int) -> None:
     """What the run will do, and hold. Raises UserError where several ranks cannot hold it."""
-    config = trainer.config
-    count = sum(p.size for p in trainer.trainable().values())
-    rows = trainer.prompts_per_update * config.num_generations
-    print(f"model      {config.model_name}: {count / 1e6:.2f}M trainable parameters, on {mx.default_device()}")
-    print(f"data       {len(trainer.rows)} training prompts, {len(trainer.eval_rows['test'])} held-out")
-    print(f"updates    {trainer.updates} of {trainer.prompts_per_update} prompts x {config.num_generations} completions")
-    print(f"tokens     at most {rows * config.rollout_tokens * trainer.updates // config.num_iterations:,} sampled")
-    if trainer.ranks.size > 1:
-        print(f"ranks      {trainer.ranks.size}, each with the whole model and its share of the prompts: the memory below is one rank's")
-    held = {name: size / GB for name, size in plan(work_of(trainer)).items()}
+    prompts = config.batch_size * config.gradient_accumulation_steps
+    rows = prompts * config.num_generations
+    print(f"model      {config.model_name}: {work.trained / 1e6:.2f}M trainable parameters, on {mx.default_device()}")
+    print(f"data       {training} training prompts, {held_out} held-out")
+    print(f"updates    {updates} of {prompts} prompts x {config.num_generations} completions")
+    print(f"tokens     at most {rows * config.rollout_tokens * updates // config.num_iterations:,} sampled")
+    if ranks > 1:
+        print(f"ranks      {ranks}, each with the whole model and its share of the prompts: the memory below is one rank's")
+    held = {name: size / GB for name, size in plan(work).items()}
     if held["peak"] * GB > memory_bytes():
         print(f"Warning: memory may not suffice: about {held['peak']:.1f} GB at the peak of {memory_bytes() / GB:.1f} GB. {LESS_MEMORY}", file=sys.stderr)
-    if trainer.ranks.size > 1 and held["weights"] + held["optimizer"] > memory_bytes() / GB:
+    if ranks > 1 and held["weights"] + held["optimizer"] > memory_bytes() / GB:
         raise UserError(
             f"The model does not fit one rank: weights and optimizer take {held['weights'] + held['optimizer']:.1f} GB of "
             f"{memory_bytes() / GB:.1f} GB, and ranks hold the whole model. Train adapters, quantise it, or take a smaller one"

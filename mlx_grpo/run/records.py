@@ -15,12 +15,12 @@ def completion_records(update: int, groups: list, names: list[str]) -> list[dict
     """The lines of completions.jsonl for an update's groups. names: of the reward functions, in the order of their rewards."""
     return [
         {
-            "update": update, "prompt": group.row["prompt"], "answer": group.row["answer"], "completion": text,
-            "rewards": {n: None if np.isnan(r) else float(r) for n, r in zip(names, rewards)},
-            "finish_reason": reason, "length": len(ids),
+            "update": update, "prompt": group.row["prompt"], "answer": group.row["answer"], "completion": completion.text,
+            "rewards": {name: None if np.isnan(r) else r for name, r in zip(names, completion.rewards)},
+            "finish_reason": completion.finish_reason, "length": len(completion.ids),
         }
         for group in groups
-        for text, reason, rewards, ids in zip(group.texts, group.finish_reasons, group.rewards.T, group.completions)
+        for completion in group.completions
     ]  # fmt: skip
 
 
@@ -30,31 +30,34 @@ def nan_mean(values: np.ndarray) -> float | None:
     return float(known.mean()) if known.size else None
 
 
-def update_facts(trainer, groups: list, names: list[str], prompts_drawn: int, sampled: int, seconds: dict) -> dict:
-    """What the log says of an update's completions and of its time.
-
-    names: of the reward functions; prompts_drawn, sampled: prompts and completion tokens, those of replaced groups included; seconds: by phase.
-    """
-    lengths = np.array([len(c) for group in groups for c in group.completions])
-    per_function = np.stack([group.rewards for group in groups], axis=1)  # (F, B, G)
-    scored = trainer.totals[~np.isnan(trainer.totals)]
-    record = {
-        "epoch": round(trainer.cursor / len(trainer.rows), 4),
-        "reward_mean": float(scored.mean()) if scored.size else None,
-        "reward_std": float(scored.std()) if scored.size else None,
-        **{f"rewards/{name}": nan_mean(r) for name, r in zip(names, per_function)},
+def update_facts(groups: list, rewards: np.ndarray, advantages: np.ndarray, names: list[str]) -> dict:
+    """What the log says of an update's completions. rewards, advantages: (B, G); names: of the reward functions."""
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = np.array([len(completion.ids) for completion in completions])
+    per_function = np.array([completion.rewards for completion in completions]).T  # (F, N)
+    return {
+        "reward_mean": nan_mean(rewards),
+        "reward_std": float(np.nanstd(rewards)) if not np.isnan(rewards).all() else None,
+        **{f"rewards/{name}": nan_mean(values) for name, values in zip(names, per_function)},
         "completion_length_mean": float(lengths.mean()),
         "completion_length_max": int(lengths.max()),
-        "truncated_fraction": float(np.mean([r == "length" for group in groups for r in group.finish_reasons])),
-        "zero_signal_fraction": float(np.mean(~trainer.advantages.any(axis=1))),
+        "truncated_fraction": float(np.mean([completion.finish_reason == "length" for completion in completions])),
+        "zero_signal_fraction": float(np.mean(~advantages.any(axis=1))),
+    }
+
+
+def time_facts(groups: list, seconds: dict, prompts_drawn: int, num_iterations: int) -> dict:
+    """What the log says of an update's time and memory. prompts_drawn: those of replaced groups included."""
+    trained = sum(len(completion.ids) for group in groups for completion in group.completions)
+    sampled = int(trained * prompts_drawn / len(groups))  # replaced groups cost the same each
+    return {
+        "sampled": sampled,
         "prompts_drawn": prompts_drawn,
         "rollout_tokens_per_s": sampled / seconds["rollout"],
-        "train_tokens_per_s": int(lengths.sum()) * trainer.config.num_iterations / seconds["train"],
+        "train_tokens_per_s": trained * num_iterations / seconds["train"],
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
         "peak_memory_gb": mx.get_peak_memory() / 2**30,
-        "total_tokens": trainer.tokens,
     }
-    return record if trainer.reference else {"kl": 0.0, **record}
 
 
 def machine_facts(memory: int) -> dict:

@@ -271,21 +271,21 @@ def reward_words(record: dict) -> str:
 
 
 @contextlib.contextmanager
-def stopping_on_signals(trainer):
-    """Ctrl-C and SIGTERM let the update finish and be saved; a second one stops at once."""
+def stopping_on_signals(request_stop, monitor: Monitor, with_hangup: bool):
+    """Ctrl-C and SIGTERM let the update finish and be saved, by request_stop(number); a second one stops at once."""
     received = []
 
     def on_signal(number, frame):
         if received:
-            trainer.monitor.abandon()
+            monitor.abandon()
             os._exit(128 + number)
         received.append(number)
         if number == signal.SIGHUP:  # the launcher's connection is gone, and the terminal with it
             sys.stdout = sys.stderr = open(os.devnull, "w")
-        trainer.stop_signal = number
-        trainer.monitor.stopping()
+        request_stop(number)
+        monitor.stopping()
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[: 2 if trainer.ranks.size == 1 else 3]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[: 3 if with_hangup else 2]
     previous = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield

@@ -28,6 +28,11 @@ def without_adapters(model):
     return base
 
 
+def reference_copy(model):
+    """The policy as it is now, for the KL: under adapters the same weights without them, for no memory."""
+    return without_adapters(model) if adapter_layers(model) else shared_copy(model)
+
+
 def fused(model):
     """The model with its adapters merged into full-precision weights, sharing every other array."""
     merged = shared_copy(model)

@@ -33,28 +33,38 @@ def micro_batches(groups: list, advantages: np.ndarray, config, ranks, shares_pa
     shares_padded: whether a padded prompt is computed once for its group's rows.
     """
     g = config.num_generations
-    lengths = [[0 if config.mask_truncated_completions and r == "length" else len(c) for c, r in zip(x.completions, x.finish_reasons)] for x in groups]
-    tokens = mx.array(float(sum(map(sum, lengths))))
+    tokens = mx.array(float(sum(sum(trained(c, config)) for group in groups for c in group.completions)))
 
     def cost(count: int, prompt: int, longest: int, rows: int) -> int:
         """Positions of `count` groups, padded: `rows` rows each, of prompts and completions up to these lengths."""
         return bucket(count, 1) * ((1 if shares_padded else rows) * bucket(prompt) + rows * bucket(longest))
 
     def whole(b: int) -> int:
-        return cost(1, len(groups[b].prompt), max(map(len, groups[b].completions)), g)
+        return cost(1, len(groups[b].prompt), longest_completion(groups[b]), g)
 
     # Where nothing but the rewards drives the loss, groups without signal have no gradient: only the totals count them.
     used = [b for b in range(len(groups)) if not config.rewards_drive_alone or np.any(advantages[b])]
-    used.sort(key=lambda b: max(map(len, groups[b].completions)))
+    used.sort(key=lambda b: longest_completion(groups[b]))
     used = ranks.balanced(used, whole)
     if not used:
         return []
     units, k = cut(groups, used, cost, sum(map(whole, used)), config)
-    batches = [collate(groups, advantages, lengths, unit, k, shares_padded) for unit in units]
+    batches = [collate(groups, advantages, unit, k, config, shares_padded) for unit in units]
     totals = {"rows": mx.array(float(len(groups) * g)), "tokens": tokens, "entropy_tokens": tokens}
     for batch in batches:
         batch["totals"] = totals
     return batches
+
+
+def longest_completion(group) -> int:
+    return max(len(completion.ids) for completion in group.completions)
+
+
+def trained(completion, config) -> list[int]:
+    """1 for each id of a completion that the loss is taken of, else 0."""
+    if config.mask_truncated_completions and completion.finish_reason == "length":
+        return [0] * len(completion.ids)
+    return completion.mask
 
 
 def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[list], int]:
@@ -67,12 +77,12 @@ def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[l
     budget = config.micro_batch_tokens // side_by_side
     parts = side_by_side * math.ceil(total / config.micro_batch_tokens) if total >= side_by_side * LANE_POSITIONS else 1
     # Rows of a group that go together: all of them, unless one group alone is over the budget, or parts are too few.
-    widest = max(len(groups[b].prompt) for b in used), max(len(c) for b in used for c in groups[b].completions)
+    widest = max(len(groups[b].prompt) for b in used), max(longest_completion(groups[b]) for b in used)
     fits = lambda k: cost(1, *widest, k) <= budget and len(used) * g // k >= parts  # noqa: E731
     k = next(k for k in range(g, 0, -1) if g % k == 0 and (k == 1 or fits(k)))
 
     def positions(unit):
-        longest = max(len(c) for b, first in unit for c in groups[b].completions[first : first + k])
+        longest = max(len(c.ids) for b, first in unit for c in groups[b].completions[first : first + k])
         return cost(len(unit), max(len(groups[b].prompt) for b, _ in unit), longest, k)
 
     first, *rest = [(b, start) for b in used for start in range(0, g, k)]
@@ -86,11 +96,11 @@ def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[l
     return units, k
 
 
-def collate(groups: list, advantages: np.ndarray, lengths: list[list[int]], unit: list, k: int, shares_padded: bool) -> dict:
-    """The arrays of a unit, padded to bucketed shapes; lengths: of each completion, the tokens that are trained."""
+def collate(groups: list, advantages: np.ndarray, unit: list, k: int, config, shares_padded: bool) -> dict:
+    """The arrays of a unit, padded to bucketed shapes."""
     rows = [(b, i) for b, first in unit for i in range(first, first + k)]
     count = bucket(len(unit), 1)
-    width = bucket(max(len(groups[b].completions[i]) for b, i in rows))
+    width = bucket(max(len(groups[b].completions[i].ids) for b, i in rows))
     prompts = [groups[b].prompt for b, _ in unit]
     prompts += prompts[:1] * (count - len(unit))
     # Where a padded prompt cannot be shared, one of exact length can; elsewhere few shapes are worth more.
@@ -99,10 +109,11 @@ def collate(groups: list, advantages: np.ndarray, lengths: list[list[int]], unit
     arrays = {name: np.zeros((count * k, width), kind) for name, kind in
               (("ids", np.int32), ("mask", np.float32), ("sampler_logps", np.float32))}  # fmt: skip
     for n, (b, i) in enumerate(rows):
-        ids = groups[b].completions[i]
-        arrays["ids"][n, : len(ids)] = ids
-        arrays["mask"][n, : lengths[b][i]] = 1
-        arrays["sampler_logps"][n, : len(ids)] = groups[b].sampler_logps[i]
+        completion = groups[b].completions[i]
+        length = len(completion.ids)
+        arrays["ids"][n, :length] = completion.ids
+        arrays["mask"][n, :length] = trained(completion, config)
+        arrays["sampler_logps"][n, :length] = completion.sampler_logps
     flat = np.zeros(count * k, np.float32)
     flat[: len(rows)] = [advantages[b, i] for b, i in rows]
     batch = {"prompts": tokens, "advantages": mx.array(flat), **{n: mx.array(a) for n, a in arrays.items()}}
