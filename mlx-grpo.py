@@ -147,7 +147,7 @@ class MLXGRPOConfig:
     group_size: int = 64  # of that copy: weights that share a scale
     sync_every: int = 1  # updates between refreshes of the sampler's weights; above 1 it is stale, and corrected
     # Objective
-    loss_type: str = "grpo"  # the objective, by its name in the table LOSSES; the recipes say when to use which
+    loss_type: str = "grpo"  # the objective, by its name in the table LOSSES
     importance_sampling_level: str = "token"  # or sequence (GSPO, arXiv 2507.18071)
     num_iterations: int = 1  # updates a rollout is used for (mu in the paper)
     clip_eps: float = 0.2  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]; for gmpo the log of it to [-clip_eps, clip_eps_high]
@@ -763,7 +763,8 @@ def clipped_weight(x: Tokens, clip_eps_high) -> mx.array:
 def sigmoid_gate(x: Tokens, sapo_temperature_pos, sapo_temperature_neg) -> mx.array:
     """-(4/tau) sigmoid(tau (r - 1)) A: soft in place of the clip, steeper for A <= 0 (SAPO, arXiv 2511.20347, eq. 6)."""
     tau = mx.where(x.advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
-    return -(4 / tau) * mx.sigmoid(tau * (x.ratio - 1)) * x.advantages
+    gate = 1 / (1 + mx.exp(-tau * (x.ratio - 1)))  # the gradient of mx.sigmoid, s (1 - s), rounds to 0 as s nears 1
+    return -(4 / tau) * gate * x.advantages
 
 
 def gamma_weight(x: Tokens, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg) -> mx.array:
