@@ -80,7 +80,9 @@ from mlx_grpo.run.checkpoints import RESUMED_STATE, read_checkpoint, write_check
 from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.run.directory import RunLogs, choose_run_dir, find_checkpoint, lock_directory, write_directory
 from mlx_grpo.scoring import load_rewards, name_of, score
-from mlx_grpo.settings import CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record
+from mlx_grpo.settings import (
+    CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record,
+)  # fmt: skip
 from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
 from mlx_grpo.run.dry_run import dry_run, probe_memory
 
@@ -150,18 +152,18 @@ class MLXGRPOConfig:
     loss_type: str = "grpo"  # the objective, by its name in the table LOSSES
     importance_sampling_level: str = "token"  # or sequence (GSPO, arXiv 2507.18071)
     num_iterations: int = 1  # updates a rollout is used for (mu in the paper)
-    clip_eps: float = 0.2  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]; for gmpo the log of it to [-clip_eps, clip_eps_high]
+    clip_eps: float = 0.2  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]; gmpo clips its log
     clip_eps_high: float | None = None  # DAPO's clip-higher; none for clip_eps. For cispo the bound itself, about 5
     delta: float | None = None  # upper bound of the ratio for negative advantages (INTELLECT-2, arXiv 2505.07291)
     kl_coeff: float = 0.0  # beta; above 0 a frozen reference is kept (the same weights, adapters off, under LoRA)
     use_bias_correction_kl: bool = False  # weigh the KL by the ratio, so that its gradient is unbiased off-policy
     advantage_estimator: str = "group"  # how rewards become advantages, by its name in the table ESTIMATORS
-    scale_rewards: str = "group"  # divide group advantages by the standard deviation of group or batch, or none
+    scale_rewards: str = "group"  # group advantages are divided by the deviation of group or batch, or none
     mask_truncated_completions: bool = False  # leave completions cut at the length limit out of the loss
     top_entropy_quantile: float = 1.0  # train only this share of positions, those of highest entropy
-    entropy_coef: float = 0.0  # bonus per nat of a trained token's mean entropy; with use_adaptive_entropy where it starts
-    use_adaptive_entropy: bool = False  # change entropy_coef after each update, to hold the entropy up (arXiv 2505.22312)
-    entropy_target: float = 0.2  # nats a token: at most this, the bonus is paid and the coefficient rises; above it falls
+    entropy_coef: float = 0.0  # bonus per nat of a trained token's mean entropy; the first, where adaptive
+    use_adaptive_entropy: bool = False  # move entropy_coef to hold the entropy up (arXiv 2505.22312)
+    entropy_target: float = 0.2  # nats a token; at most this, the bonus is paid and entropy_coef rises, else it falls
     entropy_coef_delta: float = 0.005  # by so much an update
     entropy_coef_min: float = 0.0  # within this
     entropy_coef_max: float = 1.0  # and this
@@ -171,10 +173,10 @@ class MLXGRPOConfig:
     sampler_correction_max: float = 3.0  # upper end of the correction's range
     sapo_temperature_pos: float = 1.0  # SAPO's gate for positive advantages (arXiv 2511.20347)
     sapo_temperature_neg: float = 1.05  # and for the others
-    vespo_k_pos: float = 2.0  # VESPO's weight w^k e^(lambda (1 - w)) of a row's ratio w (arXiv 2602.10693): k for advantages of at least 0
-    vespo_lambda_pos: float = 3.0  # and lambda
+    vespo_k_pos: float = 2.0  # k of VESPO's weight w^k e^(lambda (1 - w)), for advantages of at least 0
+    vespo_lambda_pos: float = 3.0  # and its lambda (arXiv 2602.10693)
     vespo_k_neg: float = 3.0  # k for negative advantages
-    vespo_lambda_neg: float = 2.0  # and lambda
+    vespo_lambda_neg: float = 2.0  # and their lambda
     dynamic_sampling_max_batches: int = 0  # times a batch's groups without signal are replaced by fresh prompts (DAPO)
     # Optimisation
     learning_rate: float = 1e-6  # peak; about 1e-6 for full fine-tuning, 1e-5 for adapters
@@ -562,8 +564,9 @@ def generate(
 # ---------------------------------------------------------------------------------------------------------------
 # Objective: pure functions of arrays
 # ---------------------------------------------------------------------------------------------------------------
-# Rewards (B, G) -> ESTIMATORS -> advantages (B, G), a row's own -> LOSSES -> the loss of N = B*G rows and its metrics.
-# An entry of either table is all that an estimator or a loss needs; CONTRIBUTING.md says how one is added.
+#     rewards (B, G) -- ESTIMATORS --> advantages (B, G) -- LOSSES --> the loss of N = B*G rows, and its metrics
+#
+# An entry of a table is all that an estimator or a loss needs; CONTRIBUTING.md says how one is added.
 
 
 @dataclass(frozen=True)
@@ -587,7 +590,8 @@ class ScoredGroups:
         # Equality is exact: rounding in the mean must not make a tiny advantage that a division blows up.
         highest = mx.where(scored, known, -mx.inf).max(axis=1, keepdims=True)
         lowest = mx.where(scored, known, mx.inf).min(axis=1, keepdims=True)
-        return cls(known, scored, count, mean, mx.where(scored, known - mean, 0.0), scored & (highest > lowest))
+        centred = mx.where(scored, known - mean, 0.0)
+        return cls(known, scored, count, mean, centred, signal=scored & (highest > lowest))
 
 
 def scaled_by_deviation(groups: ScoredGroups, scale_rewards: str) -> mx.array:
@@ -611,9 +615,9 @@ def leave_one_out(groups: ScoredGroups) -> mx.array:
 
 
 def batch_normalised(groups: ScoredGroups) -> mx.array:
-    """REINFORCE++ with baseline (arXiv 2501.03262): r less its group's mean, over the batch's standard deviation of that.
+    """REINFORCE++ with baseline (arXiv 2501.03262): r less its group's mean, over the batch's deviation of that.
 
-    Its mean over the batch need not be subtracted: every group's is 0. Lone rows have no baseline and do not count.
+    The mean over the batch need not be subtracted: every group's is 0. Lone rows have no baseline, and do not count.
     """
     counted = groups.scored & (groups.count > 1)
     variance = mx.where(counted, groups.centred**2, 0.0).sum() / mx.maximum(counted.sum() - 1, 1)
@@ -629,8 +633,8 @@ def by_mean_reward(groups: ScoredGroups) -> mx.array:
     lowest = groups.rewards.min().item()
     if lowest < 0:
         raise UserError(
-            f"advantage_estimator maxrl divides by a group's mean reward, so none may be negative, and one is {lowest:.6g}; "
-            "shift the rewards, or choose another advantage_estimator"
+            "advantage_estimator maxrl divides by a group's mean reward, so none may be negative, and one is "
+            f"{lowest:.6g}; add a constant to the rewards, or choose another advantage_estimator"
         )
     return groups.centred / mx.where(groups.mean > 0, groups.mean, 1.0)
 
@@ -639,11 +643,11 @@ def by_mean_reward(groups: ScoredGroups) -> mx.array:
 class Estimator:
     """How rewards become advantages."""
 
-    rows: Callable  # (ScoredGroups, **options) -> (B, G); rows without signal become 0 whatever it says of them
+    rows: Callable  # (ScoredGroups, **options) -> (B, G), of which rows without signal become 0
     options: tuple[str, ...] = ()  # settings that `rows` takes
     scales: tuple[str, ...] = ("group", "none")  # values of scale_rewards that do not contradict it
-    # Advantages of their own for the tokens, where it has them: (advantages (N,), old_logps (N, T), ref_logps (N, T)
-    # or None without kl_coeff, mask (N, T)) -> (N, T), a micro-batch at a time.
+    # Where tokens have advantages of their own, a micro-batch at a time: (advantages (N,), old_logps (N, T),
+    # ref_logps (N, T), None without kl_coeff, mask (N, T)) -> (N, T)
     tokens: Callable | None = None
 
 
@@ -655,7 +659,7 @@ ESTIMATORS = {
 }
 
 
-def estimate_advantages(rewards: mx.array, estimator: str = "group", scale_rewards: str = "group") -> mx.array:
+def estimate_advantages(rewards: mx.array, estimator: str, scale_rewards: str = "group") -> mx.array:
     """Advantages (B, G) of rewards (B, G), NaN where nothing was scored, by an entry of ESTIMATORS.
 
     Rows without a score, groups with fewer than two, and groups whose rewards are all equal get exactly 0.
@@ -670,15 +674,15 @@ def estimate_advantages(rewards: mx.array, estimator: str = "group", scale_rewar
 
 
 def group_advantages(rewards: mx.array, scale_rewards: str = "group") -> mx.array:
-    """GRPO's advantages (B, G) of rewards (B, G), NaN where nothing was scored (DeepSeekMath, section 4.1.2)."""
+    """GRPO's advantages (B, G) of rewards (B, G), NaN where nothing was scored."""
     return estimate_advantages(rewards, "group", scale_rewards)
 
 
 def combine_rewards(rewards: np.ndarray, weights: list[float], config: MLXGRPOConfig) -> tuple[np.ndarray, mx.array]:
     """Rewards (F, B, G), NaN where a function abstained -> each completion's reward (B, G) and advantage (B, G).
 
-    sum_then_normalize: the weighted sum over functions, then the estimator. normalize_then_sum: each function's
-    own group advantages, weighted and summed, then scaled over the batch, so that no function drowns another.
+    sum_then_normalize: the weighted sum over functions, then the estimator. normalize_then_sum: the group
+    advantages of each function, weighted and summed, then scaled over the batch: no function drowns another.
     """
     weighted = rewards * np.array(weights)[:, None, None]
     silent = np.isnan(rewards).all(axis=0)
@@ -714,7 +718,7 @@ class Tokens:
 
     @property
     def ratio(self) -> mx.array:
-        """r: a token's own (GRPO, eq. 3), or (N, 1), its row's geometric mean (GSPO, arXiv 2507.18071, eq. 7).
+        """r: a token's own (GRPO, eq. 3), or its row's geometric mean, (N, 1) (GSPO, 2507.18071, eq. 7).
 
         Beyond e^+-20 it is held there: past every clip, and finite.
         """
@@ -740,12 +744,12 @@ class StepSizes:
     rows: mx.array | int
     tokens: mx.array  # trained
     entropy_tokens: mx.array  # those of them within the top-entropy mask
-    generation_tokens: mx.array | float  # trained, of the whole generation batch, where a step is a part of one
+    generation_tokens: mx.array | float  # trained, of the generation batch that the step is of
     longest: int  # max_completion_length
 
 
 def clipped_surrogate(x: Tokens, clip_eps, clip_eps_high, delta) -> mx.array:
-    """-min(r A, clip(r, 1-eps, 1+eps_high) A) (PPO, arXiv 1707.06347, eq. 7; GRPO, eq. 3; eps_high: DAPO, eq. 8).
+    """-min(r A, clip(r, 1-eps, 1+eps_high) A) (PPO, arXiv 1707.06347, eq. 7; GRPO, eq. 3; DAPO for eps_high).
 
     The minimum leaves r open above where A < 0: delta bounds it there (INTELLECT-2, arXiv 2505.07291).
     """
@@ -755,20 +759,20 @@ def clipped_surrogate(x: Tokens, clip_eps, clip_eps_high, delta) -> mx.array:
 
 
 def clipped_weight(x: Tokens, clip_eps_high) -> mx.array:
-    """-sg(min(r, eps_high)) A logp: the clipped ratio is a weight, every token keeps its gradient (MiniMax-M1,
+    """-sg(min(r, eps_high)) A logp: the ratio is a weight, and every token keeps its gradient (CISPO, MiniMax-M1,
     arXiv 2506.13585, eq. 4)."""
     return -mx.stop_gradient(mx.minimum(x.ratio, clip_eps_high)) * x.advantages * x.logps
 
 
 def sigmoid_gate(x: Tokens, sapo_temperature_pos, sapo_temperature_neg) -> mx.array:
-    """-(4/tau) sigmoid(tau (r - 1)) A: soft in place of the clip, steeper for A <= 0 (SAPO, arXiv 2511.20347, eq. 6)."""
+    """-(4/tau) sigmoid(tau (r - 1)) A: a gate in place of the clip, tau by A's sign (SAPO, 2511.20347, eq. 6)."""
     tau = mx.where(x.advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
-    gate = 1 / (1 + mx.exp(-tau * (x.ratio - 1)))  # the gradient of mx.sigmoid, s (1 - s), rounds to 0 as s nears 1
+    gate = 1 / (1 + mx.exp(-tau * (x.ratio - 1)))  # mx.sigmoid's gradient, s (1 - s), rounds to 0 as s nears 1
     return -(4 / tau) * gate * x.advantages
 
 
 def gamma_weight(x: Tokens, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg) -> mx.array:
-    """phi(w) = w^k e^(lambda (1 - w)) of a row's whole ratio w, gradient stopped: (N, 1) (VESPO, arXiv 2602.10693).
+    """phi(w) = w^k e^(lambda (1 - w)) of a row's whole ratio w, gradient stopped, (N, 1) (VESPO, 2602.10693).
 
     A sampler correction c is part of w: log w = sum_t log r + log c, held within [1e-8, e^20].
     """
@@ -791,9 +795,9 @@ def gamma_weighted(x: Tokens, **options) -> mx.array:
 def geometric_mean(x: Tokens, clip_eps, clip_eps_high) -> mx.array:
     """-(prod_t clipped r_t)^(1/|o|) A, one term a row (GMPO, arXiv 2507.20673).
 
-    r is clipped for each token before the mean, in log space and on the side where A pushes: to at most e^eps_high
-    where A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. (N, T): the
-    row's term on each kept token, scaled so that the mean over the row is the term.
+    Each r is clipped before the mean, in log space and on the side where A pushes: to at most e^eps_high where
+    A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. The row's term is
+    on each kept token, scaled so that the mean over the row is the term.
     """
     log_ratio = mx.clip(x.log_ratio, -20.0, 20.0)
     clipped = mx.where(
@@ -805,7 +809,7 @@ def geometric_mean(x: Tokens, clip_eps, clip_eps_high) -> mx.array:
 
 
 def mean_of_row_means(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
-    """Each row by its own length, then the mean over rows: a token of a long row weighs less (GRPO, eq. 3)."""
+    """Each row by its length, then the mean over rows: a token of a long row weighs less (GRPO, eq. 3)."""
     return (sums / mx.maximum(lengths, 1)).sum() / step.rows
 
 
@@ -820,12 +824,12 @@ def mean_of_tokens(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.arr
 
 
 def mean_of_generation_tokens(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
-    """All tokens of the generation batch alike, of which the step may be a part (DAPO, eq. 8)."""
+    """All tokens of the generation batch alike, of which the step may be a part (DAPO, arXiv 2503.14476)."""
     return sums.sum() / mx.maximum(step.generation_tokens, 1)
 
 
 def by_constant(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
-    """By rows times the length limit, a constant: length earns and costs nothing (Dr. GRPO, arXiv 2503.20783)."""
+    """By rows times the length limit, a constant: length earns and costs nothing (Dr. GRPO, 2503.20783)."""
     return sums.sum() / (step.rows * step.longest)
 
 
@@ -834,7 +838,7 @@ def by_constant(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Sizes of a step's P micro-batches, and of the step, to which rows without signal count that are in none."""
+    """Sizes of a step's P micro-batches, and of the step: it has the rows without signal too, which are in none."""
 
     tokens: np.ndarray  # (P,), trained
     rows: np.ndarray  # (P,), without those that only pad a shape
@@ -861,7 +865,7 @@ def over_ratios(values: np.ndarray, sizes: PartSizes) -> float:
 
 
 def lowest(values: np.ndarray, sizes: PartSizes) -> float:
-    """The least share in a row; a row that was left out for want of signal has 0, and one without tokens none."""
+    """The least share in a row; one that was left out for want of signal has 0, one without tokens has none."""
     all_there = sizes.rows.sum() == sizes.all_rows and sizes.tokens.any()
     return values[sizes.tokens > 0].min() if all_there else 0.0
 
@@ -945,9 +949,9 @@ class Loss:
     divisor: Callable  # (sums over each row (N, 1), lengths (N, 1), StepSizes) -> scalar
     options: tuple[str, ...] = ()  # settings that `term` and `measure` take
     measure: Callable = no_metrics  # (Tokens, **options) -> scalars by name
-    metrics: dict[str, Callable] = field(default_factory=dict)  # of each, how those of micro-batches are merged
+    metrics: dict[str, Callable] = field(default_factory=dict)  # how each is merged over micro-batches
     whole_rows: bool = False  # its weight is a whole row's: importance_sampling_level has no say
-    corrects_itself: bool = False  # a sampler correction goes into its weight, and is not multiplied onto the term
+    corrects_itself: bool = False  # a sampler correction goes into its weight, not onto its term
 
     @property
     def sums_tokens(self) -> bool:
@@ -990,12 +994,12 @@ def grpo_loss(
     """The objective: a scalar loss and a dict of scalar metrics.
 
     logps, old_logps, ref_logps, sampler_logps, entropies and mask are (N, T): nats, and 1 on trained positions;
-    advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items is the mask's sum
-    over the whole generation batch, for the losses that divide by it. Only logps and entropies carry a gradient.
+    advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items is the mask's
+    sum over the whole generation batch, for the losses that divide by it. Only logps and entropies carry a gradient.
 
-    For a micro-batch, totals are the whole step's {"rows", "tokens", "entropy_tokens"} (StepSizes): the loss is then
-    its part, and the parts add up to the step's. entropy_mask (N, T) replaces the top-entropy mask, whose quantile is
-    the whole step's too. entropy_coef may be an array, where it changes between steps.
+    For a micro-batch, totals are the whole step's {"rows", "tokens", "entropy_tokens"} (StepSizes): the loss is
+    then its part, and the parts add up to the step's. entropy_mask (N, T) replaces the top-entropy mask, whose
+    quantile is the whole step's. entropy_coef may be an array, where it changes between steps.
     """
     check_objective(loss_type, importance_sampling_level, sampler_correction)
     loss = LOSSES[loss_type]
@@ -1023,7 +1027,8 @@ def grpo_loss(
     step = StepSizes(**totals, generation_tokens=generation, longest=max_completion_length or mask.shape[1])
 
     given = {
-        "clip_eps": clip_eps, "clip_eps_high": clip_eps if clip_eps_high is None else clip_eps_high, "delta": delta,
+        "clip_eps": clip_eps, "delta": delta,
+        "clip_eps_high": clip_eps if clip_eps_high is None else clip_eps_high,
         "sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg,
         "vespo_k_pos": vespo_k_pos, "vespo_lambda_pos": vespo_lambda_pos,
         "vespo_k_neg": vespo_k_neg, "vespo_lambda_neg": vespo_lambda_neg,
@@ -1033,7 +1038,7 @@ def grpo_loss(
 
     # The policy's term, under the masks and the sampler's correction; the KL escapes the three.
     keep = x.kept > 0
-    if off_policy_mask_threshold is not None:  # drop bad rows that the sampler liked and the policy no longer does
+    if off_policy_mask_threshold is not None:  # drop bad rows that the policy likes less than the sampler did
         sampled = old_logps if sampler_logps is None else sampler_logps
         gap = x.row_mean(clean(sampled - stop(logps)))  # (N, 1)
         keep = keep & ((advantages >= 0) | (gap <= off_policy_mask_threshold))
@@ -1047,7 +1052,7 @@ def grpo_loss(
     value = loss.divisor((terms * mask).sum(axis=1, keepdims=True), x.lengths, step)
 
     if isinstance(entropy_coef, mx.array) or entropy_coef > 0:
-        # The mean entropy of a trained token, whatever the loss divides by: the coefficient means the same for all.
+        # The mean entropy of a trained token, whatever the loss divides by: the coefficient means one thing.
         trained = (clean(entropies) * x.kept).sum() / mx.maximum(step.entropy_tokens, 1)
         value = value - entropy_coef * trained
         metrics["entropy_trained"] = trained
@@ -1059,15 +1064,14 @@ def grpo_loss(
 def check_objective(loss_type: str, importance_sampling_level: str, sampler_correction: str | None) -> None:
     """Raise ValueError for names that are none, and a correction that the loss cannot take."""
     if loss_type not in LOSSES or importance_sampling_level not in CHOICES["importance_sampling_level"]:
-        raise ValueError(
-            f"Unknown objective: loss_type {loss_type!r}, importance_sampling_level {importance_sampling_level!r}"
-        )
+        names = f"loss_type {loss_type!r}, importance_sampling_level {importance_sampling_level!r}"
+        raise ValueError(f"Unknown objective: {names}")
     if LOSSES[loss_type].corrects_itself and sampler_correction in SEQUENCE_CORRECTIONS:
-        raise ValueError(f"loss_type {loss_type} takes a sampler correction for each token, not {sampler_correction!r}")
+        raise ValueError(f"loss_type {loss_type} takes a correction for each token, not {sampler_correction!r}")
 
 
 def k3(log_gap: mx.array) -> mx.array:
-    """exp(g) - g - 1 of g = ref - policy: an estimate of the KL that is unbiased and never negative (GRPO, eq. 4).
+    """exp(g) - g - 1 of g = ref - policy: an unbiased estimate of the KL, never negative (GRPO, eq. 4).
 
     Held at g = 20, so that it is finite.
     """
@@ -1076,7 +1080,7 @@ def k3(log_gap: mx.array) -> mx.array:
 
 
 def top_entropy_mask(entropies: mx.array | None, inside: mx.array, share: float):
-    """Whether a token is of the `share` with the highest entropies: the forking tokens (arXiv 2506.01939); (N, T)."""
+    """Whether a token is of the `share` with the highest entropies, the forking tokens (2506.01939): (N, T)."""
     if share >= 1:
         return 1.0
     return entropies >= masked_quantile(mx.stop_gradient(entropies), inside, 1 - share)
@@ -1121,7 +1125,7 @@ def mismatch_metrics(logps: mx.array, sampler_logps: mx.array, mask: mx.array) -
     }
 
 
-def merge_metrics(parts: list[dict[str, float]], merges: dict[str, Callable], sizes: PartSizes) -> dict[str, float]:
+def merge_metrics(parts: list[dict], merges: dict[str, Callable], sizes: PartSizes) -> dict[str, float]:
     """A step's metrics from those of its micro-batches on all ranks, each merged as `merges` says."""
     return {name: float(merges[name](np.array([part[name] for part in parts]), sizes)) for name in parts[0]}
 
@@ -1129,8 +1133,8 @@ def merge_metrics(parts: list[dict[str, float]], merges: dict[str, Callable], si
 def next_entropy_coef(coef: float, entropy: float, config: MLXGRPOConfig) -> float:
     """The coefficient of the next step's bonus, after a step whose trained tokens had this entropy in nats.
 
-    Up by entropy_coef_delta where the entropy is at most the target, else down, within the bounds (Skywork-OR1,
-    arXiv 2505.22312; TRL's use_adaptive_entropy).
+    Up by entropy_coef_delta where the entropy is at most the target, else down, within the bounds
+    (Skywork-OR1, arXiv 2505.22312; TRL's use_adaptive_entropy).
     """
     change = config.entropy_coef_delta if entropy <= config.entropy_target else -config.entropy_coef_delta
     return min(max(coef + change, config.entropy_coef_min), config.entropy_coef_max)
@@ -1330,7 +1334,9 @@ class MLXGRPOTrainer:
         self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
         mx.set_memory_limit(self.memory_limit)
         self.head_chunk = min(HEAD_CHUNK_LOGITS, self.memory_limit // 256) // lane_count()  # in float32 at most a 64th of the limit
-        self.log_probs = CompletionLogProbs(self.model, config.temperature, config.has_entropy_bonus, self.head_chunk)
+        self.log_probs = CompletionLogProbs(
+            self.model, config.temperature, config.has_entropy_bonus, self.head_chunk
+        )
         self.reference = None
         if config.kl_coeff > 0:
             frozen = without_adapters(self.model) if adapter_layers(self.model) else shared_copy(self.model)
@@ -1465,7 +1471,8 @@ class MLXGRPOTrainer:
     def build_step(self) -> None:
         """The two functions of an update, compiled once with the state they read and write."""
         config = self.config
-        options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS} | {"sampler_correction": config.correction}
+        options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS}
+        options["sampler_correction"] = config.correction
 
         def objective(batch, logps, entropies):
             """Loss and metrics of a micro-batch from its (N, T) log-probs and entropies."""
@@ -1486,7 +1493,7 @@ class MLXGRPOTrainer:
 
         def gradient(batch):
             (loss, stats), grads = loss_and_gradient(batch)
-            # Metrics are not compiled (on CUDA each kernel costs seconds), and padding rows are none of theirs.
+            # Metrics are not compiled (on CUDA each kernel costs seconds), and leave padding rows out.
             real = batch["rows"].item()
             cut = {name: x[:real] if name in ROW_ARRAYS else x for name, x in batch.items()}
             return loss, objective(cut, *(x[:real] for x in stats))[1], grads
@@ -1511,8 +1518,8 @@ class MLXGRPOTrainer:
         self.advantages = advantages = np.array(advantages)
         if not advantages.any() and config.estimator.tokens is None:
             # No signal, no step: Adam would blow rounding noise up to a full one.
-            none = {"loss": 0.0, "grad_norm": 0.0} | dict.fromkeys(IDLE_METRICS + tuple(config.objective.metrics), 0.0)
-            return [{**none, "skipped": "no signal"} for _ in range(config.num_iterations)]
+            idle = dict.fromkeys([*IDLE_METRICS, *config.objective.metrics], 0.0)
+            return [{**idle, "skipped": "no signal"} for _ in range(config.num_iterations)]
         self.model.train()  # models with kernels for inference alone switch to what has a gradient
         batches = self.add_log_probs(self.micro_batches(groups, advantages))
         return [self.step(batches, self.update + i) for i in range(config.num_iterations)]
@@ -1540,7 +1547,7 @@ class MLXGRPOTrainer:
         return batches
 
     def mask_low_entropies(self, batches: list[dict], entropies: list[mx.array]) -> None:
-        """Give each batch its part of the step's top-entropy mask, and how many tokens of the step are within it."""
+        """Give each batch its part of the step's top-entropy mask, and the number of the step's tokens in it."""
         inside = [batch["mask"] > 0 for batch in batches]
         mine = [np.array(values)[np.array(trained)].tolist() for values, trained in zip(entropies, inside)]
         values = mx.array([value for part in self.ranks.gather(sum(mine, [])) for value in part])
@@ -1573,7 +1580,8 @@ class MLXGRPOTrainer:
             all_tokens=results[0][4], all_rows=self.totals.size,
             by_row=config.importance_sampling_level == "sequence" and not config.objective.whole_rows,
         )  # fmt: skip
-        record |= merge_metrics([metrics for _, metrics, *_ in results], METRICS | config.objective.metrics, sizes)
+        merges = METRICS | config.objective.metrics
+        record |= merge_metrics([metrics for _, metrics, *_ in results], merges, sizes)
         if not math.isfinite(norm) or not math.isfinite(record["loss"]):
             return self.skip_non_finite(record)
         self.nan_updates = 0
@@ -1731,8 +1739,10 @@ class MLXGRPOTrainer:
 
 
 OBJECTIVE_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name in FIELD_TYPES)
-ROW_ARRAYS = ("ids", "mask", "advantages", "sampler_logps", "old_logps", "ref_logps", "entropy_mask")  # of a micro-batch
-IDLE_METRICS = ("kl", "entropy", "mismatch/mean", "mismatch/kl", "mismatch/max")  # 0 in an update without a forward pass
+# Of a micro-batch, what has a row for each completion.
+ROW_ARRAYS = ("ids", "mask", "advantages", "sampler_logps", "old_logps", "ref_logps", "entropy_mask")
+# 0 in an update without a forward pass, as are the loss's own.
+IDLE_METRICS = ("loss", "grad_norm", "kl", "entropy", "mismatch/mean", "mismatch/kl", "mismatch/max")
 
 
 def crossed(previous: int, now: int, every: int) -> bool:

@@ -18,7 +18,8 @@ import mlx_grpo  # noqa: E402
 
 GUIDE = ROOT / "docs" / "CONFIG_GUIDE.md"
 BEGIN, END = "<!-- settings: written by utils/config_guide.py -->", "<!-- end of settings -->"
-TABLES = {"loss_type": mlx_grpo.LOSSES, "advantage_estimator": mlx_grpo.ESTIMATORS}  # settings that name an entry of these
+# Settings that name an entry of a table.
+TABLES = {"loss_type": mlx_grpo.LOSSES, "advantage_estimator": mlx_grpo.ESTIMATORS}
 SHARED = {"adam_beta1": "first moment's decay", "adam_beta2": "second moment's decay"}
 
 

@@ -13,7 +13,8 @@ from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.run.directory import checkpoints, remove_directory, remove_old_checkpoints, write_directory
 
 RESUMED_STATE = (
-    "update", "cursor", "nan_updates", "entropy_coef", "last_entropy", "best", "best_update", "tokens", "quantize_rollouts", "before",
+    "update", "cursor", "nan_updates", "entropy_coef", "last_entropy", "best", "best_update", "tokens",
+    "quantize_rollouts", "before",
 )  # fmt: skip
 MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes
     "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps", "save_total_limit", "eval_steps",
