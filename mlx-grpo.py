@@ -149,21 +149,21 @@ class MLXGRPOConfig:
     group_size: int = 64  # of that copy: weights that share a scale
     sync_every: int = 1  # updates between refreshes of the sampler's weights; above 1 it is stale, and corrected
     # Objective
-    loss_type: str = "grpo"  # the objective, by its name in the table LOSSES; the recipes say when to use which
+    loss_type: str = "grpo"  # the objective, by its name in the table LOSSES
     importance_sampling_level: str = "token"  # or sequence (GSPO, arXiv 2507.18071)
     num_iterations: int = 1  # updates a rollout is used for (mu in the paper)
-    clip_eps: float = 0.2  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]; for gmpo the log of it to [-clip_eps, clip_eps_high]
+    clip_eps: float = 0.2  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]; gmpo clips its log
     clip_eps_high: float | None = None  # DAPO's clip-higher; none for clip_eps. For cispo the bound itself, about 5
     delta: float | None = None  # upper bound of the ratio for negative advantages (INTELLECT-2, arXiv 2505.07291)
     kl_coeff: float = 0.0  # beta; above 0 a frozen reference is kept (the same weights, adapters off, under LoRA)
     use_bias_correction_kl: bool = False  # weigh the KL by the ratio, so that its gradient is unbiased off-policy
     advantage_estimator: str = "group"  # how rewards become advantages, by its name in the table ESTIMATORS
-    scale_rewards: str = "group"  # divide group advantages by the standard deviation of group or batch, or none
+    scale_rewards: str = "group"  # group advantages are divided by the deviation of group or batch, or none
     mask_truncated_completions: bool = False  # leave completions cut at the length limit out of the loss
     top_entropy_quantile: float = 1.0  # train only this share of positions, those of highest entropy
-    entropy_coef: float = 0.0  # bonus per nat of a trained token's mean entropy; with use_adaptive_entropy where it starts
-    use_adaptive_entropy: bool = False  # change entropy_coef after each update, to hold the entropy up (arXiv 2505.22312)
-    entropy_target: float = 0.2  # nats a token: at most this, the bonus is paid and the coefficient rises; above it falls
+    entropy_coef: float = 0.0  # bonus per nat of a trained token's mean entropy; the first, where adaptive
+    use_adaptive_entropy: bool = False  # move entropy_coef to hold the entropy up (arXiv 2505.22312)
+    entropy_target: float = 0.2  # nats a token; at most this, the bonus is paid and entropy_coef rises, else it falls
     entropy_coef_delta: float = 0.005  # by so much an update
     entropy_coef_min: float = 0.0  # within this
     entropy_coef_max: float = 1.0  # and this
@@ -173,10 +173,10 @@ class MLXGRPOConfig:
     sampler_correction_max: float = 3.0  # upper end of the correction's range
     sapo_temperature_pos: float = 1.0  # SAPO's gate for positive advantages (arXiv 2511.20347)
     sapo_temperature_neg: float = 1.05  # and for the others
-    vespo_k_pos: float = 2.0  # VESPO's weight w^k e^(lambda (1 - w)) of a row's ratio w (arXiv 2602.10693): k for advantages of at least 0
-    vespo_lambda_pos: float = 3.0  # and lambda
+    vespo_k_pos: float = 2.0  # k of VESPO's weight w^k e^(lambda (1 - w)), for advantages of at least 0
+    vespo_lambda_pos: float = 3.0  # and its lambda (arXiv 2602.10693)
     vespo_k_neg: float = 3.0  # k for negative advantages
-    vespo_lambda_neg: float = 2.0  # and lambda
+    vespo_lambda_neg: float = 2.0  # and their lambda
     dynamic_sampling_max_batches: int = 0  # times a batch's groups without signal are replaced by fresh prompts (DAPO)
     # Optimisation
     learning_rate: float = 1e-6  # peak; about 1e-6 for full fine-tuning, 1e-5 for adapters
@@ -603,8 +603,9 @@ def generate(
 # ---------------------------------------------------------------------------------------------------------------
 # Objective: pure functions of arrays
 # ---------------------------------------------------------------------------------------------------------------
-# Rewards (B, G) -> ESTIMATORS -> advantages (B, G), a row's own -> LOSSES -> the loss of N = B*G rows and its metrics.
-# An entry of either table is all that an estimator or a loss needs; CONTRIBUTING.md says how one is added.
+#     rewards (B, G) -- ESTIMATORS --> advantages (B, G) -- LOSSES --> the loss of N = B*G rows, and its metrics
+#
+# An entry of a table is all that an estimator or a loss needs; CONTRIBUTING.md says how one is added.
 
 
 @dataclass(frozen=True)
@@ -628,7 +629,8 @@ class ScoredGroups:
         # Equality is exact: rounding in the mean must not make a tiny advantage that a division blows up.
         highest = mx.where(scored, known, -mx.inf).max(axis=1, keepdims=True)
         lowest = mx.where(scored, known, mx.inf).min(axis=1, keepdims=True)
-        return cls(known, scored, count, mean, mx.where(scored, known - mean, 0.0), scored & (highest > lowest))
+        centred = mx.where(scored, known - mean, 0.0)
+        return cls(known, scored, count, mean, centred, signal=scored & (highest > lowest))
 
 
 def scaled_by_deviation(groups: ScoredGroups, scale_rewards: str) -> mx.array:
@@ -652,9 +654,9 @@ def leave_one_out(groups: ScoredGroups) -> mx.array:
 
 
 def batch_normalised(groups: ScoredGroups) -> mx.array:
-    """REINFORCE++ with baseline (arXiv 2501.03262): r less its group's mean, over the batch's standard deviation of that.
+    """REINFORCE++ with baseline (arXiv 2501.03262): r less its group's mean, over the batch's deviation of that.
 
-    Its mean over the batch need not be subtracted: every group's is 0. Lone rows have no baseline and do not count.
+    The mean over the batch need not be subtracted: every group's is 0. Lone rows have no baseline, and do not count.
     """
     counted = groups.scored & (groups.count > 1)
     variance = mx.where(counted, groups.centred**2, 0.0).sum() / mx.maximum(counted.sum() - 1, 1)
@@ -670,8 +672,8 @@ def by_mean_reward(groups: ScoredGroups) -> mx.array:
     lowest = groups.rewards.min().item()
     if lowest < 0:
         raise UserError(
-            f"advantage_estimator maxrl divides by a group's mean reward, so none may be negative, and one is {lowest:.6g}; "
-            "shift the rewards, or choose another advantage_estimator"
+            "advantage_estimator maxrl divides by a group's mean reward, so none may be negative, and one is "
+            f"{lowest:.6g}; add a constant to the rewards, or choose another advantage_estimator"
         )
     return groups.centred / mx.where(groups.mean > 0, groups.mean, 1.0)
 
@@ -680,11 +682,11 @@ def by_mean_reward(groups: ScoredGroups) -> mx.array:
 class Estimator:
     """How rewards become advantages."""
 
-    rows: Callable  # (ScoredGroups, **options) -> (B, G); rows without signal become 0 whatever it says of them
+    rows: Callable  # (ScoredGroups, **options) -> (B, G), of which rows without signal become 0
     options: tuple[str, ...] = ()  # settings that `rows` takes
     scales: tuple[str, ...] = ("group", "none")  # values of scale_rewards that do not contradict it
-    # Advantages of their own for the tokens, where it has them: (advantages (N,), old_logps (N, T), ref_logps (N, T)
-    # or None without kl_coeff, mask (N, T)) -> (N, T), a micro-batch at a time.
+    # Where tokens have advantages of their own, a micro-batch at a time: (advantages (N,), old_logps (N, T),
+    # ref_logps (N, T), None without kl_coeff, mask (N, T)) -> (N, T)
     tokens: Callable | None = None
 
 
@@ -696,7 +698,7 @@ ESTIMATORS = {
 }
 
 
-def estimate_advantages(rewards: mx.array, estimator: str = "group", scale_rewards: str = "group") -> mx.array:
+def estimate_advantages(rewards: mx.array, estimator: str, scale_rewards: str = "group") -> mx.array:
     """Advantages (B, G) of rewards (B, G), NaN where nothing was scored, by an entry of ESTIMATORS.
 
     Rows without a score, groups with fewer than two, and groups whose rewards are all equal get exactly 0.
@@ -711,15 +713,15 @@ def estimate_advantages(rewards: mx.array, estimator: str = "group", scale_rewar
 
 
 def group_advantages(rewards: mx.array, scale_rewards: str = "group") -> mx.array:
-    """GRPO's advantages (B, G) of rewards (B, G), NaN where nothing was scored (DeepSeekMath, section 4.1.2)."""
+    """GRPO's advantages (B, G) of rewards (B, G), NaN where nothing was scored."""
     return estimate_advantages(rewards, "group", scale_rewards)
 
 
 def combine_rewards(rewards: np.ndarray, weights: list[float], config: MLXGRPOConfig) -> tuple[np.ndarray, mx.array]:
     """Rewards (F, B, G), NaN where a function abstained -> each completion's reward (B, G) and advantage (B, G).
 
-    sum_then_normalize: the weighted sum over functions, then the estimator. normalize_then_sum: each function's
-    own group advantages, weighted and summed, then scaled over the batch, so that no function drowns another.
+    sum_then_normalize: the weighted sum over functions, then the estimator. normalize_then_sum: the group
+    advantages of each function, weighted and summed, then scaled over the batch: no function drowns another.
     """
     weighted = rewards * np.array(weights)[:, None, None]
     silent = np.isnan(rewards).all(axis=0)
@@ -755,7 +757,7 @@ class Tokens:
 
     @property
     def ratio(self) -> mx.array:
-        """r: a token's own (GRPO, eq. 3), or (N, 1), its row's geometric mean (GSPO, arXiv 2507.18071, eq. 7).
+        """r: a token's own (GRPO, eq. 3), or its row's geometric mean, (N, 1) (GSPO, 2507.18071, eq. 7).
 
         Beyond e^+-20 it is held there: past every clip, and finite.
         """
@@ -781,12 +783,12 @@ class StepSizes:
     rows: mx.array | int
     tokens: mx.array  # trained
     entropy_tokens: mx.array  # those of them within the top-entropy mask
-    generation_tokens: mx.array | float  # trained, of the whole generation batch, where a step is a part of one
+    generation_tokens: mx.array | float  # trained, of the generation batch that the step is of
     longest: int  # max_completion_length
 
 
 def clipped_surrogate(x: Tokens, clip_eps, clip_eps_high, delta) -> mx.array:
-    """-min(r A, clip(r, 1-eps, 1+eps_high) A) (PPO, arXiv 1707.06347, eq. 7; GRPO, eq. 3; eps_high: DAPO, eq. 8).
+    """-min(r A, clip(r, 1-eps, 1+eps_high) A) (PPO, arXiv 1707.06347, eq. 7; GRPO, eq. 3; DAPO for eps_high).
 
     The minimum leaves r open above where A < 0: delta bounds it there (INTELLECT-2, arXiv 2505.07291).
     """
@@ -796,19 +798,20 @@ def clipped_surrogate(x: Tokens, clip_eps, clip_eps_high, delta) -> mx.array:
 
 
 def clipped_weight(x: Tokens, clip_eps_high) -> mx.array:
-    """-sg(min(r, eps_high)) A logp: the clipped ratio is a weight, every token keeps its gradient (MiniMax-M1,
+    """-sg(min(r, eps_high)) A logp: the ratio is a weight, and every token keeps its gradient (CISPO, MiniMax-M1,
     arXiv 2506.13585, eq. 4)."""
     return -mx.stop_gradient(mx.minimum(x.ratio, clip_eps_high)) * x.advantages * x.logps
 
 
 def sigmoid_gate(x: Tokens, sapo_temperature_pos, sapo_temperature_neg) -> mx.array:
-    """-(4/tau) sigmoid(tau (r - 1)) A: soft in place of the clip, steeper for A <= 0 (SAPO, arXiv 2511.20347, eq. 6)."""
+    """-(4/tau) sigmoid(tau (r - 1)) A: a gate in place of the clip, tau by A's sign (SAPO, 2511.20347, eq. 6)."""
     tau = mx.where(x.advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
-    return -(4 / tau) * mx.sigmoid(tau * (x.ratio - 1)) * x.advantages
+    gate = 1 / (1 + mx.exp(-tau * (x.ratio - 1)))  # mx.sigmoid's gradient, s (1 - s), rounds to 0 as s nears 1
+    return -(4 / tau) * gate * x.advantages
 
 
 def gamma_weight(x: Tokens, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg) -> mx.array:
-    """phi(w) = w^k e^(lambda (1 - w)) of a row's whole ratio w, gradient stopped: (N, 1) (VESPO, arXiv 2602.10693).
+    """phi(w) = w^k e^(lambda (1 - w)) of a row's whole ratio w, gradient stopped, (N, 1) (VESPO, 2602.10693).
 
     A sampler correction c is part of w: log w = sum_t log r + log c, held within [1e-8, e^20].
     """
@@ -831,9 +834,9 @@ def gamma_weighted(x: Tokens, **options) -> mx.array:
 def geometric_mean(x: Tokens, clip_eps, clip_eps_high) -> mx.array:
     """-(prod_t clipped r_t)^(1/|o|) A, one term a row (GMPO, arXiv 2507.20673).
 
-    r is clipped for each token before the mean, in log space and on the side where A pushes: to at most e^eps_high
-    where A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. (N, T): the
-    row's term on each kept token, scaled so that the mean over the row is the term.
+    Each r is clipped before the mean, in log space and on the side where A pushes: to at most e^eps_high where
+    A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. The row's term is
+    on each kept token, scaled so that the mean over the row is the term.
     """
     log_ratio = mx.clip(x.log_ratio, -20.0, 20.0)
     clipped = mx.where(
@@ -845,7 +848,7 @@ def geometric_mean(x: Tokens, clip_eps, clip_eps_high) -> mx.array:
 
 
 def mean_of_row_means(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
-    """Each row by its own length, then the mean over rows: a token of a long row weighs less (GRPO, eq. 3)."""
+    """Each row by its length, then the mean over rows: a token of a long row weighs less (GRPO, eq. 3)."""
     return (sums / mx.maximum(lengths, 1)).sum() / step.rows
 
 
@@ -860,12 +863,12 @@ def mean_of_tokens(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.arr
 
 
 def mean_of_generation_tokens(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
-    """All tokens of the generation batch alike, of which the step may be a part (DAPO, eq. 8)."""
+    """All tokens of the generation batch alike, of which the step may be a part (DAPO, arXiv 2503.14476)."""
     return sums.sum() / mx.maximum(step.generation_tokens, 1)
 
 
 def by_constant(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
-    """By rows times the length limit, a constant: length earns and costs nothing (Dr. GRPO, arXiv 2503.20783)."""
+    """By rows times the length limit, a constant: length earns and costs nothing (Dr. GRPO, 2503.20783)."""
     return sums.sum() / (step.rows * step.longest)
 
 
@@ -874,7 +877,7 @@ def by_constant(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Sizes of a step's P micro-batches, and of the step, to which rows without signal count that are in none."""
+    """Sizes of a step's P micro-batches, and of the step: it has the rows without signal too, which are in none."""
 
     tokens: np.ndarray  # (P,), trained
     rows: np.ndarray  # (P,), without those that only pad a shape
@@ -901,7 +904,7 @@ def over_ratios(values: np.ndarray, sizes: PartSizes) -> float:
 
 
 def lowest(values: np.ndarray, sizes: PartSizes) -> float:
-    """The least share in a row; a row that was left out for want of signal has 0, and one without tokens none."""
+    """The least share in a row; one that was left out for want of signal has 0, one without tokens has none."""
     all_there = sizes.rows.sum() == sizes.all_rows and sizes.tokens.any()
     return values[sizes.tokens > 0].min() if all_there else 0.0
 
@@ -985,9 +988,9 @@ class Loss:
     divisor: Callable  # (sums over each row (N, 1), lengths (N, 1), StepSizes) -> scalar
     options: tuple[str, ...] = ()  # settings that `term` and `measure` take
     measure: Callable = no_metrics  # (Tokens, **options) -> scalars by name
-    metrics: dict[str, Callable] = field(default_factory=dict)  # of each, how those of micro-batches are merged
+    metrics: dict[str, Callable] = field(default_factory=dict)  # how each is merged over micro-batches
     whole_rows: bool = False  # its weight is a whole row's: importance_sampling_level has no say
-    corrects_itself: bool = False  # a sampler correction goes into its weight, and is not multiplied onto the term
+    corrects_itself: bool = False  # a sampler correction goes into its weight, not onto its term
 
     @property
     def sums_tokens(self) -> bool:
@@ -1030,12 +1033,12 @@ def grpo_loss(
     """The objective: a scalar loss and a dict of scalar metrics.
 
     logps, old_logps, ref_logps, sampler_logps, entropies and mask are (N, T): nats, and 1 on trained positions;
-    advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items is the mask's sum
-    over the whole generation batch, for the losses that divide by it. Only logps and entropies carry a gradient.
+    advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items is the mask's
+    sum over the whole generation batch, for the losses that divide by it. Only logps and entropies carry a gradient.
 
-    For a micro-batch, totals are the whole step's {"rows", "tokens", "entropy_tokens"} (StepSizes): the loss is then
-    its part, and the parts add up to the step's. entropy_mask (N, T) replaces the top-entropy mask, whose quantile is
-    the whole step's too. entropy_coef may be an array, where it changes between steps.
+    For a micro-batch, totals are the whole step's {"rows", "tokens", "entropy_tokens"} (StepSizes): the loss is
+    then its part, and the parts add up to the step's. entropy_mask (N, T) replaces the top-entropy mask, whose
+    quantile is the whole step's. entropy_coef may be an array, where it changes between steps.
     """
     check_objective(loss_type, importance_sampling_level, sampler_correction)
     loss = LOSSES[loss_type]
@@ -1063,7 +1066,8 @@ def grpo_loss(
     step = StepSizes(**totals, generation_tokens=generation, longest=max_completion_length or mask.shape[1])
 
     given = {
-        "clip_eps": clip_eps, "clip_eps_high": clip_eps if clip_eps_high is None else clip_eps_high, "delta": delta,
+        "clip_eps": clip_eps, "delta": delta,
+        "clip_eps_high": clip_eps if clip_eps_high is None else clip_eps_high,
         "sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg,
         "vespo_k_pos": vespo_k_pos, "vespo_lambda_pos": vespo_lambda_pos,
         "vespo_k_neg": vespo_k_neg, "vespo_lambda_neg": vespo_lambda_neg,
@@ -1073,7 +1077,7 @@ def grpo_loss(
 
     # The policy's term, under the masks and the sampler's correction; the KL escapes the three.
     keep = x.kept > 0
-    if off_policy_mask_threshold is not None:  # drop bad rows that the sampler liked and the policy no longer does
+    if off_policy_mask_threshold is not None:  # drop bad rows that the policy likes less than the sampler did
         sampled = old_logps if sampler_logps is None else sampler_logps
         gap = x.row_mean(clean(sampled - stop(logps)))  # (N, 1)
         keep = keep & ((advantages >= 0) | (gap <= off_policy_mask_threshold))
@@ -1087,7 +1091,7 @@ def grpo_loss(
     value = loss.divisor((terms * mask).sum(axis=1, keepdims=True), x.lengths, step)
 
     if isinstance(entropy_coef, mx.array) or entropy_coef > 0:
-        # The mean entropy of a trained token, whatever the loss divides by: the coefficient means the same for all.
+        # The mean entropy of a trained token, whatever the loss divides by: the coefficient means one thing.
         trained = (clean(entropies) * x.kept).sum() / mx.maximum(step.entropy_tokens, 1)
         value = value - entropy_coef * trained
         metrics["entropy_trained"] = trained
@@ -1099,15 +1103,14 @@ def grpo_loss(
 def check_objective(loss_type: str, importance_sampling_level: str, sampler_correction: str | None) -> None:
     """Raise ValueError for names that are none, and a correction that the loss cannot take."""
     if loss_type not in LOSSES or importance_sampling_level not in CHOICES["importance_sampling_level"]:
-        raise ValueError(
-            f"Unknown objective: loss_type {loss_type!r}, importance_sampling_level {importance_sampling_level!r}"
-        )
+        names = f"loss_type {loss_type!r}, importance_sampling_level {importance_sampling_level!r}"
+        raise ValueError(f"Unknown objective: {names}")
     if LOSSES[loss_type].corrects_itself and sampler_correction in SEQUENCE_CORRECTIONS:
-        raise ValueError(f"loss_type {loss_type} takes a sampler correction for each token, not {sampler_correction!r}")
+        raise ValueError(f"loss_type {loss_type} takes a correction for each token, not {sampler_correction!r}")
 
 
 def k3(log_gap: mx.array) -> mx.array:
-    """exp(g) - g - 1 of g = ref - policy: an estimate of the KL that is unbiased and never negative (GRPO, eq. 4).
+    """exp(g) - g - 1 of g = ref - policy: an unbiased estimate of the KL, never negative (GRPO, eq. 4).
 
     Held at g = 20, so that it is finite.
     """
@@ -1116,7 +1119,7 @@ def k3(log_gap: mx.array) -> mx.array:
 
 
 def top_entropy_mask(entropies: mx.array | None, inside: mx.array, share: float):
-    """Whether a token is of the `share` with the highest entropies: the forking tokens (arXiv 2506.01939); (N, T)."""
+    """Whether a token is of the `share` with the highest entropies, the forking tokens (2506.01939): (N, T)."""
     if share >= 1:
         return 1.0
     return entropies >= masked_quantile(mx.stop_gradient(entropies), inside, 1 - share)
@@ -1161,7 +1164,7 @@ def mismatch_metrics(logps: mx.array, sampler_logps: mx.array, mask: mx.array) -
     }
 
 
-def merge_metrics(parts: list[dict[str, float]], merges: dict[str, Callable], sizes: PartSizes) -> dict[str, float]:
+def merge_metrics(parts: list[dict], merges: dict[str, Callable], sizes: PartSizes) -> dict[str, float]:
     """A step's metrics from those of its micro-batches on all ranks, each merged as `merges` says."""
     return {name: float(merges[name](np.array([part[name] for part in parts]), sizes)) for name in parts[0]}
 
@@ -1169,8 +1172,8 @@ def merge_metrics(parts: list[dict[str, float]], merges: dict[str, Callable], si
 def next_entropy_coef(coef: float, entropy: float, config: MLXGRPOConfig) -> float:
     """The coefficient of the next step's bonus, after a step whose trained tokens had this entropy in nats.
 
-    Up by entropy_coef_delta where the entropy is at most the target, else down, within the bounds (Skywork-OR1,
-    arXiv 2505.22312; TRL's use_adaptive_entropy).
+    Up by entropy_coef_delta where the entropy is at most the target, else down, within the bounds
+    (Skywork-OR1, arXiv 2505.22312; TRL's use_adaptive_entropy).
     """
     change = config.entropy_coef_delta if entropy <= config.entropy_target else -config.entropy_coef_delta
     return min(max(coef + change, config.entropy_coef_min), config.entropy_coef_max)
@@ -1322,8 +1325,10 @@ def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress
 # Update
 # ---------------------------------------------------------------------------------------------------------------
 
-ROW_ARRAYS = ("ids", "mask", "advantages", "sampler_logps", "old_logps", "ref_logps", "entropy_mask")  # of a micro-batch
-IDLE_METRICS = ("kl", "entropy", "mismatch/mean", "mismatch/kl", "mismatch/max")  # 0 in an update without a forward pass
+# Of a micro-batch, what has a row for each completion.
+ROW_ARRAYS = ("ids", "mask", "advantages", "sampler_logps", "old_logps", "ref_logps", "entropy_mask")
+# 0 in an update without a forward pass, as are the loss's own.
+IDLE_METRICS = ("loss", "grad_norm", "kl", "entropy", "mismatch/mean", "mismatch/kl", "mismatch/max")
 
 
 class Learner:
@@ -1367,7 +1372,7 @@ class Learner:
 
         def gradient(batch):
             (value, stats), grads = loss_and_gradient(batch)
-            # Metrics are not compiled (on CUDA each kernel costs seconds), and rows that pad a shape are none of theirs.
+            # Metrics are not compiled (on CUDA each kernel costs seconds), and leave padding rows out.
             rows = batch["rows"].item()
             real = {name: x[:rows] if name in ROW_ARRAYS else x for name, x in batch.items()}
             return value, loss(real, *(x[:rows] for x in stats))[1], grads
@@ -1399,7 +1404,7 @@ class Learner:
         return batches
 
     def mask_low_entropies(self, batches: list[dict], entropies: list[mx.array]) -> None:
-        """Give each batch its part of the step's top-entropy mask, and how many tokens of the step are within it."""
+        """Give each batch its part of the step's top-entropy mask, and the number of the step's tokens in it."""
         inside = [batch["mask"] > 0 for batch in batches]
         mine = [np.array(values)[np.array(trained)].tolist() for values, trained in zip(entropies, inside)]
         values = mx.array([value for part in self.ranks.gather(sum(mine, [])) for value in part])
@@ -1459,8 +1464,8 @@ class Learner:
     def idle_step(self, rate: float) -> dict:
         """The record of a step that is left out because no group has a signal: Adam would blow rounding noise up to a
         full step."""
-        names = ("loss", "grad_norm", *IDLE_METRICS, *self.config.objective.metrics)
-        return {**dict.fromkeys(names, 0.0), "lr": rate, "skipped": "no signal"}
+        idle = dict.fromkeys([*IDLE_METRICS, *self.config.objective.metrics], 0.0)
+        return {**idle, "lr": rate, "skipped": "no signal"}
 
     def probe_memory(self, longest: list[int], groups: int) -> None:
         """One gradient at the largest micro-batch there can be: memory that will not suffice fails here, not in the night.

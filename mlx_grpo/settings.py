@@ -125,7 +125,7 @@ BELOW_ONE = ("adam_beta1", "adam_beta2", "eval_fraction")
 
 
 def check_config(config, tables: dict[str, tuple]) -> None:
-    """Raise UserError for a configuration that cannot work: values that are out of range, or contradict each other.
+    """Raise UserError for a configuration that cannot work: values out of range, or that contradict each other.
 
     tables: choices of the settings that name an entry of a table.
     """
@@ -177,9 +177,12 @@ def contradictions(config):
         f"loss_type {config.loss_type} takes a sampler correction into its weight token by token; "
         "set sampler_correction to token_truncate or token_mask"
     )
-    yield config.delta is not None and "delta" not in loss.options, f"delta does nothing for loss_type {config.loss_type}"
+    yield config.delta is not None and "delta" not in loss.options, (
+        f"delta does nothing for loss_type {config.loss_type}"
+    )
     yield loss.whole_rows and config.importance_sampling_level == "sequence", (
-        f"loss_type {config.loss_type} works on whole sequences already; leave importance_sampling_level at token"
+        f"loss_type {config.loss_type} works on whole sequences already; "
+        "leave importance_sampling_level at token"
     )
     yield config.entropy_coef_min > config.entropy_coef_max, (
         f"entropy_coef_min ({config.entropy_coef_min}) is above entropy_coef_max ({config.entropy_coef_max})"
@@ -189,9 +192,11 @@ def contradictions(config):
         "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
     )
     yield config.scale_rewards not in config.estimator.scales, (
-        f"scale_rewards is for advantage_estimator group: {config.advantage_estimator} scales in its own way; leave it out"
+        f"scale_rewards is for advantage_estimator group: {config.advantage_estimator} scales in its own way; "
+        "leave it out"
     )
-    yield config.multi_objective_aggregation == "normalize_then_sum" and config.advantage_estimator != "group", (
+    by_function = config.multi_objective_aggregation == "normalize_then_sum"
+    yield by_function and config.advantage_estimator != "group", (
         "normalize_then_sum takes each function's group advantages; leave advantage_estimator at group"
     )
     strange = [name for name in config.report_to if name not in TRACKERS]
@@ -206,10 +211,11 @@ def doubts(config) -> list[str]:
     """Warnings of what works and is rarely meant."""
     found = []
     if config.sampling_filters:
-        found.append(f"{', '.join(config.sampling_filters)} in force: completions are not drawn from the policy itself")
+        names = ", ".join(config.sampling_filters)
+        found.append(f"{names} in force: completions are not drawn from the policy itself")
     if config.importance_sampling_level == "sequence" and config.objective.sums_tokens:
         found.append(
-            f"with importance_sampling_level sequence, loss_type {config.loss_type} sums over tokens, so each sequence "
-            "weighs by its length; GSPO's objective is loss_type grpo"
+            f"with importance_sampling_level sequence, loss_type {config.loss_type} sums over tokens, so each "
+            "sequence weighs by its length; GSPO's objective is loss_type grpo"
         )
     return found

@@ -16,7 +16,7 @@ import pytest
 
 import mlx_grpo
 from mlx_grpo import FIELD_TYPES, MLXGRPOConfig, UserError, config_as_toml, load_config, read_settings
-from mlx_grpo.settings import coerce
+from mlx_grpo.settings import coerce, doubts
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {f.name: f for f in dataclasses.fields(MLXGRPOConfig)}
@@ -178,7 +178,8 @@ def test_the_script_itself_exits_with_2_and_one_line(tmp_path):
 @pytest.mark.parametrize(
     "override, says",
     [
-        ("loss_type=ppo", "grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo"), ("importance_sampling_level=word", "token, sequence"),
+        ("loss_type=ppo", "grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gmpo"),
+        ("advantage_estimator=gae", "group, rloo, reinforce_plus_plus_baseline, maxrl"), ("importance_sampling_level=word", "token, sequence"),
         ("scale_rewards=std", "group, batch, none"), ("sampler_correction=tis", "token_truncate"), ("lr_scheduler_type=step", "cosine, linear, constant"),
         ("fine_tune_type=qlora", "lora, dora"), ("multi_objective_aggregation=sum", "normalize_then_sum"),
         ("bits=7", "4"), ("group_size=16", "64"),
@@ -199,6 +200,7 @@ def test_a_choice_that_does_not_exist_comes_with_those_that_do(refused, override
      "reward_timeout=0", "max_train_samples=-1", "max_new_tokens=-1", "eval_steps=-1", "save_steps=-1", "num_layers=-2", "seed=-1", "micro_batch_tokens=0",
      "eval_subset_size=0", "max_nan_updates=0", "learning_rate=inf", "off_policy_mask_threshold=-1", "entropy_coef=-1", "kv_budget_gb=-1",
      # A division by these:
+     "vespo_lambda_pos=0", "vespo_lambda_neg=0", "vespo_k_pos=-1", "entropy_target=-1", "entropy_coef_delta=-1",
      "sapo_temperature_pos=0", "sapo_temperature_neg=0", "sapo_temperature_pos=-1", "adam_beta1=1", "adam_beta2=1"],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused(refused, override):
@@ -220,7 +222,15 @@ def test_a_value_out_of_range_is_refused(refused, override):
         (["lora_parameters={rank=8, scale=20.0, alpha=16}"], "lora_parameters"),  # a key that nothing would read
         (["fine_tune_type=full", "num_layers=4"], "num_layers is for adapters"),
         (["fine_tune_type=lora", "num_layers=0"], "num_layers = 0 would train nothing"),
-        (["loss_type=vespo", "sampler_correction=token_mask"], "loss_type vespo has its own correction"),
+        (["loss_type=vespo", "sampler_correction=sequence_mask"], "loss_type vespo takes a sampler correction into its weight token by token"),
+        (["loss_type=vespo", "importance_sampling_level=sequence"], "loss_type vespo works on whole sequences already"),
+        (["loss_type=gmpo", "importance_sampling_level=sequence"], "loss_type gmpo works on whole sequences already"),
+        (["loss_type=cispo", "delta=4"], "delta does nothing for loss_type cispo"),
+        (["loss_type=gmpo", "delta=4"], "delta does nothing for loss_type gmpo"),
+        (["advantage_estimator=rloo", "scale_rewards=batch"], "scale_rewards is for advantage_estimator group: rloo scales in its own way"),
+        (["advantage_estimator=reinforce_plus_plus_baseline", "scale_rewards=none"], "scale_rewards is for advantage_estimator group"),
+        (["advantage_estimator=maxrl", "multi_objective_aggregation=normalize_then_sum"], "leave advantage_estimator at group"),
+        (["entropy_coef_min=0.5", "entropy_coef_max=0.1"], "entropy_coef_min (0.5) is above entropy_coef_max (0.1)"),
         (["run_name=a/b"], "run_name must be a plain name"),
         (["run_name=.."], "run_name must be a plain name"),
         (["sampler_correction_min=2.0", "sampler_correction_max=1.0"], "sampler_correction_min"),  # no weight lies in an empty range
@@ -229,6 +239,26 @@ def test_a_value_out_of_range_is_refused(refused, override):
 def test_a_contradiction_is_refused_before_anything_is_loaded(refused, overrides, says):
     status, error = refused(*(part for override in overrides for part in ("--set", override)), "--set", "model_name=no/such-model")
     assert status == 2 and says in error
+
+
+@pytest.mark.parametrize("loss_type", mlx_grpo.LOSSES)
+def test_whole_sequence_ratios_with_sums_over_tokens_are_warned_of(loss_type):
+    warned = doubts(MLXGRPOConfig(loss_type=loss_type))
+    assert warned == []
+    if mlx_grpo.LOSSES[loss_type].whole_rows:
+        return
+    warned = doubts(MLXGRPOConfig(loss_type=loss_type, importance_sampling_level="sequence"))
+    if loss_type in ("bnpo", "dr_grpo", "dapo", "cispo"):
+        assert len(warned) == 1 and f"loss_type {loss_type} sums over tokens" in warned[0]
+    else:
+        assert warned == []
+
+
+def test_the_corrections_that_each_loss_can_take():
+    assert MLXGRPOConfig(loss_type="vespo", sampler_correction="token_mask").correction == "token_mask"
+    assert MLXGRPOConfig(loss_type="vespo", sync_every=2).correction == "token_truncate"  # auto
+    assert MLXGRPOConfig(loss_type="vespo").correction is None
+    assert MLXGRPOConfig(advantage_estimator="rloo", scale_rewards="none").estimator is mlx_grpo.ESTIMATORS["rloo"]
 
 
 def test_the_same_holds_for_a_config_made_in_python():
@@ -366,7 +396,7 @@ def test_no_override_at_all_ends_in_a_traceback(name, value):
 
 
 def fields_read(source: str) -> set[str]:
-    """Names read as config.NAME, as self.NAME in a property of MLXGRPOConfig, or by name through OBJECTIVE_OPTIONS."""
+    """Names read as config.NAME, as self.NAME in a property of MLXGRPOConfig, or taken by grpo_loss under their name."""
     tree, read = ast.parse(source), set()
     config_class = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "MLXGRPOConfig")
     properties = [node for node in config_class.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
@@ -374,8 +404,8 @@ def fields_read(source: str) -> set[str]:
     for node in (child for top in rest for child in ast.walk(top)):
         if isinstance(node, ast.Attribute) and re.search(r"(^|\.)(config|small|whole)$", ast.unparse(node.value)):
             read.add(node.attr)
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OBJECTIVE_OPTIONS":
-            read |= {constant.value for constant in ast.walk(node.value) if isinstance(constant, ast.Constant)}
+        if isinstance(node, ast.FunctionDef) and node.name == "grpo_loss":
+            read |= {argument.arg for argument in node.args.kwonlyargs}
     used = {node.attr for top in rest for node in ast.walk(top) if isinstance(node, ast.Attribute)}
     for node in properties:
         if node.name in used:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
 
 import mlx.core as mx
@@ -200,6 +201,98 @@ def test_micro_batches_add_up_to_the_whole_batchs_gradient(tmp_path, loss_type):
         assert split_loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
         assert largest_gap(split_grads, grads) < 1e-4
     assert many == 8  # two groups with signal of four rows: at the smallest budget one row a batch
+
+
+def with_a_near_sampler(trainer, groups):
+    """The groups as a sampler would have written them that is not far from the policy, nor the policy itself."""
+    for group in groups:
+        prompt = mlx_grpo.left_pad([group.prompt], len(group.prompt))
+        for i, completion in enumerate(group.completions):
+            batch = {"prompts": prompt[0], "pads": prompt[1], "ids": mx.array([completion.ids])}
+            logps = np.array(trainer.learner.log_probs(batch)[0][0])
+            completion.sampler_logps = (logps + 0.5 * np.sin(np.arange(len(logps)) + 1) + 0.3 * (-1) ** i).tolist()
+    return groups
+
+
+@pytest.mark.parametrize(
+    "count, options",
+    [
+        (10, ["loss_type=vespo", "sampler_correction=token_truncate", "num_generations=2"]),  # nine have a signal: padded to the shape of 10
+        (3, ["importance_sampling_level=sequence", "advantage_estimator=rloo", "kl_coeff=0.1"]),
+        (3, ["loss_type=cispo", "clip_eps_high=1.1", "top_entropy_quantile=0.6", "entropy_coef=0.05"]),
+    ],
+)
+def test_a_steps_record_does_not_depend_on_its_micro_batches(tmp_path, count, options):
+    records = {}
+    for budget in (10**6, 150):
+        trainer = trainer_of(tmp_path, "num_iterations=2", "learning_rate=0.001", "warmup_ratio=0", f"micro_batch_tokens={budget}", *options)
+        records[budget] = train_on(trainer, with_a_near_sampler(trainer, groups_of(trainer, count)))
+    for one, other in zip(*records.values()):
+        assert one == pytest.approx(other, rel=5e-3, abs=1e-4) and one["grad_norm"] > 1e-4
+
+
+def entry_of_the_page(heading):
+    """Name and value of the table's line in a section of CONTRIBUTING.md, made as it says with the function before it."""
+    section = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    function, line = (textwrap.dedent(block.split("   ```")[0]) for block in section.split("```python\n")[1:])
+    script = dict(vars(mlx_grpo.script))
+    exec(function, script)
+    [(name, entry)] = eval("{" + line + "}", script).items()
+    return name, entry
+
+
+@pytest.mark.parametrize("heading, table, setting", [("Adding a loss", "LOSSES", "loss_type"), ("Adding an estimator", "ESTIMATORS", "advantage_estimator")])
+def test_what_is_added_as_contributing_says_trains(tmp_path, monkeypatch, heading, table, setting):
+    name, entry = entry_of_the_page(heading)
+    with pytest.raises(mlx_grpo.UserError, match=f"Invalid {setting}: '{name}'"):
+        load_config(None, [f"{setting}={name}"])
+    monkeypatch.setitem(getattr(mlx_grpo, table), name, entry)
+    records = {}
+    for budget in (10**6, 1):
+        trainer = trainer_of(tmp_path, f"{setting}={name}", f"micro_batch_tokens={budget}", "loss_type=bnpo" if table == "ESTIMATORS" else "clip_eps=0.2")
+        start = {k: np.array(v) for k, v in trainable_arrays(trainer.model).items()}
+        groups = groups_of(trainer)
+        records[budget] = train_on(trainer, groups)[0]
+        assert any((np.array(v) != start[k]).any() for k, v in trainable_arrays(trainer.model).items())
+    assert records[1] == pytest.approx(records[10**6], rel=1e-3, abs=1e-5)
+    # On-policy either example is the plain policy gradient over the batch's tokens; here by hand, of its value.
+    rewards = np.array([[sum(c.rewards) for c in group.completions] for group in groups])  # (B, G)
+    lengths = np.array([[len(c.ids) for c in group.completions] for group in groups])
+    if table == "ESTIMATORS":
+        rewards[1] = 0  # no signal
+        assert records[1]["loss"] == pytest.approx(-(rewards * lengths).sum() / lengths.sum(), rel=1e-4)
+
+
+def test_an_estimator_may_have_a_say_for_each_token(tmp_path, monkeypatch):
+    seen = []
+
+    def by(factor):
+        def tokens(advantages, old_logps, ref_logps, mask):
+            seen.append((advantages.shape, old_logps.shape, ref_logps.shape, mask.shape))
+            return factor * advantages[:, None] * mask
+
+        return mlx_grpo.Estimator(mlx_grpo.leave_one_out, tokens=tokens)
+
+    records = {}
+    monkeypatch.setitem(mlx_grpo.ESTIMATORS, "same", by(1.0))
+    monkeypatch.setitem(mlx_grpo.ESTIMATORS, "double", by(2.0))
+    for name in ("rloo", "same", "double"):
+        trainer = trainer_of(tmp_path, f"advantage_estimator={name}", "kl_coeff=1e-6", "max_grad_norm=0")
+        records[name] = train_on(trainer, groups_of(trainer))[0]
+    assert all(shape[0] == (shapes[1][0],) for shapes in seen for shape in [shapes]) and seen[0][1] == seen[0][2] == seen[0][3]
+    assert records["same"]["grad_norm"] == pytest.approx(records["rloo"]["grad_norm"], rel=1e-4)
+    assert records["double"]["grad_norm"] == pytest.approx(2 * records["rloo"]["grad_norm"], rel=1e-3)
+
+
+def test_adaptive_entropy_moves_the_coefficient_and_pays_once_the_entropy_is_low(tmp_path):
+    trainer = trainer_of(tmp_path, "use_adaptive_entropy=true", "entropy_coef=0.1", "entropy_target=9", "entropy_coef_delta=0.01",
+                         "num_iterations=3", "use_compile=true", "learning_rate=0")  # fmt: skip
+    records = train_on(trainer, groups_of(trainer))
+    assert [record["entropy_coef"] for record in records] == pytest.approx([0.0, 0.11, 0.12]) and trainer.state.entropy_coef == pytest.approx(0.13)
+    entropy = records[0]["entropy_trained"]
+    assert trainer.state.last_entropy == pytest.approx(entropy) and 0 < entropy < 9
+    for record in records[1:]:  # the weights stand still: what the loss changes by is the bonus
+        assert record["loss"] - records[0]["loss"] == pytest.approx(-record["entropy_coef"] * entropy, rel=1e-4)
 
 
 def test_a_dry_run_says_what_its_gradient_was_and_does_not_pass_one_that_is_not_finite(tmp_path, capsys):
@@ -466,6 +559,7 @@ OFF_POLICY = ["num_iterations=2", "learning_rate=0.002", "warmup_ratio=0", "lr_s
 VARIANTS = {
     "grpo": [],
     **{loss: [f"loss_type={loss}"] for loss in mlx_grpo.LOSSES if loss != "grpo"},
+    **{name: [f"advantage_estimator={name}"] for name in mlx_grpo.ESTIMATORS if name not in ("group", "maxrl")},
     "sequence level": ["importance_sampling_level=sequence"],
     "clip_eps": ["clip_eps=0.01"],
     "clip_eps_high": ["clip_eps_high=0.9"],
@@ -486,6 +580,13 @@ VARIANTS = {
     "sequence_mask": ["sampler_correction=sequence_mask", "sampler_correction_max=1.2"],
     "lower maximum": ["sampler_correction=token_truncate", "sampler_correction_max=0.1"],
     "minimum": ["sampler_correction=token_truncate", "sampler_correction_min=0.9"],
+    "vespo, corrected": ["loss_type=vespo", "sampler_correction=token_truncate", "sampler_correction_max=1.2"],
+    "vespo, other k above": ["loss_type=vespo", "vespo_k_pos=1.0"],
+    "vespo, other lambda above": ["loss_type=vespo", "vespo_lambda_pos=1.0"],
+    "vespo, other k below": ["loss_type=vespo", "vespo_k_neg=1.0"],
+    "vespo, other lambda below": ["loss_type=vespo", "vespo_lambda_neg=1.0"],
+    "gmpo, wider": ["loss_type=gmpo", "clip_eps=0.01"],
+    "adaptive entropy": ["use_adaptive_entropy=true", "entropy_coef=0.1", "entropy_target=9"],
     "sapo, other gates": ["loss_type=sapo", "sapo_temperature_pos=3.0"],
     "sapo, other negative gate": ["loss_type=sapo", "sapo_temperature_neg=3.0"],
     "dr_grpo, longer": ["loss_type=dr_grpo", "max_completion_length=48"],
@@ -499,14 +600,8 @@ VARIANTS = {
 
 def updated(tmp_path, options):
     trainer = trainer_of(tmp_path, *OFF_POLICY, *options)
-    groups = groups_of(trainer)
-    for group in groups:  # a sampler not far from the policy, so that the corrections are neither all 1 nor all 0
-        prompt = mlx_grpo.left_pad([group.prompt], len(group.prompt))
-        for i, completion in enumerate(group.completions):
-            batch = {"prompts": prompt[0], "pads": prompt[1], "ids": mx.array([completion.ids])}
-            logps = np.array(trainer.learner.log_probs(batch)[0][0])
-            completion.sampler_logps = (logps + 0.5 * np.sin(np.arange(len(logps)) + 1) + 0.3 * (-1) ** i).tolist()
-    records = train_on(trainer, groups)
+    # A sampler not far from the policy, so that the corrections are neither all 1 nor all 0.
+    records = train_on(trainer, with_a_near_sampler(trainer, groups_of(trainer)))
     return records, np.concatenate([np.array(w).ravel() for w in trainable_arrays(trainer.model).values()])
 
 

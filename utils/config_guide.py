@@ -18,6 +18,8 @@ import mlx_grpo  # noqa: E402
 
 GUIDE = ROOT / "docs" / "CONFIG_GUIDE.md"
 BEGIN, END = "<!-- settings: written by utils/config_guide.py -->", "<!-- end of settings -->"
+# Settings that name an entry of a table.
+TABLES = {"loss_type": mlx_grpo.LOSSES, "advantage_estimator": mlx_grpo.ESTIMATORS}
 SHARED = {"adam_beta1": "first moment's decay", "adam_beta2": "second moment's decay"}
 
 
@@ -37,7 +39,10 @@ def settings_table() -> str:
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
             kind = field.type.__name__ if isinstance(field.type, type) else str(field.type).replace(" | None", " or none")
             shown = "none" if default is None else "the text at the top of mlx-grpo.py" if name == "system_prompt" else f"`{default!r}`"
-            meaning = (comment[1] if comment else SHARED[name]).replace("|", "\\|").replace("<", "&lt;")
+            meaning = comment[1] if comment else SHARED[name]
+            if name in TABLES:
+                meaning += f": {', '.join(TABLES[name])}"
+            meaning = meaning.replace("|", "\\|").replace("<", "&lt;")
             lines.append(f"| `{name}` | {kind.replace('|', 'or')} | {shown} | {meaning} |")
             name = None
     return "\n".join(lines).strip()
