@@ -72,7 +72,7 @@ from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cu
 from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
 from mlx_grpo.backends.streams import lane_count, lanes, spread
 from mlx_grpo.loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
-from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, Work, print_plan, suggestions, work_of
+from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
 from mlx_grpo.run.records import completion_records, machine_facts, time_facts, update_facts
 from mlx_grpo.run.terminal import Monitor, print_outcome, stopping_on_signals, write_report
 from mlx_grpo.run.trackers import check_trackers, start_trackers
@@ -236,6 +236,11 @@ class MLXGRPOConfig:
         return not others and self.estimator.tokens is None
 
     @property
+    def prompts_per_update(self) -> int:
+        """Of all ranks together."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
     def rollout_tokens(self) -> int:
         """Longest completion the rollout may write, in tokens."""
         return self.max_new_tokens or self.max_completion_length
@@ -386,6 +391,16 @@ def fitting_rows(tokenizer, config: MLXGRPOConfig, context: float, rows: list[di
     if not kept:
         raise UserError(f"No {split} prompt is within {limit} tokens; raise max_prompt_length (the shortest has {min(map(len, ids))})")
     return kept
+
+
+def prompt_rows(splits: dict[str, list[dict]], model, tokenizer, config: MLXGRPOConfig) -> tuple[list[dict], dict[str, list[dict]]]:
+    """The training rows, and by split the fixed rows of evaluations, each with its prompt's ids."""
+    fitting = functools.partial(fitting_rows, tokenizer, config, context_length(model))
+    rows = fitting(splits["train"], "training")
+    evaluated = {"test": fixed_subset(fitting(splits["test"], "held-out"), config.eval_samples, config.seed)}
+    if config.eval_every_updates:
+        evaluated["train"] = fixed_subset(rows, config.eval_subset_size, config.seed)
+    return rows, evaluated
 
 
 def draw_rows(rows: list[dict], seed: int, first: int, count: int) -> list[tuple[int, dict]]:
@@ -1633,6 +1648,77 @@ class Stopwatch:
         self.seconds[name] += time.perf_counter() - start
 
 
+class RunFiles:
+    """A run on disk: its logs, its checkpoints, its final model. Rank 0 writes and reads, the others are sent the rest.
+
+    write_model: writes a directory that mlx_lm.load opens, of the policy as it is. inputs: digests of what the run reads.
+    """
+
+    def __init__(self, run_dir: Path, learner: Learner, old_policy: OldPolicy, write_model, inputs: dict[str, str]):
+        self.run_dir, self.learner, self.old_policy = run_dir, learner, old_policy
+        self.write_model, self.inputs = write_model, inputs
+        self.config, self.ranks = learner.config, learner.ranks
+        self.logs = RunLogs(run_dir, self.config.log_jsonl and self.ranks.rank == 0)
+        self.checkpoints = Checkpoints(run_dir, self.config.save_total_limit)
+
+    def check_weights(self, state: RunState) -> None:
+        """Raise RunError if the ranks' weights have diverged."""
+        self.ranks.check_equal(trainable_arrays(self.learner.model), f"after update {state.update}")
+
+    def save_final(self) -> None:
+        self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.write_model))
+
+    def save_checkpoint(self, state: RunState, may_fail: bool) -> None:
+        """Write checkpoint-UPDATE, with all that an exact resume needs. may_fail: whether the next one may make up for it."""
+
+        self.check_weights(state)
+
+        def write(folder: Path) -> None:
+            logs = self.logs.sync()
+            self.write_model(folder)
+            settings = dataclasses.asdict(self.config)
+            parts = (self.learner.optimizer.state, self.old_policy.weights)
+            write_snapshot(folder, Snapshot(dataclasses.asdict(state), settings, logs, self.inputs, {}, *parts))
+
+        self.ranks.on_first(lambda: self.checkpoints.write(state.update, state.best_update, write, may_fail))
+
+    def resume(self, folder: Path, asked: set[str], accept_inputs: bool) -> RunState:
+        """Take over a checkpoint, as if there had been no stop; only rank 0 needs to have it. Raises UserError.
+
+        asked: settings given by --set, which may differ. accept_inputs: whether data, model and reward files may.
+        """
+        plain = self.ranks.on_first(lambda: dataclasses.asdict(self.restore(folder, asked, accept_inputs)))
+        state = RunState(**plain)
+        if self.ranks.size > 1:
+            model = self.learner.model
+            model.load_weights(list(self.ranks.from_first(trainable_arrays(model)).items()), strict=False)
+            self.learner.optimizer.state = self.ranks.from_first(self.learner.optimizer.state)
+            self.old_policy.quantize = state.quantize_rollouts
+            self.old_policy.refresh(self.ranks.from_first(self.old_policy.weights))
+        return state
+
+    def restore(self, folder: Path, asked: set[str], accept_inputs: bool) -> RunState:
+        """Load what a checkpoint holds, and set aside what the run wrote after it."""
+        snapshot, trainable = read_snapshot(folder), trainable_arrays(self.learner.model)
+        try:
+            state = RunState.read(snapshot.state)
+            if any(snapshot.weights[name].shape != now.shape for name, now in trainable.items()):
+                raise ValueError("a weight of another shape")
+        except (TypeError, ValueError, KeyError):
+            raise UserError(not_resumable(folder)) from None
+        changed = changed_settings(snapshot.config, dataclasses.asdict(self.config), asked, folder)
+        changed |= changed_inputs(snapshot.inputs, self.inputs, accept_inputs, folder)
+        self.learner.model.load_weights(list(snapshot.weights.items()), strict=False)
+        self.learner.optimizer.state = snapshot.optimizer
+        self.old_policy.quantize = state.quantize_rollouts
+        self.old_policy.refresh(snapshot.stale)
+        self.checkpoints.set_aside_after(state.update, state.best_update)
+        self.logs.cut(snapshot.logs)
+        if changed:
+            self.logs.add("training_log", {"event": "resume", "update": state.update, "changed": changed})
+        return state
+
+
 class MLXGRPOTrainer:
     """GRPO (DeepSeekMath, Algorithm 1) with the settings of `config`, into the directory `run_dir`.
 
@@ -1643,57 +1729,47 @@ class MLXGRPOTrainer:
     def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
         self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
         self.reward_functions, self.reward_weights = load_rewards(config, BUILT_IN_REWARDS)
-        self.source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
-        train_rows = load_dataset_split(config, "train")
-        test_rows = load_dataset_split(config, "test")
+        source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
+        splits = {split: load_dataset_split(config, split) for split in ("train", "test")}  # a wrong path is met before a model is loaded
         self.model, self.tokenizer = load_model(config)
-        self.model_config = read_model_config(self.source)
-        fitting = functools.partial(fitting_rows, self.tokenizer, config, context_length(self.model))
-        self.rows = fitting(train_rows, "training")
-        self.eval_rows = {"test": fixed_subset(fitting(test_rows, "held-out"), config.eval_samples, config.seed)}
-        if config.eval_every_updates:
-            self.eval_rows["train"] = fixed_subset(self.rows, config.eval_subset_size, config.seed)
-        self.prompts_per_update = config.batch_size * config.gradient_accumulation_steps
-        if self.prompts_per_update < ranks.size:
-            raise UserError(
-                f"{ranks.size} ranks share {self.prompts_per_update} prompts an update; raise batch_size, or start fewer"
-            )
-        self.rollouts = max(1, int(config.num_epochs * len(self.rows) / self.prompts_per_update))
-        self.updates = self.rollouts * config.num_iterations
+        self.rows, self.eval_rows = prompt_rows(splits, self.model, self.tokenizer, config)
+        if config.prompts_per_update < ranks.size:
+            raise UserError(f"{ranks.size} ranks share {config.prompts_per_update} prompts an update; raise batch_size, or start fewer")
+        self.updates = max(1, int(config.num_epochs * len(self.rows) / config.prompts_per_update)) * config.num_iterations
 
         # Queued MLX work keeps its buffers alive: above this, MLX waits for queued work.
         self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
         mx.set_memory_limit(self.memory_limit)
         self.ref_model = reference_copy(self.model) if config.kl_coeff > 0 else None
         self.learner = Learner(self.model, self.ref_model, self.compute_grpo_loss, config, ranks, self.memory_limit)
+        rows = math.ceil(config.prompts_per_update / ranks.size) * config.num_generations
+        self.work = work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows)
         self.old_policy = OldPolicy(self.model, config)
         self.state = RunState(quantize_rollouts=config.quantize_for_rollouts, entropy_coef=config.entropy_coef)
-        self.logs, self.checkpoints = RunLogs(self.run_dir, config.log_jsonl and ranks.rank == 0), Checkpoints(self.run_dir, config.save_total_limit)
+        write = functools.partial(
+            save_model, model=self.model, tokenizer=self.tokenizer, model_config=read_model_config(source), source=source,
+            config=config,
+        )  # fmt: skip
+        inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
+        self.files = RunFiles(self.run_dir, self.learner, self.old_policy, write, inputs)
         self.monitor = Monitor(self.updates, config.logging_steps)
         self.after_evaluation = lambda run_dir: None  # the command line puts the report here
         self.stop_signal = 0
-        self.inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
-        ranks.must_agree(settings=dataclasses.asdict(config), data=list(self.inputs.items())[:2])
+        ranks.must_agree(settings=dataclasses.asdict(config), data=list(inputs.items())[:2])
         ranks.check_equal(dict(tree_flatten(self.model.parameters())), "as loaded")
 
     @property
     def model_old(self):
         return self.old_policy.model
 
-    @property
-    def work(self) -> Work:
-        """What the memory plan counts with."""
-        rows = math.ceil(self.prompts_per_update / self.ranks.size) * self.config.num_generations
-        return work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows)
-
     # One update
 
     def train_step(self) -> list[dict]:
         """Algorithm 1, lines 4 to 11, for one batch of prompts: num_iterations updates. The log record of each."""
         config, watch, first = self.config, Stopwatch(), self.state.cursor
-        groups = self.rollout(self.prompts_per_update, watch)
+        groups = self.rollout(self.config.prompts_per_update, watch)
         for _ in range(config.dynamic_sampling_max_batches):  # DAPO: fresh prompts for the groups without signal
-            useful = [group for group in groups if self.has_signal(group)]
+            useful = [group for group in groups if self.advantages([group])[1].any()]
             if len(useful) == len(groups):
                 break
             groups = useful + self.rollout(len(groups) - len(useful), watch)
@@ -1705,7 +1781,7 @@ class MLXGRPOTrainer:
         if is_due(self.state.update - len(metrics), self.state.update, config.sync_every):
             self.old_policy.refresh()
         if is_due(self.state.update - len(metrics), self.state.update, config.check_weights_steps):
-            self.check_weights()
+            self.files.check_weights(self.state)
         return self.report(groups, rewards, advantages, metrics, watch, drawn=self.state.cursor - first)
 
     def rollout(self, count: int, watch: Stopwatch) -> list[Group]:
@@ -1759,10 +1835,6 @@ class MLXGRPOTrainer:
         rewards, advantages = combine_rewards(each.transpose(2, 0, 1), self.reward_weights, self.config)
         return rewards, np.array(advantages)
 
-    def has_signal(self, group: Group) -> bool:
-        """Whether the rewards tell the group's completions apart."""
-        return bool(self.advantages([group])[1].any())
-
     def train_on(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
         """num_iterations optimizer steps on one batch of groups; the metrics of each. advantages: (B, G)."""
         config, state, metrics = self.config, self.state, []
@@ -1810,7 +1882,7 @@ class MLXGRPOTrainer:
     def train(self) -> dict:
         """Train to the end: evaluate, update, log, save. Returns the evaluations before and after, {} when stopped."""
         state = self.state
-        self.learner.probe_memory(max((row["prompt_ids"] for row in self.rows), key=len), self.prompts_per_update)
+        self.learner.probe_memory(max((row["prompt_ids"] for row in self.rows), key=len), self.config.prompts_per_update)
         with self.monitor as monitor:
             monitor.begin(state.update, state.before.get("test"))
             state.before = state.before or self.evaluate_all()
@@ -1824,7 +1896,7 @@ class MLXGRPOTrainer:
                     if state.update:
                         self.save_checkpoint()
                     raise
-                self.logs.add("training_log", *records)
+                self.files.logs.add("training_log", *records)
                 for record in records:
                     monitor.update(record)
                 self.stop_where_gradients_fail()
@@ -1835,7 +1907,7 @@ class MLXGRPOTrainer:
                 return {}
             after = self.evaluate_all()
             monitor.phase("saving")
-            self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.write_model))
+            self.files.save_final()
         return {"before": state.before, "after": after}
 
     def evaluate_and_save(self, previous: int) -> None:
@@ -1875,7 +1947,7 @@ class MLXGRPOTrainer:
         del result["texts"]
         record = {"event": "eval", "update": state.update, "split": split, **result}
         timed = {**record, "seconds": time.perf_counter() - start}
-        self.logs.add("training_log", timed)
+        self.files.logs.add("training_log", timed)
         if split == "test" and record["em_strict"] > state.best:
             state.best, state.best_update = record["em_strict"], state.update
         self.monitor.evaluation(timed, when)
@@ -1892,7 +1964,7 @@ class MLXGRPOTrainer:
         every = config.log_completions_steps
         if every and (not previous or is_due(previous, state.update, every)):
             samples = completion_records(state.update, groups, names)
-            self.logs.add("completions", *samples)
+            self.files.logs.add("completions", *samples)
             self.monitor.completions(samples, rewards)
         seconds, exchanges = self.ranks.timing(watch.seconds)
         facts = update_facts(groups, rewards, advantages, names) | time_facts(groups, seconds, drawn, config.num_iterations)
@@ -1900,65 +1972,12 @@ class MLXGRPOTrainer:
         facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens, **exchanges}
         return [{"update": previous + i, "kl": 0.0, **one, **facts} for i, one in enumerate(metrics, 1)]
 
-    # Saving and resuming
-
-    def check_weights(self) -> None:
-        """Raise RunError if the ranks' weights have diverged."""
-        self.ranks.check_equal(trainable_arrays(self.model), f"after update {self.state.update}")
-
-    def write_model(self, folder: Path) -> None:
-        save_model(folder, self.model, self.tokenizer, self.model_config, self.source, self.config)
-
     def save_checkpoint(self) -> None:
-        """Have rank 0 write checkpoint-UPDATE, with all that an exact resume needs; the others wait."""
-        self.check_weights()
-        self.ranks.on_first(lambda: self.checkpoints.write(
-            self.state.update, self.state.best_update, self.write_checkpoint, may_fail=not self.stop_signal
-        ))  # fmt: skip
-
-    def write_checkpoint(self, folder: Path) -> None:
-        logs = self.logs.sync()
-        self.write_model(folder)
-        snapshot = Snapshot(
-            dataclasses.asdict(self.state), dataclasses.asdict(self.config), logs, self.inputs,
-            {}, self.learner.optimizer.state, self.old_policy.weights,
-        )  # fmt: skip
-        write_snapshot(folder, snapshot)
+        self.files.save_checkpoint(self.state, may_fail=not self.stop_signal)
 
     def resume(self, folder: Path, asked: set[str] = frozenset(), accept_inputs: bool = False) -> None:
-        """Continue from a checkpoint as if there had been no stop; only rank 0 needs to have it.
-
-        asked: settings given by --set, which may differ. accept_inputs: whether data, model and reward files may.
-        """
-        self.ranks.on_first(lambda: self.restore(read_snapshot(folder), folder, asked, accept_inputs))
-        if self.ranks.size > 1:
-            self.state = RunState(**self.ranks.on_first(lambda: dataclasses.asdict(self.state)))
-            weights = self.ranks.from_first(trainable_arrays(self.model))
-            self.model.load_weights(list(weights.items()), strict=False)
-            self.learner.optimizer.state = self.ranks.from_first(self.learner.optimizer.state)
-            self.old_policy.quantize = self.state.quantize_rollouts
-            self.old_policy.refresh(self.ranks.from_first(self.old_policy.weights))
-
-    def restore(self, snapshot: Snapshot, folder: Path, asked: set[str], accept_inputs: bool) -> None:
-        """Take over a snapshot, and set aside what the run wrote after it. Raises UserError where it does not fit."""
-        trainable = trainable_arrays(self.model)
-        if any(name not in snapshot.weights or snapshot.weights[name].shape != now.shape for name, now in trainable.items()):
-            raise UserError(not_resumable(folder))
-        try:
-            state = RunState.read(snapshot.state)
-        except (TypeError, ValueError):
-            raise UserError(not_resumable(folder)) from None
-        changed = changed_settings(snapshot.config, dataclasses.asdict(self.config), asked, folder)
-        changed |= changed_inputs(snapshot.inputs, self.inputs, accept_inputs, folder)
-        self.model.load_weights(list(snapshot.weights.items()), strict=False)
-        self.learner.optimizer.state = snapshot.optimizer
-        self.state = state
-        self.old_policy.quantize = self.state.quantize_rollouts
-        self.old_policy.refresh(snapshot.stale)
-        self.checkpoints.set_aside_after(self.state.update, self.state.best_update)
-        self.logs.cut(snapshot.logs)
-        if changed:
-            self.logs.add("training_log", {"event": "resume", "update": self.state.update, "changed": changed})
+        """Continue from a checkpoint as if there had been no stop (RunFiles.resume)."""
+        self.state = self.files.resume(folder, asked, accept_inputs)
 
 
 OBJECTIVE_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name in FIELD_TYPES)
@@ -2035,7 +2054,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
         with failing_on_the_disk(run_dir):
             ranks.on_first(lambda: held.enter_context(claimed_directory(run_dir)) and None)
             if arguments.resume is not None and not resumes:
-                ranks.on_first(lambda: trainer.logs.cut({}))
+                ranks.on_first(lambda: trainer.files.logs.cut({}))
             if resumes:
                 asked = {name for name, source in sources.items() if source == "--set"}
                 trainer.resume(checkpoint, asked, arguments.accept_changed_inputs)

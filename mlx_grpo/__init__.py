@@ -29,3 +29,7 @@ def __getattr__(name: str):
         raise AttributeError(name)
     script = load_script()
     return script if name == "script" else getattr(script, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(load_script())})

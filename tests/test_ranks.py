@@ -108,23 +108,23 @@ def learn(ranks, folder, extra) -> dict:
         return groups
 
     trainer.rollout = watched
-    trainer.logs.add = lambda *record: None
+    trainer.files.logs.add = lambda *record: None
     records = [record for _ in range(3) for record in trainer.train_step()]
     scores = mlx_grpo.evaluate(trainer.model, trainer.tokenizer, trainer.eval_rows["test"], trainer.config, ranks=ranks)
     return {"weights": mlx_grpo.trainable_arrays(trainer.model), "sampled": sampled, "records": records, "scores": scores}
 
 
-def come_apart(self):
+def come_apart(self, state):
     """In place of check_weights: rank 1's weights have changed by one bit."""
-    if self.ranks.rank == 1 and self.state.update == 2:
-        weights = mlx_grpo.trainable_arrays(self.model)
+    if self.ranks.rank == 1 and state.update == 2:
+        weights = mlx_grpo.trainable_arrays(self.learner.model)
         name, first = next(iter(weights.items()))
-        self.model.load_weights([(name, mx.where(mx.arange(first.size).reshape(first.shape) == 7, first * (1 + 2e-7), first))], strict=False)
-    self.ranks.check_equal(mlx_grpo.trainable_arrays(self.model), f"after update {self.state.update}")
+        self.learner.model.load_weights([(name, mx.where(mx.arange(first.size).reshape(first.shape) == 7, first * (1 + 2e-7), first))], strict=False)
+    self.ranks.check_equal(mlx_grpo.trainable_arrays(self.learner.model), f"after update {state.update}")
 
 
 def be_a_rank(folder: Path, jobs: list) -> None:
-    rank, own = int(os.environ["MLX_RANK"]), MLXGRPOTrainer.check_weights
+    rank, own = int(os.environ["MLX_RANK"]), mlx_grpo.RunFiles.check_weights
     mlx_grpo.script.write_report = lambda run_dir: None
     for name, kind, given in jobs:
         print(f"== {name}", flush=True)
@@ -135,7 +135,7 @@ def be_a_rank(folder: Path, jobs: list) -> None:
             mx.save_safetensors(str(folder / f"{name} {rank}.safetensors"), result.pop("weights"))
             (folder / f"{name} {rank}.json").write_text(json.dumps(result))
             continue
-        MLXGRPOTrainer.check_weights = come_apart if name == "come apart" else own
+        mlx_grpo.RunFiles.check_weights = come_apart if name == "come apart" else own
         own_settings = ["--set", f"seed={rank}"] if name == "another seed" else []
         try:
             status = mlx_grpo.main([*given, *own_settings])

@@ -64,7 +64,7 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> None:
         ranks.gather(None)
         found.append({**record, "wall": time.perf_counter() - start})
     found = found[1:]
-    trainer.check_weights()
+    trainer.files.check_weights(trainer.state)
     peaks = ranks.gather(mx.get_peak_memory() / 2**30)
     middle = lambda value: median(map(value, found))  # noqa: E731
     share = lambda value: f"{100 * middle(lambda r: value(r) / r['wall']):.1f}%"  # noqa: E731

@@ -153,7 +153,7 @@ def work_of(learner, lengths: set[int], rows: int) -> Work:
 
 def print_plan(work: Work, config, training: int, held_out: int, updates: int, ranks: int) -> None:
     """What the run will do, and hold. Raises UserError where several ranks cannot hold it."""
-    prompts = config.batch_size * config.gradient_accumulation_steps
+    prompts = config.prompts_per_update
     rows = prompts * config.num_generations
     print(f"model      {config.model_name}: {work.trained / 1e6:.2f}M trainable parameters, on {mx.default_device()}")
     print(f"data       {training} training prompts, {held_out} held-out")
