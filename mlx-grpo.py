@@ -163,7 +163,7 @@ class MLXGRPOConfig:
     top_entropy_quantile: float = 1.0  # train only this share of positions, those of highest entropy
     entropy_coef: float = 0.0  # bonus per nat of a trained token's mean entropy; the first, where adaptive
     use_adaptive_entropy: bool = False  # move entropy_coef to hold the entropy up (arXiv 2505.22312)
-    entropy_target: float = 0.2  # nats a token; at most this, the bonus is paid and entropy_coef rises, else it falls
+    entropy_target: float = 0.2  # nats a token: at most this, entropy_coef is paid and rises, else it falls
     entropy_coef_delta: float = 0.005  # by so much an update
     entropy_coef_min: float = 0.0  # within this
     entropy_coef_max: float = 1.0  # and this
@@ -618,7 +618,7 @@ def generate(
 # ---------------------------------------------------------------------------------------------------------------
 # Objective: pure functions of arrays
 # ---------------------------------------------------------------------------------------------------------------
-#     rewards (B, G) -- ESTIMATORS --> advantages (B, G) -- LOSSES --> the loss of N = B*G rows, and its metrics
+#     rewards (B, G) -- ESTIMATORS --> advantages (B, G) -- LOSSES --> the loss of N = B*G rows, and metrics
 #
 # An entry of a table is all that an estimator or a loss needs; CONTRIBUTING.md says how one is added.
 
@@ -669,9 +669,9 @@ def leave_one_out(groups: ScoredGroups) -> mx.array:
 
 
 def batch_normalised(groups: ScoredGroups) -> mx.array:
-    """REINFORCE++ with baseline (arXiv 2501.03262): r less its group's mean, over the batch's deviation of that.
+    """REINFORCE++ with baseline (arXiv 2501.03262): r less its group's mean, over that's deviation.
 
-    The mean over the batch need not be subtracted: every group's is 0. Lone rows have no baseline, and do not count.
+    The batch's mean need not be subtracted: every group's is 0. Lone rows have no baseline, and do not count.
     """
     counted = groups.scored & (groups.count > 1)
     variance = mx.where(counted, groups.centred**2, 0.0).sum() / mx.maximum(counted.sum() - 1, 1)
@@ -813,15 +813,15 @@ def clipped_surrogate(x: Tokens, clip_eps, clip_eps_high, delta) -> mx.array:
 
 
 def clipped_weight(x: Tokens, clip_eps_high) -> mx.array:
-    """-sg(min(r, eps_high)) A logp: the ratio is a weight, and every token keeps its gradient (CISPO, MiniMax-M1,
-    arXiv 2506.13585, eq. 4)."""
+    """-sg(min(r, eps_high)) A logp: the ratio is a weight, and every token keeps its gradient (CISPO,
+    MiniMax-M1, arXiv 2506.13585, eq. 4)."""
     return -mx.stop_gradient(mx.minimum(x.ratio, clip_eps_high)) * x.advantages * x.logps
 
 
 def sigmoid_gate(x: Tokens, sapo_temperature_pos, sapo_temperature_neg) -> mx.array:
-    """-(4/tau) sigmoid(tau (r - 1)) A: a gate in place of the clip, tau by A's sign (SAPO, 2511.20347, eq. 6)."""
+    """-(4/tau) sigmoid(tau (r - 1)) A: a gate in place of the clip, tau by A's sign (2511.20347, eq. 6)."""
     tau = mx.where(x.advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
-    gate = 1 / (1 + mx.exp(-tau * (x.ratio - 1)))  # mx.sigmoid's gradient, s (1 - s), rounds to 0 as s nears 1
+    gate = 1 / (1 + mx.exp(-tau * (x.ratio - 1)))  # mx.sigmoid's gradient, s (1 - s), rounds to 0
     return -(4 / tau) * gate * x.advantages
 
 
@@ -849,9 +849,9 @@ def gamma_weighted(x: Tokens, **options) -> mx.array:
 def geometric_mean(x: Tokens, clip_eps, clip_eps_high) -> mx.array:
     """-(prod_t clipped r_t)^(1/|o|) A, one term a row (GMPO, arXiv 2507.20673).
 
-    Each r is clipped before the mean, in log space and on the side where A pushes: to at most e^eps_high where
-    A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. The row's term is
-    on each kept token, scaled so that the mean over the row is the term.
+    Each r is clipped before the mean, in log space and on the side where A pushes: to at most e^eps_high
+    where A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. The row's
+    term is on each kept token, scaled so that the mean over the row is the term.
     """
     log_ratio = mx.clip(x.log_ratio, -20.0, 20.0)
     clipped = mx.where(
@@ -892,7 +892,7 @@ def by_constant(sums: mx.array, lengths: mx.array, step: StepSizes) -> mx.array:
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Sizes of a step's P micro-batches, and of the step: it has the rows without signal too, which are in none."""
+    """Sizes of a step's P micro-batches, and of the step, with its rows without signal, which are in none."""
 
     tokens: np.ndarray  # (P,), trained
     rows: np.ndarray  # (P,), without those that only pad a shape
@@ -919,7 +919,7 @@ def over_ratios(values: np.ndarray, sizes: PartSizes) -> float:
 
 
 def lowest(values: np.ndarray, sizes: PartSizes) -> float:
-    """The least share in a row; one that was left out for want of signal has 0, one without tokens has none."""
+    """The least share in a row; one left out for want of signal has 0, one without tokens has none."""
     all_there = sizes.rows.sum() == sizes.all_rows and sizes.tokens.any()
     return values[sizes.tokens > 0].min() if all_there else 0.0
 
@@ -1048,12 +1048,13 @@ def grpo_loss(
     """The objective: a scalar loss and a dict of scalar metrics.
 
     logps, old_logps, ref_logps, sampler_logps, entropies and mask are (N, T): nats, and 1 on trained positions;
-    advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items is the mask's
-    sum over the whole generation batch, for the losses that divide by it. Only logps and entropies carry a gradient.
+    advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items is the
+    mask's sum over the whole generation batch, for the losses that divide by it. Only logps and entropies
+    carry a gradient.
 
-    For a micro-batch, totals are the whole step's {"rows", "tokens", "entropy_tokens"} (StepSizes): the loss is
-    then its part, and the parts add up to the step's. entropy_mask (N, T) replaces the top-entropy mask, whose
-    quantile is the whole step's. entropy_coef may be an array, where it changes between steps.
+    For a micro-batch, totals are the whole step's {"rows", "tokens", "entropy_tokens"} (StepSizes): the loss
+    is then its part, and the parts add up to the step's. entropy_mask (N, T) replaces the top-entropy mask,
+    whose quantile is the whole step's. entropy_coef may be an array, where it changes between steps.
     """
     check_objective(loss_type, importance_sampling_level, sampler_correction)
     loss = LOSSES[loss_type]
@@ -1121,7 +1122,7 @@ def check_objective(loss_type: str, importance_sampling_level: str, sampler_corr
         names = f"loss_type {loss_type!r}, importance_sampling_level {importance_sampling_level!r}"
         raise ValueError(f"Unknown objective: {names}")
     if LOSSES[loss_type].corrects_itself and sampler_correction in SEQUENCE_CORRECTIONS:
-        raise ValueError(f"loss_type {loss_type} takes a correction for each token, not {sampler_correction!r}")
+        raise ValueError(f"loss_type {loss_type} takes a correction by token, not {sampler_correction!r}")
 
 
 def k3(log_gap: mx.array) -> mx.array:
@@ -1134,7 +1135,7 @@ def k3(log_gap: mx.array) -> mx.array:
 
 
 def top_entropy_mask(entropies: mx.array | None, inside: mx.array, share: float):
-    """Whether a token is of the `share` with the highest entropies, the forking tokens (2506.01939): (N, T)."""
+    """Whether a token is of the `share` with the highest entropies, the forking tokens (2506.01939)."""
     if share >= 1:
         return 1.0
     return entropies >= masked_quantile(mx.stop_gradient(entropies), inside, 1 - share)
@@ -1419,7 +1420,7 @@ class Learner:
         return batches
 
     def mask_low_entropies(self, batches: list[dict], entropies: list[mx.array]) -> None:
-        """Give each batch its part of the step's top-entropy mask, and the number of the step's tokens in it."""
+        """Give each batch its part of the step's top-entropy mask, and the number of tokens in the whole."""
         inside = [batch["mask"] > 0 for batch in batches]
         mine = [np.array(values)[np.array(trained)].tolist() for values, trained in zip(entropies, inside)]
         values = mx.array([value for part in self.ranks.gather(sum(mine, [])) for value in part])

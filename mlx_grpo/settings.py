@@ -119,13 +119,14 @@ AT_LEAST_ONE = (
     "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size",
 )  # fmt: skip
 ABOVE_ZERO = ("temperature", "distributed_timeout", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile",
-              "sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg")  # fmt: skip
+              "sapo_temperature_pos", "sapo_temperature_neg",
+              "vespo_lambda_pos", "vespo_lambda_neg")  # fmt: skip
 AT_MOST_ONE = ("top_p", "min_p", "warmup_ratio", "top_entropy_quantile")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "eval_fraction")
 
 
 def check_config(config, tables: dict[str, tuple]) -> None:
-    """Raise UserError for a configuration that cannot work: values out of range, or that contradict each other.
+    """Raise UserError for a configuration that cannot work: values out of range, or contradictory ones.
 
     tables: choices of the settings that name an entry of a table.
     """
@@ -192,8 +193,8 @@ def contradictions(config):
         "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
     )
     yield config.scale_rewards not in config.estimator.scales, (
-        f"scale_rewards is for advantage_estimator group: {config.advantage_estimator} scales in its own way; "
-        "leave it out"
+        f"scale_rewards is for advantage_estimator group: {config.advantage_estimator} scales in its own "
+        "way; leave it out"
     )
     by_function = config.multi_objective_aggregation == "normalize_then_sum"
     yield by_function and config.advantage_estimator != "group", (
@@ -215,7 +216,7 @@ def doubts(config) -> list[str]:
         found.append(f"{names} in force: completions are not drawn from the policy itself")
     if config.importance_sampling_level == "sequence" and config.objective.sums_tokens:
         found.append(
-            f"with importance_sampling_level sequence, loss_type {config.loss_type} sums over tokens, so each "
-            "sequence weighs by its length; GSPO's objective is loss_type grpo"
+            f"with importance_sampling_level sequence, loss_type {config.loss_type} sums over tokens, so "
+            "each sequence weighs by its length; GSPO's objective is loss_type grpo"
         )
     return found

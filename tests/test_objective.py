@@ -396,7 +396,7 @@ def test_vespos_weight_has_the_samplers_correction_in_it():
         loss, _, metrics = by_hand(1.0, loss_type="vespo", sampler_correction=mode, sampler_correction_max=3.0, more=more)
         assert metrics["vespo/phi_seq_mean"] == pytest.approx(phi(max(w, 1e-8)), rel=1e-5)
         assert loss == pytest.approx(-phi(max(w, 1e-8)) * logps / 2, rel=1e-5)  # nothing is multiplied onto the term
-    with pytest.raises(ValueError, match="loss_type vespo takes a correction for each token, not 'sequence_mask'"):
+    with pytest.raises(ValueError, match="loss_type vespo takes a correction by token, not 'sequence_mask'"):
         by_hand(1.0, loss_type="vespo", sampler_correction="sequence_mask", more=more)
 
 

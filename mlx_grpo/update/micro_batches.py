@@ -28,9 +28,9 @@ def left_pad(prompts: list[list[int]], length: int) -> tuple[mx.array, mx.array]
 def micro_batches(groups: list, advantages: np.ndarray, config, ranks, shares_padded: bool) -> list[dict]:
     """This rank's share of an update's arrays, in batches of at most micro_batch_tokens positions; advantages: (B, G).
 
-    Each has prompts (P, L), pads (P,), ids and mask (P*K, T), sampler_logps (P*K, T), advantages (P*K,), `rows`,
-    how many of the P*K are no padding, and what makes the parts add up to the whole: `totals`, the step's sizes
-    as grpo_loss takes them. shares_padded: whether a padded prompt is computed once for its group's rows.
+    Each has prompts (P, L), pads (P,), ids and mask (P*K, T), sampler_logps (P*K, T), advantages (P*K,),
+    `rows`, how many of the P*K are no padding, and what makes the parts add up to the whole: `totals`, the
+    step's sizes as grpo_loss takes them. shares_padded: whether a padded prompt is computed once for its rows.
     """
     g = config.num_generations
     tokens = mx.array(float(sum(sum(trained(c, config)) for group in groups for c in group.completions)))
@@ -42,7 +42,7 @@ def micro_batches(groups: list, advantages: np.ndarray, config, ranks, shares_pa
     def whole(b: int) -> int:
         return cost(1, len(groups[b].prompt), longest_completion(groups[b]), g)
 
-    # Where the rewards alone drive the loss, groups without signal have no gradient: only the totals count them.
+    # Where the rewards alone drive the loss, groups without signal have no gradient: only totals count them.
     used = [b for b in range(len(groups)) if not config.rewards_drive_alone or np.any(advantages[b])]
     used.sort(key=lambda b: longest_completion(groups[b]))
     used = ranks.balanced(used, whole)
