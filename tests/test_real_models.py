@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ["What is 41 + 19?", "Hi!", "Name three colours of the rainbow."]  # prompts of different length
 TEXTS = ["The capital of France is", "One, two, three,", "Once upon a time there was a small"]  # for a model without chat template
 G = 2
-UPDATES, SAVED = 6, 4
+UPDATES, SAVED = 4, 2
 
 
 # --- The sampler and the training forward -----------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_a_few_updates_raise_the_reward(folder):
     assert len(found) == UPDATES and all(record["grad_norm"] > 0 for record in found)
     assert all(record["mismatch/max"] < 2e-3 for record in found)
     rewards = [record["reward_mean"] for record in found]
-    assert np.mean(rewards[-2:]) > 1.2 * np.mean(rewards[:2])
+    assert rewards[-1] > 1.5 * rewards[0]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(folder):
@@ -204,7 +204,7 @@ def test_a_model_quantised_and_loaded_back_predicts_nearly_what_it_did(folder, f
 
 def test_a_four_bit_copy_trains_through_adapters(folder, four_bits):
     line = ["--config", str(ROOT / "configs" / "arithmetic.toml")]
-    changes = dict(run_name="lora", model_name=four_bits, fine_tune_type="auto", learning_rate=1e-3, max_train_samples=8, save_steps=0)
+    changes = dict(run_name="lora", model_name=four_bits, fine_tune_type="auto", learning_rate=1e-3, max_train_samples=4, save_steps=0)
     for setting in overrides(folder, **changes):
         line += ["--set", setting]
     assert mlx_grpo.main(line) == 0
