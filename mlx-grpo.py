@@ -63,7 +63,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy, save_model
-from mlx_grpo.answers import extract_hash_answer, extract_xml_answer, grade, parse_number  # noqa: F401  users import the first from here
+from mlx_grpo.answers import extract_hash_answer  # noqa: F401  a name that users import from here
+from mlx_grpo.answers import answers_equal, extract_xml_answer, grade, last_number, parse_number
 from mlx_grpo.update.micro_batches import bucket, left_pad, micro_batches
 from mlx_grpo.backends.blas import blas_name
 from mlx_grpo.backends.cuda_kernels import attention_covers
@@ -428,6 +429,11 @@ def contents(completions) -> list[str]:
 def correctness_reward_func(completions, answer, **kwargs) -> list[float]:
     """2.0 where the number in the answer tags equals the gold answer."""
     return [2.0 if grade(text, gold)[0] else 0.0 for text, gold in zip(contents(completions), answer)]
+
+
+def last_number_reward_func(completions, answer, **kwargs) -> list[float]:
+    """1.0 where the last number of the text equals the gold answer, else 0.0; for models that do not know the tags yet."""
+    return [1.0 if answers_equal(last_number(text), gold) else 0.0 for text, gold in zip(contents(completions), answer)]
 
 
 def int_reward_func(completions, **kwargs) -> list[float]:

@@ -17,7 +17,7 @@ from mlx_grpo import scoring
 from mlx_grpo.answers import answers_equal, last_number
 from mlx_grpo import (
     MLXGRPOConfig, RunError, UserError, correctness_reward_func, extract_hash_answer, extract_xml_answer, grade,
-    int_reward_func, parse_number, repetition_reward_func, score, soft_format_reward_func,
+    int_reward_func, last_number_reward_func, parse_number, repetition_reward_func, score, soft_format_reward_func,
     soft_overlong_reward_func, strict_format_reward_func, xmlcount_reward_func,
 )  # fmt: skip
 
@@ -108,7 +108,7 @@ def test_no_text_at_all_breaks_the_graders(one, other):
 def test_monstrous_answers_are_graded_quickly(text):
     start = time.perf_counter()
     grade(f"<answer>{text}</answer>", "5")
-    int_reward_func(chats(f"<answer>{text}</answer>"))
+    int_reward_func(chats(f"<answer>{text}</answer>")), last_number_reward_func(chats(text), answer=["5"])
     strict_format_reward_func(chats(text)), soft_format_reward_func(chats("<reasoning>" * 500 + text))
     assert time.perf_counter() - start < 1
 
@@ -185,6 +185,14 @@ def test_correctness_is_worth_2_and_wants_the_tags():
     texts = (WELL_FORMED, "18", "<answer>18", "<answer>$18.0</answer>", "<answer>17</answer><answer>18</answer>", "<answer>18</answer><answer>17</answer>", "")
     assert correctness_reward_func(chats(*texts), answer=["18"] * 7) == [2.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0]
     assert correctness_reward_func(chats("<answer>1</answer>", "<answer>2</answer>"), answer=["2", "2"], prompts=["a", "b"], colour=["red", "red"]) == [0.0, 2.0]
+
+
+def test_the_last_number_is_worth_1_in_whatever_form():
+    right = ("60", "41 + 19 = 60", "It is 60.", "**60**", "$60.00", "59? No: 60", WELL_FORMED.replace("18", "60"))
+    assert last_number_reward_func(chats(*right), answer=["60"] * len(right)) == [1.0] * len(right)
+    wrong = ("", "sixty", "600", "6", "-60", "60 is 41 + 19", "60 - 1 = 59", "60.5")
+    assert last_number_reward_func(chats(*wrong), answer=["60"] * len(wrong)) == [0.0] * len(wrong)
+    assert last_number_reward_func(chats("-5", "1,080", ""), answer=["-5", "1080", ""], prompts=["a", "b", "c"]) == [1.0, 1.0, 0.0]
 
 
 def test_a_whole_number_is_worth_a_half():
