@@ -556,7 +556,7 @@ def speed_table(args: argparse.Namespace, own: list[dict], peer: list[dict] | No
     for phase in own[0]:
         total = sum(turn[phase] for turn in own[1:])
         flops, moved = work.get(phase, (math.nan, math.nan))
-        rate = "-" if phase == "other" else f"{tokens / total:,.0f}"
+        rate = "-" if phase == "other" else f"{tokens / total:,.{0 if tokens > 10 * total else 2}f}"
         row = [phase, *seconds(own, phase), rate, percent(flops / total / limits[0]), percent(moved / total / limits[1])]
         if args.peer and peer is None:
             row += ["crashed", "-", "-", "-"]

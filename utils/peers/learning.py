@@ -126,6 +126,10 @@ def evaluation_turns(config, turns: int) -> list[int]:
     return sorted({*range(every, turns, every), turns})
 
 
+def show_progress(program: str, turn: int, turns: int, seconds: list[float]) -> None:
+    print(f"{program}: rollout {turn} of {turns} and its updates done, {sum(seconds):.1f} s", file=sys.stderr, flush=True)
+
+
 def learn_here(trainer, folder: Path) -> Course:
     """This trainer's course; its loop, less evaluations and saves."""
     course, turns = Course(), trainer.updates // trainer.config.num_iterations
@@ -137,6 +141,7 @@ def learn_here(trainer, folder: Path) -> Course:
         if turn in keep:
             course.files[turn] = folder / f"own-{turn}.safetensors"
             mx.save_safetensors(str(course.files[turn]), dict(tree_flatten(trainer.model.parameters())))
+            show_progress("this trainer", turn, turns, course.seconds)
     return course
 
 
@@ -178,6 +183,7 @@ def learn_there(args: argparse.Namespace, held_out: HeldOut, rows: list[dict], u
             course.seconds.append(sum(answer(peer, held_out, rows, peer.ask())["step"] for _ in range(mu)))
             if turn in keep:
                 course.files[turn] = Path(peer.read()["saved"])
+                show_progress(args.peer, turn, updates // mu, course.seconds)
     except PeerCrashed as crash:
         crash.show()
         course.crashed = True
