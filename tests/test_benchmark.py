@@ -201,9 +201,9 @@ def test_rows_end_where_they_are_to_and_prompts_are_new_each_turn(tmp_path):
     groups = []
     for lengths in asked:
         with benchmark.rows_ending_at(lengths):
-            groups.append(trainer.sample_groups(2, {"rollout": 0.0, "reward": 0.0}))
-    assert [[len(ids) for group in turn for ids in group.completions] for turn in groups] == asked
-    assert [reason for group in groups[0] for reason in group.finish_reasons] == ["eos", "length", "eos", "eos"]
+            groups.append(trainer.rollout(2, benchmark.mlx_grpo.Stopwatch()))
+    assert [[len(one.ids) for group in turn for one in group.completions] for turn in groups] == asked
+    assert [one.finish_reason for group in groups[0] for one in group.completions] == ["eos", "length", "eos", "eos"]
     prompts = [group.row["prompt"] for turn in groups for group in turn]
     assert len(set(prompts)) == 4
 
@@ -367,7 +367,7 @@ def test_learning_gives_the_peer_the_same_work(own_task, capsys):
     args = benchmark.parse_arguments(["learn", "--config", str(own_task / "task.toml")])
     trainer, rows = learning.learner(args, 3, own_task)
     assert trainer.updates == 6 and work["ids"] == [row["prompt_ids"] for row in rows][:6]
-    assert [row for _, row in trainer.next_rows(12)] == rows
+    assert [group.row for group in trainer.rollout(12, benchmark.mlx_grpo.Stopwatch())] == rows
     assert Path(work["model"]).resolve() == ROOT / "starter" / "model" and work["rewards"] == 1 and work["save_at"] == [2, 3]
     assert work["settings"]["epsilon"] == 0.3 and work["settings"]["max_steps"] == 3 and work["settings"]["reward_weights"] == [1.0]
 

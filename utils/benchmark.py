@@ -8,6 +8,7 @@ completions that end at lengths drawn as models end them, the same for every pee
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -44,7 +45,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_grpo.backends.blas import blas_name  # noqa: E402
 from mlx_grpo.rollout.kv_cache import kv_bytes_per_token  # noqa: E402
 from mlx_grpo.run.directory import complete_or_absent  # noqa: E402
-from mlx_grpo.run.memory_plan import plan, work_of  # noqa: E402
+from mlx_grpo.run.memory_plan import plan  # noqa: E402
 from peers import PEERS, SPEEDS, Peer, PeerCrashed, cache_folder  # noqa: E402
 from peers.learning import Course, learn_once  # noqa: E402
 
@@ -322,7 +323,6 @@ def prepare(args: argparse.Namespace, folder: Path, settings: list[str], turns: 
     ])  # fmt: skip
     trainer = mlx_grpo.MLXGRPOTrainer(config, folder)
     trainer.tokenizer.eos_token_ids = set()  # a row ends where it is to end, whatever the model draws
-    trainer.build_step()
     return trainer
 
 
@@ -359,19 +359,20 @@ def check_tokens(program: str, tokens: int, lengths: list[int]) -> None:
 
 def own_turn(args: argparse.Namespace, trainer, lengths: list[int]) -> dict:
     """Do one turn's work; the seconds of its phases."""
-    seconds = {"rollout": 0.0, "reward": 0.0}
+    watch = mlx_grpo.Stopwatch()
     with rows_ending_at(lengths):
         start = time.perf_counter()
         if args.command == "step":
-            record = trainer.one_rollout()[-1]
+            record = trainer.train_step()[-1]
             whole = time.perf_counter() - start
             parts = {phase: record[f"seconds/{phase}"] for phase in ("rollout", "train")}
             return {**parts, "other": whole - sum(parts.values()), "step": whole}
-        groups = trainer.sample_groups(args.prompts, seconds)
+        groups = trainer.rollout(args.prompts, watch)
     if args.command == "rollout":
-        return {"rollout": seconds["rollout"]}
+        return {"rollout": watch.seconds["rollout"]}
+    _, advantages = trainer.advantages(groups)
     start = time.perf_counter()
-    trainer.train_on(groups)
+    trainer.train_on(groups, advantages)
     return {"train": time.perf_counter() - start}
 
 
@@ -577,8 +578,7 @@ def speed(args: argparse.Namespace) -> None:
     lengths = [completion_lengths(args, turn) for turn in range(turns)]
     with tempfile.TemporaryDirectory() as name:
         trainer = prepare(args, Path(name), args.set, turns)
-        rows = [row for _, row in trainer.next_rows(turns * args.prompts)]
-        trainer.cursor = 0
+        rows = [row for _, row in mlx_grpo.draw_rows(trainer.rows, trainer.config.seed, 0, turns * args.prompts)]
         print(describe_work(args, trainer, lengths), flush=True)
         warn_if_busy()
         limits = ceilings()
@@ -625,9 +625,10 @@ def take_turns(args: argparse.Namespace, trainer, peer: Peer | None, lengths: li
 
 def full_logits_step(trainer, groups):
     """A training step as it is commonly written: the whole sequences of all rows, all their logits at once."""
-    rows = mx.array([g.prompt + ids for g in groups for ids in g.completions])
+    rows = mx.array([g.prompt + c.ids for g in groups for c in g.completions])
     advantages = mx.array([float(i % 2) - 0.5 for i in range(rows.shape[0])])[:, None]
     first = len(groups[0].prompt) - 1
+    optimizer = trainer.learner.optimizer
 
     def loss(rows):
         logits = trainer.model(rows[:, :-1]).astype(mx.float32)
@@ -635,8 +636,8 @@ def full_logits_step(trainer, groups):
         return -(mx.exp(logps - mx.stop_gradient(logps)) * advantages)[:, first:].mean()
 
     def once():
-        trainer.optimizer.update(trainer.model, nn.value_and_grad(trainer.model, loss)(rows)[1])
-        mx.eval(trainer.model.state, trainer.optimizer.state)
+        optimizer.update(trainer.model, nn.value_and_grad(trainer.model, loss)(rows)[1])
+        mx.eval(trainer.model.state, optimizer.state)
 
     return once
 
@@ -655,8 +656,9 @@ def memory(args: argparse.Namespace) -> None:
             trainer = prepare(args, Path(name), args.set + settings, turns=1)
             if len(table) == 1:
                 print(describe_work(args, trainer, []) + "\n", flush=True)
-            groups = trainer.sample_groups(args.prompts, {"rollout": 0.0, "reward": 0.0})
-            once = full_logits_step(trainer, groups) if case.startswith("all") else lambda: trainer.train_on(groups)  # noqa: B023
+            groups = trainer.rollout(args.prompts, mlx_grpo.Stopwatch())
+            usual = functools.partial(trainer.train_on, groups, trainer.advantages(groups)[1])
+            once = full_logits_step(trainer, groups) if case.startswith("all") else usual
             mx.clear_cache()
             mx.reset_peak_memory()
             seconds = []
@@ -667,13 +669,13 @@ def memory(args: argparse.Namespace) -> None:
                     seconds.append(time.perf_counter() - start)
                 positions = args.prompts * args.completions * (args.prompt_tokens + args.tokens)
                 best = median(seconds[1:])
-                planned = "-" if case.startswith("all") else f"{plan(work_of(trainer))['peak'] / 2**30:.2f}"
+                planned = "-" if case.startswith("all") else f"{plan(trainer.work)['peak'] / 2**30:.2f}"
                 table.append([case, f"{mx.get_peak_memory() / 2**30:.2f}", planned, f"{best:.3f}", f"{positions / best:,.0f}"])
                 print(", ".join(map(": ".join, zip(table[0], table[-1]))), file=sys.stderr, flush=True)
             except RuntimeError as error:  # out of memory, as each backend words it
                 table.append([case, "does not fit", "-", "-", "-"])
                 print(f"{case}: {str(error).splitlines()[0]}", file=sys.stderr)
-            del trainer, groups, once
+            del trainer, groups, once, usual
             gc.collect()  # a trainer and its compiled step refer to each other
             mx.clear_cache()
     print_table(table)

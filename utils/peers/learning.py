@@ -62,9 +62,11 @@ class HeldOut:
         """Rewards (F, N) of N completions of these rows' prompts, NaN where a function abstained."""
         config = self.config
         texts = [config.completion_prefix + self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-        columns = {name: [row.get(name) for row in rows] for name in set().union(*rows) - {"prompt"}}
-        columns |= {"prompts": [row["prompt"] for row in rows], "completion_ids": ids}
-        columns["max_completion_length"] = config.max_completion_length
+        flat = [
+            (mlx_grpo.Group(row, row["prompt_ids"], []), mlx_grpo.Completion(one, [], [1] * len(one), "", text))
+            for row, one, text in zip(rows, ids, texts)
+        ]
+        columns = mlx_grpo.reward_columns(flat) | {"max_completion_length": config.max_completion_length}
         return mlx_grpo.score(self.functions, config.reward_timeout, texts, columns)
 
     def open(self) -> None:
@@ -83,13 +85,13 @@ class HeldOut:
 
     def score(self) -> float:
         config = self.config
-        rollout = mlx_grpo.generate(
+        completions = mlx_grpo.generate(
             self.model, self.tokenizer, [row["prompt_ids"] for row in self.rows], sampling=mlx_grpo.Sampling(temperature=0.0),
             max_new_tokens=config.eval_max_new_tokens or config.max_completion_length, stop_strings=config.stop_strings,
             decoder=self.decoder, kv_budget=int(config.kv_budget_gb * 2**30),
             most_rows=max(mlx_grpo.EVALUATION_ROWS, config.batch_size * config.num_generations),
         )  # fmt: skip
-        rewards = self.rewards(self.rows, rollout.completions)
+        rewards = self.rewards(self.rows, [completion.ids for completion in completions])
         return float(np.nansum(rewards * np.array(self.weights)[:, None]) / len(self.rows))
 
     def evaluate(self, own: Course, theirs: Course) -> None:
@@ -114,10 +116,8 @@ def learner(args: argparse.Namespace, seed: int, folder: Path):
         raise mlx_grpo.UserError(f"--updates must be a multiple of num_iterations ({config.num_iterations})")
     trainer = mlx_grpo.MLXGRPOTrainer(config, folder)
     trainer.updates = args.updates or trainer.updates
-    trainer.build_step()
-    rows = [row for _, row in trainer.next_rows(trainer.updates // config.num_iterations * trainer.prompts_per_update)]
-    trainer.cursor = 0
-    return trainer, rows
+    count = trainer.updates // config.num_iterations * trainer.prompts_per_update
+    return trainer, [row for _, row in mlx_grpo.draw_rows(trainer.rows, config.seed, 0, count)]
 
 
 def evaluation_turns(config, turns: int) -> list[int]:
@@ -136,7 +136,7 @@ def learn_here(trainer, folder: Path) -> Course:
     keep = evaluation_turns(trainer.config, turns)
     for turn in range(1, turns + 1):
         start = time.perf_counter()
-        trainer.one_rollout()
+        trainer.train_step()
         course.seconds.append(time.perf_counter() - start)
         if turn in keep:
             course.files[turn] = folder / f"own-{turn}.safetensors"
