@@ -4,15 +4,18 @@ import argparse
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "utils"))
 benchmark = importlib.import_module("benchmark")
+drivers, learning = importlib.import_module("peers.drivers"), importlib.import_module("peers.learning")
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +33,13 @@ def own_cache(monkeypatch, tmp_path_factory):
         (["step", "--preset", "7b"], "invalid choice: '7b'"),
         (["step", "--peer", "mlx-lm"], "invalid choice: 'mlx-lm'"),
         (["memory", "--peer", "trl"], "unrecognized arguments: --peer trl"),
-        (["memory", "--ragged"], "--ragged is for rollout, train and step"),
+        (["memory", "--lengths", "natural"], "unrecognized arguments: --lengths natural"),
+        (["step", "--model", "here", "--preset", "tiny"], "--preset: not allowed with argument --model"),
+        (["step", "--median", "64", "--tokens", "64"], "--median must be below --tokens"),
+        (["step", "--cut", "0.5"], "--cut between 0 and 0.5"),
         (["train", "--completions", "1"], "--completions must be at least 2"),
         (["learn", "--peer", "mlx-lm"], "invalid choice: 'mlx-lm'"),
-        (["learn", "--set", "num_iterations=2"], "--set: num_iterations: learn takes what leaves both the same work: temperature"),
+        (["learn", "--target", "high"], "--target: invalid float value: 'high'"),
     ],
 )
 def test_argument_errors_are_one_line(argv, message, capsys):
@@ -43,10 +49,10 @@ def test_argument_errors_are_one_line(argv, message, capsys):
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_help_shows_two_examples(capsys):
+def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_arguments(["--help"])
-    assert capsys.readouterr().out.count("uv run python utils/benchmark.py") == 2
+    assert capsys.readouterr().out.count("uv run python utils/benchmark.py") == 3
 
 
 def test_a_wrong_setting_is_the_users_mistake(tmp_path, capsys):
@@ -81,19 +87,56 @@ def test_a_rollout_used_twice_is_timed_once(tmp_path):
 
 
 def test_speed_table():
-    args = argparse.Namespace(prompts=2, completions=5, tokens=10, peer="trl")
-    own = [{"rollout": x, "other": 0.5} for x in (1.0, 2.0, 9.0)]
-    table = benchmark.speed_table(args, own, [{"rollout": 3.0}], {"rollout": (40.0, 30.0)}, (100.0, 60.0))
-    assert table[1] == ["rollout", "2.000", "50", "20.0%", "25.0%", "3.000", "1.50"]
-    assert table[2] == ["other", "0.500", "-", "-", "-", "-", "-"]
+    """The first turn stands alone; speed and ratio are of all the others, so that a shape compiled among them counts."""
+    args = argparse.Namespace(peer="trl")
+    own = [{"rollout": x, "other": 0.5} for x in (30.0, 1.0, 2.0, 9.0)]
+    theirs = [{"rollout": x} for x in (5.0, 3.0, 3.0, 6.0)]
+    table = benchmark.speed_table(args, own, theirs, 600, {"rollout": (240.0, 180.0)}, (100.0, 60.0))
+    assert table[1] == ["rollout", "30.000", "2.000", "4.000", "50", "20.0%", "25.0%", "5.000", "3.000", "4.000", "1.00"]
+    assert table[2] == ["other", "0.500", "0.500", "0.500", "-", "-", "-", "-", "-", "-", "-"]
+    crashed = benchmark.speed_table(args, own, None, 600, {}, (100.0, 60.0))
+    assert [len(row) for row in crashed] == [11] * 3 and crashed[1][-4:] == ["crashed", "-", "-", "-"]
 
 
 def test_costs_by_hand():
-    model, args = benchmark.nn.Linear(10, 10, bias=False), argparse.Namespace(preset="tiny", prompts=1, completions=2, tokens=4, prompt_tokens=3)
-    width = 2 * 4 * 2 * 64  # keys and values, layers, heads, their size
-    work = benchmark.costs(args, model)
-    assert work["rollout"] == (2 * 100 * (2 * 4 + 3), 4 * (400 + width * 4 * 2 * (3 + 2)))
-    assert work["train"][0] == 6 * 100 * 11
+    from mlx_lm.models import llama
+
+    shape = dict(hidden_size=8, num_hidden_layers=1, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1, vocab_size=8)
+    model = llama.Model(llama.ModelArgs(model_type="llama", rms_norm_eps=1e-6, tie_word_embeddings=True, **shape))
+    count = 8 * 8 + 2 * 64 + 2 * 32 + 3 * 64 + 3 * 8  # embedding, queries and output, keys and values, feed-forward, norms
+    work = benchmark.costs(model, [([3], [4, 2]), ([5], [1, 1])])
+    positions = 3 + 4 + 2 + 5 + 1 + 1
+    kv = 2 * 1 * 4 * 4  # keys and values, heads, their width, bytes
+    read = 4 * (3 + 4 / 2) + 2 * (3 + 2 / 2) + 2 * 1 * (5 + 1 / 2)
+    assert work["rollout"] == (2 * count * positions, (4 + 1) * 4 * count + read * kv)
+    assert work["train"][0] == 6 * count * positions
+
+
+def speed_arguments(*more):
+    return benchmark.parse_arguments(["step", "--preset", "tiny", *more])
+
+
+def test_lengths_are_log_normal_and_cut():
+    args = speed_arguments("--prompts", "100", "--completions", "100", "--tokens", "300", "--median", "100", "--cut", "0.1")
+    lengths = np.array(benchmark.completion_lengths(args, 0))
+    sigma = math.log(3) / 1.2815516  # the normal distribution's 90% quantile
+    assert benchmark.completion_sigma(args) == pytest.approx(sigma)
+    assert lengths.min() >= 1 and lengths.max() == 300 and abs((lengths == 300).mean() - 0.1) < 0.01
+    assert abs(np.median(lengths) - 100) < 3 and abs(np.quantile(lengths, 0.25) - 100 * math.exp(-0.6745 * sigma)) < 3
+
+
+def test_lengths_depend_on_seed_turn_prompt_and_row_alone():
+    args = speed_arguments("--prompts", "3", "--completions", "2")
+    drawn = benchmark.completion_lengths(args, 4)
+    assert drawn == benchmark.completion_lengths(args, 4) != benchmark.completion_lengths(args, 5)
+    assert drawn[:4] == benchmark.completion_lengths(speed_arguments("--prompts", "2", "--completions", "2"), 4)
+    assert drawn != benchmark.completion_lengths(speed_arguments("--prompts", "3", "--completions", "2", "--seed", "1"), 4)
+    assert benchmark.completion_lengths(speed_arguments("--prompts", "3", "--tokens", "9", "--lengths", "fixed"), 4) == [9] * 24
+
+
+def test_prompts_have_from_two_thirds_of_their_length():
+    lengths = benchmark.prompt_lengths(speed_arguments("--prompt-tokens", "60"), 500)
+    assert (min(lengths), max(lengths)) == (40, 60) and benchmark.prompt_lengths(speed_arguments("--lengths", "fixed"), 2) == [125, 125]
 
 
 def test_ceilings_are_positive():
@@ -133,14 +176,47 @@ def test_a_failed_run_is_named_and_the_exit_status_is_1(tmp_path, capsys):
     assert "failed: on-policy, seed 0: Model not found: no-such-folder/x/y" in error and "1 of 1 runs failed" in error
 
 
-SMALL = ["--prompt-tokens", "24", "--tokens", "4", "--repeats", "1", "--completions", "2", "--prompts", "2", "--preset", "tiny"]
+SMALL = ["--prompt-tokens", "30", "--tokens", "6", "--repeats", "1", "--completions", "2", "--prompts", "2", "--preset", "tiny"]
+QUICK = [*SMALL, "--set", "use_compile=false"]
 
 
 @pytest.mark.parametrize("command", ["rollout", "train", "step"])
 def test_each_speed_on_little_work(command, capsys):
-    assert benchmark.main([command, *SMALL]) == 0
+    assert benchmark.main([command, *QUICK]) == 0
     out = capsys.readouterr().out
-    assert "4.0M parameters" in out and f"| {command} " in out
+    assert "4.0M parameters, float32; 2 prompts of 20 to 30 tokens, new ones each turn, x 2 completions of at most 6 tokens" in out
+    assert "(log-normal, median 2, sigma 0.67, 5% cut at the limit, seed 0; mean " in out and f"| {command} " in out
+    assert "| phase" in out and "| first, s | median, s | mean, s |" in out
+
+
+def test_fixed_lengths(capsys):
+    assert benchmark.main(["rollout", *QUICK, "--lengths", "fixed"]) == 0
+    assert "2 prompts of 30 tokens x 2 completions of 6 tokens; the first turn and 1 more" in capsys.readouterr().out
+
+
+def test_rows_end_where_they_are_to_and_prompts_are_new_each_turn(tmp_path):
+    args = benchmark.parse_arguments(["rollout", *QUICK])
+    trainer = benchmark.prepare(args, tmp_path, args.set, turns=2)
+    asked = [[3, 6, 1, 2], [6, 5, 4, 3]]
+    groups = []
+    for lengths in asked:
+        with benchmark.rows_ending_at(lengths):
+            groups.append(trainer.rollout(2, benchmark.mlx_grpo.Stopwatch()))
+    assert [[len(one.ids) for group in turn for one in group.completions] for turn in groups] == asked
+    assert [one.finish_reason for group in groups[0] for one in group.completions] == ["eos", "length", "eos", "eos"]
+    prompts = [group.row["prompt"] for turn in groups for group in turn]
+    assert len(set(prompts)) == 4
+
+
+def test_a_program_that_did_other_work_is_found_out():
+    with pytest.raises(benchmark.mlx_grpo.RunError, match="trl sampled 7 tokens where 8 were asked for"):
+        benchmark.check_tokens("trl", 7, [3, 5])
+
+
+def test_a_real_model_in_place_of_a_shape(capsys):
+    model = str(ROOT / "starter" / "model")
+    assert benchmark.main(["step", *QUICK[:-4], "--model", model, *QUICK[-2:]]) == 0
+    assert f"{model}: 0.7M parameters" in capsys.readouterr().out
 
 
 def test_memory_on_little_work():  # in a process of its own: gradient checkpointing patches the model's class
@@ -149,83 +225,212 @@ def test_memory_on_little_work():  # in a process of its own: gradient checkpoin
     assert cases == ["as configured", "all logits at once", "grad_checkpoint", "lora, grad_checkpoint"]
 
 
-def test_ragged_prompts_have_their_lengths():
+def test_prompts_have_their_lengths():
     tokenizer = benchmark.mlx_grpo.open_model(str(ROOT / "starter" / "model"))[1]
-    lengths = [len(benchmark.mlx_grpo.build_prompt(tokenizer, q)) for q in benchmark.questions(tokenizer, 3, 30, True)]
-    assert lengths == [30, 23, 26]  # 30 less 0, 7 and 14 modulo 10
+    lengths = [30, 23, 26]
+    assert [len(benchmark.mlx_grpo.build_prompt(tokenizer, q)) for q in benchmark.questions(tokenizer, lengths)] == lengths
+
+
+def test_prompts_shorter_than_the_template_are_refused(capsys):
+    model = benchmark.mlx_grpo.open_model(str(ROOT / "starter" / "model"))[1]
+    with pytest.raises(benchmark.mlx_grpo.UserError, match=r"No 1 prompts of 2 to 2 tokens .* \(the chat template alone takes \d+\)"):
+        benchmark.questions(model, [2])
+
+
+# --- Learning beside a peer -------------------------------------------------------------------------------------
+
+
+def course(seconds, scores, crashed=False):
+    return learning.Course(seconds=seconds, scores=scores, crashed=crashed)
 
 
 def test_table_of_learning():
-    """20 updates, so means of two: the level to reach is 90% of the highest that both come to, which is the peer's 3.0."""
-    own = [(min(4.0, 0.5 * i), 1.0) for i in range(20)]
-    peer = [(min(3.0, 0.25 * i), 2.0) for i in range(20)]
-    header, first, second, *_, total, until = benchmark.learn_table([(own, peer)], "trl")
-    assert header == ["", "this trainer", "trl", "ratio"]
-    assert first == ["reward, updates 1-2", "0.25", "0.12", "-"] and second == ["reward, updates 3-4", "1.25", "0.62", "-"]
-    assert total == ["seconds, all updates", "20.0", "40.0", "2.00"]
-    # 2.5 and 3.0 are updates 6 and 7 of the one, 2.75 and 2.75 + 0.25 updates 12 and 13 of the other.
-    assert until == ["seconds until the reward is 2.70", "7.0", "26.0", "3.71"]
+    """Both come to 0.6 (the peer's best): ours at the evaluation after two turns, theirs after three."""
+    own = course([9.0, 1.0, 1.0], {0: 0.1, 2: 0.7, 3: 0.8})
+    peer = course([6.0, 2.0, 4.0], {0: 0.1, 2: 0.4, 3: 0.6})
+    header, *rows = benchmark.learn_table([(own, peer)], "trl", 1, None)
+    assert header == ["", "this trainer", "trl", "ratio"] and rows == [
+        ["held-out reward before", "0.100", "0.100", "-"],
+        ["held-out reward after", "0.800", "0.600", "-"],
+        ["seconds to 0.600", "10.0", "12.0", "1.20"],
+        ["seconds of all updates", "11.0", "12.0", "1.09"],
+        ["seconds an update, median", "1.000", "3.000", "3.00"],
+        ["seconds of the first update", "9.0", "6.0", "0.67"],
+    ]
+    assert benchmark.learn_table([(own, peer)], "trl", 2, 0.75)[3] == ["seconds to 0.750", "11.0", "not reached", "-"]
+    assert benchmark.learn_table([(own, peer)], "trl", 2, None)[5][1] == "0.500"  # two updates a turn
+    assert benchmark.curve_table([(own, peer)], "trl", 2)[1:] == [
+        ["0", "0.0", "0.100", "0.0", "0.100"], ["4", "10.0", "0.700", "8.0", "0.400"], ["6", "11.0", "0.800", "12.0", "0.600"],
+    ]  # fmt: skip
 
 
-def test_table_of_learning_has_the_seeds_ranges():
-    flat = lambda reward, seconds: [(reward, seconds)] * 4  # noqa: E731
-    table = benchmark.learn_table([(flat(1.0, 1.0), flat(2.0, 3.0)), (flat(3.0, 2.0), flat(2.0, 2.0))], "trl")
-    assert [row[0] for row in table[1:5]] == [f"reward, updates {i}-{i}" for i in range(1, 5)]  # too few for tenths
-    assert table[1][1:] == ["2.00 (1.00-3.00)", "2.00", "-"]
-    assert table[5][1:] == ["6.0 (4.0-8.0)", "10.0 (8.0-12.0)", "2.00 (1.00-3.00)"]
-    assert table[6][0] == "seconds until the reward is 1.35 (0.90-1.80)" and table[6][1] == "1.5 (1.0-2.0)"
+def test_a_peer_that_crashed_has_not_lost():
+    """Its level is nobody's, and the table says how many seeds it crashed in."""
+    own, peer = course([9.0, 1.0], {0: 0.1, 2: 0.8}), course([6.0, 2.0], {0: 0.1, 2: 0.6})
+    dead = course([6.0], {0: 0.1}, crashed=True)
+    table = benchmark.learn_table([(own, peer), (own, dead)], "trl", 1, None)
+    assert table[2][2] == "0.600, 1 of 2 crashed" and table[3] == ["seconds to 0.700 (0.600-0.800)", "10.0", "8.0, 1 of 2 crashed", "0.80"]
+    alone = benchmark.learn_table([(own, dead)], "trl", 1, None)
+    assert alone[3] == ["seconds to 0.800", "10.0", "crashed", "-"] and alone[6][2] == "6.0"
+    assert benchmark.curve_table([(own, dead)], "trl", 1)[2] == ["2", "10.0", "0.800", "crashed", "crashed"]
 
 
-TEXT = "<reasoning>\n1\n</reasoning>\n<answer>\n0\n</answer>"  # all but the right answer: 2.0
-FAKE_PEER = f"""#!{sys.executable}
-import json, sys
+@pytest.mark.parametrize(("eval_steps", "mu", "turns"), [(2, 1, [2, 4, 5]), (0, 1, [5]), (3, 2, [2, 4, 5]), (50, 1, [5])])
+def test_weights_are_kept_every_so_many_updates_and_at_the_end(eval_steps, mu, turns):
+    config = argparse.Namespace(eval_steps=eval_steps, num_iterations=mu)
+    assert learning.evaluation_turns(config, 5) == turns
+
+
+def test_settings_in_the_peers_words():
+    config = benchmark.mlx_grpo.load_config(None, [
+        "clip_eps=0.3", "kl_coeff=0.1", "warmup_ratio=0.25", "num_generations=4", "batch_size=2", "dynamic_sampling_max_batches=2",
+        "learning_rate=1e-4", "seed=3", "gradient_accumulation_steps=2",
+    ])  # fmt: skip
+    settings = learning.peer_settings(config, 10)
+    expected = {"epsilon": 0.3, "beta": 0.1, "warmup_steps": 3, "max_steps": 10, "min_p": None, "learning_rate": 1e-4, "seed": 3}
+    expected |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "loss_type": "grpo", "num_generations": 4}
+    assert expected.items() <= settings.items() and settings["generation_kwargs"] == {"stop_strings": ["</answer>"]}
+    assert learning.not_in_peer(config) == ["dynamic_sampling_max_batches"]
+
+
+def test_every_named_setting_is_the_trainers():
+    assert {*learning.BOTH_HAVE, *learning.HANDLED} <= set(benchmark.mlx_grpo.MLXGRPOConfig.__dataclass_fields__)
+
+
+def test_adapters_are_refused(tmp_path, capsys):
+    assert benchmark.main(["learn", "--seeds", "0", "--set", "fine_tune_type=lora"]) == 2
+    assert "learn trains every weight" in capsys.readouterr().err
+
+
+def starter_ids(text: str) -> list[int]:
+    return benchmark.mlx_grpo.open_model(str(ROOT / "starter" / "model"))[1].encode(text, add_special_tokens=False)
+
+
+FAKE_PEER = """#!{python}
+import json, os, shutil, sys
 work = json.loads(sys.stdin.readline())
 json.dump(work, open(sys.argv[0] + ".work", "w"))
-while sys.stdin.readline() == "go\\n":
-    print(json.dumps([{TEXT!r}] * work["prompts"] * work["completions"]), flush=True)
+say = lambda message: print(json.dumps(message), flush=True)
+rows = work["prompts"] * work["completions"]
+turn = 0
+while json.loads(sys.stdin.readline()) == "go":
+    if turn == {crash}:
+        sys.exit("Traceback\\nRuntimeError: device-side assert")
+    say({{"rows": [turn * work["prompts"] + i // work["completions"] for i in range(rows)], "ids": [{ids}] * rows}})
     rewards = json.loads(sys.stdin.readline())
-    assert rewards == [2.0] * work["prompts"] * work["completions"]
-    print(json.dumps({{"step": 3.0}}), flush=True)
+    assert rewards == [[1.0] * rows], rewards
+    say({{"step": 3.0}})
+    turn += 1
+    if turn in work["save_at"]:
+        file = os.path.join(work["folder"], "peer-%d.safetensors" % turn)
+        shutil.copy(os.path.join(work["model"], "model.safetensors"), file)
+        say({{"saved": file}})
+"""
+OWN_REWARD = """
+def says_seven(completions, question_number, answer, **columns):
+    assert len(question_number) == len(completions) == len(answer)
+    return [float("7" in chat[0]["content"]) for chat in completions]
 """
 
 
-def test_learning_gives_the_peer_the_same_work(tmp_path, capsys):
-    fake = tmp_path / "python"
-    fake.write_text(FAKE_PEER)
-    fake.chmod(0o755)
-    argv = ["learn", "--updates", "2", "--seeds", "3", "--peer-python", str(fake), "--set", "batch_size=2", "--set", "num_generations=2"]
-    assert benchmark.main([*argv, "--set", "max_completion_length=8", "--set", "clip_eps=0.3"]) == 0
+@pytest.fixture
+def own_task(tmp_path):
+    """A configuration with data, columns and a reward function of its own."""
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1), "question_number": i} for i in range(6)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text(OWN_REWARD)
+    (tmp_path / "task.toml").write_text(
+        f'model_name = "{ROOT}/starter/model"\ndataset = "{tmp_path}"\nreward_funcs = ["{tmp_path}/mine.py:says_seven"]\n'
+        "batch_size = 2\nnum_generations = 2\nmax_completion_length = 8\nnum_epochs = 2\neval_steps = 2\nuse_compile = false\nsystem_prompt = ''\n"
+    )
+    return tmp_path
+
+
+def learn_beside(fake: str, folder: Path, *more) -> int:
+    python = folder / "python"
+    python.write_text(fake)
+    python.chmod(0o755)
+    return benchmark.main(["learn", "--config", str(folder / "task.toml"), "--seeds", "3", "--peer-python", str(python), *more])
+
+
+def test_learning_gives_the_peer_the_same_work(own_task, capsys):
+    fake = FAKE_PEER.format(python=sys.executable, crash=-1, ids=starter_ids("7"))
+    assert learn_beside(fake, own_task, "--updates", "3", "--set", "clip_eps=0.3") == 0
     out = capsys.readouterr().out
-    assert "2 updates of 2 prompts x 2 completions" in out and "trl 6.0 s" in out and out.count("| 2.00 |") == 2
+    assert "task.toml, " in out and "3 updates of 2 prompts x 2 completions" in out and "trl 9.0 s" in out
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    assert table[2][0] == "held-out reward before" and table[2][2] == table[3][2]  # its weights are those of the start
+    assert [row[0] for row in table[-3:]] == ["0", "2", "3"]
 
-    work = json.loads((tmp_path / "python.work").read_text())
-    assert Path(work["model"]).resolve() == ROOT / "starter" / "model" and len(work["chats"]) == 4
-    system, user = work["chats"][0]["prompt"]
-    assert system == {"role": "system", "content": benchmark.mlx_grpo.SYSTEM_PROMPT} and user["content"] in benchmark.starter_problems()[:4]
-    settings = work["settings"]
-    assert settings["learning_rate"] == 1e-4 and settings["lr_scheduler_type"] == "constant" and settings["max_steps"] == 2
-    assert settings["epsilon"] == 0.3 and settings["beta"] == 0.0 and settings["seed"] == 3 and settings["loss_type"] == "grpo"
-    assert settings["generation_kwargs"] == {"stop_strings": ["</answer>"]}
-
-
-def test_the_peer_has_the_problems_in_the_order_they_are_drawn(tmp_path):
-    args = benchmark.parse_arguments(["learn", "--updates", "3", "--set", "batch_size=2"])
-    trainer, rows = benchmark.learner(args, 1, tmp_path)
-    assert trainer.updates == 3 and [row for _, row in trainer.next_rows(6)] == rows
+    work = json.loads((own_task / "python.work").read_text())
+    args = benchmark.parse_arguments(["learn", "--config", str(own_task / "task.toml")])
+    trainer, rows = learning.learner(args, 3, own_task)
+    assert trainer.updates == 6 and work["ids"] == [row["prompt_ids"] for row in rows][:6]
+    assert [group.row for group in trainer.rollout(12, benchmark.mlx_grpo.Stopwatch())] == rows
+    assert Path(work["model"]).resolve() == ROOT / "starter" / "model" and work["rewards"] == 1 and work["save_at"] == [2, 3]
+    assert work["settings"]["epsilon"] == 0.3 and work["settings"]["max_steps"] == 3 and work["settings"]["reward_weights"] == [1.0]
 
 
-def test_settings_of_learning_are_settings_of_the_trainer():
-    assert set(benchmark.LEARN_SETTINGS) <= set(benchmark.mlx_grpo.MLXGRPOConfig.__dataclass_fields__)
+def test_a_peer_that_crashes_while_it_learns(own_task, capsys):
+    fake = FAKE_PEER.format(python=sys.executable, crash=2, ids=starter_ids("7"))
+    assert learn_beside(fake, own_task, "--updates", "3") == 1
+    out, err = capsys.readouterr()
+    assert "seed 3: this trainer" in out and "trl crashed\n" in out and "| crashed |" in out
+    assert "Traceback\nRuntimeError: device-side assert\ntrl crashed with status 1: RuntimeError: device-side assert\n" in err
+    assert err.endswith("trl crashed in 1 of 1 runs; the last lines of its log are above\n")
+
+
+def test_a_peer_that_crashes_in_a_speed_run_leaves_our_figures(tmp_path, capsys):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{sys.executable}\nimport sys\nsys.stdin.readline()\nsys.exit('no memory')\n")
+    fake.chmod(0o755)
+    assert benchmark.main(["rollout", *QUICK, "--peer", "trl", "--peer-python", str(fake)]) == 1
+    out, err = capsys.readouterr()
+    assert "crashed | " in out and "trl crashed with status 1: no memory" in err
 
 
 def test_a_peer_that_cannot_start_is_one_line(capsys):
-    assert benchmark.main(["step", *SMALL, "--peer", "trl", "--peer-python", "/no/python"]) == 2
+    assert benchmark.main(["step", *QUICK, "--peer", "trl", "--peer-python", "/no/python"]) == 2
     assert "Cannot run /no/python" in capsys.readouterr().err
 
 
 def test_the_peer_mlx_lm_does_the_same_work(capsys):
-    assert benchmark.main(["rollout", *SMALL, "--peer", "mlx-lm", "--peer-python", sys.executable]) == 0
-    assert "| mlx-lm | ratio |" in capsys.readouterr().out
+    assert benchmark.main(["rollout", *QUICK, "--peer", "mlx-lm", "--peer-python", sys.executable]) == 0
+    assert "| mlx-lm: first, s | median, s | mean, s | ratio |" in capsys.readouterr().out
+
+
+def test_trl_ends_rows_where_they_are_to():
+    """Two prompt positions, lengths 1, 3 and the limit 4; the end ids 5 and 6 come nowhere else."""
+    ending = drivers.EndingAt(2, [1, 3, 4], [5, 6], limit=4)
+    for drawn in range(4):
+        scores = ending(np.zeros((3, 2 + drawn)), np.ones((3, 8)))
+        ends = [row for row in range(3) if np.isfinite(scores[row]).sum() == 1]
+        assert ends == {0: [0], 2: [1]}.get(drawn, []) and all(scores[row].argmax() == 5 for row in ends)
+        assert np.isinf(scores[[row for row in range(3) if row not in ends]][:, [5, 6]]).all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "pad", "kept"),
+    [
+        ([1, 2, 9], 9, [1, 2, 9]),  # the model's end id, which is the pad id
+        ([1, 7, 9], 9, [1, 7]),  # a stop string (7) ended it: TRL took the padding for an end id
+        ([1, 7, 0, 0], 0, [1, 7]),  # the same with a pad id of its own
+        ([0, 0, 0], 0, [0, 0, 0]),  # an id that the model drew
+    ],
+)
+def test_only_padding_after_a_stop_string_goes(ids, pad, kept):
+    assert drivers.without_padding(ids, pad, ["7"], lambda ids: " ".join(map(str, ids))) == kept
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MLX_GRPO_TRL_PYTHON" not in os.environ, reason="MLX_GRPO_TRL_PYTHON names no interpreter that has trl")
+@pytest.mark.parametrize("command", ["step", "learn"])
+def test_trl_itself(command, own_task, capsys):
+    python = ["--peer", "trl", "--peer-python", os.environ["MLX_GRPO_TRL_PYTHON"]]
+    work = QUICK if command == "step" else ["--config", str(own_task / "task.toml"), "--seeds", "0", "--updates", "2"]
+    assert benchmark.main([command, *work, *python]) == 0
+    assert "crashed" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_no_page_has_a_placeholder_left():
 # --- Messages ---------------------------------------------------------------------------------------------------
 
 ERRORS = {"UserError", "RunError", "ConversionError", "InferenceError", "ReportError"}
-HAVE_MESSAGES = [ROOT / "mlx-grpo.py", *ROOT.glob("mlx_grpo/**/*.py"), *ROOT.glob("utils/*.py")]
+HAVE_MESSAGES = [ROOT / "mlx-grpo.py", *ROOT.glob("mlx_grpo/**/*.py"), *ROOT.glob("utils/**/*.py")]
 
 
 def text_of(node: ast.AST) -> str:

@@ -1,28 +1,33 @@
 #!/usr/bin/env python3
 """Measure the trainer: what each objective learns, how fast a step is, what it holds in memory, and peers on the same work.
 
-objectives trains the starter once a variant and seed and prints held-out accuracy. learn trains it beside TRL and prints the
-rewards and the seconds of both. rollout, train, step and memory run a GRPO step or a part of it on a model of random weights.
-Nothing there ends a completion early, so that every run and every peer does the same work.
+objectives trains the starter once a variant and seed and prints held-out accuracy. learn trains any configuration beside TRL and
+prints what both reach on held-out prompts, and when. rollout, train and step run a GRPO step or a part of it: new prompts each turn, and
+completions that end at lengths drawn as models end them, the same for every peer. memory measures an update's peak.
 """
 
 import argparse
+import contextlib
+import functools
 import gc
 import json
 import math
 import os
 import platform
+import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_right
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import distributions, version
+from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, median
+from statistics import NormalDist, fmean, median
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
@@ -36,14 +41,18 @@ from inference import Parser, exit_status  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import mlx_grpo  # noqa: E402
-from mlx_grpo.backends.blas import blas_name  # noqa: E402
-from mlx_grpo.run.memory_plan import plan, work_of  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
+from mlx_grpo.backends.blas import blas_name  # noqa: E402
+from mlx_grpo.rollout.kv_cache import kv_bytes_per_token  # noqa: E402
 from mlx_grpo.run.directory import complete_or_absent  # noqa: E402
+from mlx_grpo.run.memory_plan import plan  # noqa: E402
+from peers import PEERS, SPEEDS, Peer, PeerCrashed, cache_folder  # noqa: E402
+from peers.learning import Course, learn_once  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/benchmark.py objectives --updates 32 --seeds 0,1,2 --parallel 2
-  uv run python utils/benchmark.py step --preset tiny --peer trl"""
+  uv run python utils/benchmark.py step --preset tiny --peer trl
+  uv run python utils/benchmark.py learn --config configs/quickstart.toml --seeds 0,1,2"""
 
 # --- Objectives -------------------------------------------------------------------------------------------------
 
@@ -196,11 +205,6 @@ class Shape:
     wide: int
     vocabulary: int
 
-    @property
-    def kv_width(self) -> int:
-        """Numbers that one position of one row keeps in the KV cache, over all layers."""
-        return 2 * self.layers * self.kv_heads * self.hidden // self.heads
-
 
 PRESETS = {
     "tiny": Shape(256, 4, 4, 2, 704, 4096),
@@ -212,10 +216,6 @@ PRESETS = {
 
 def on_gpu() -> bool:
     return mx.default_device() == mx.gpu
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-grpo-benchmark"
 
 
 def model_folder(preset: str) -> Path:
@@ -244,23 +244,56 @@ def model_folder(preset: str) -> Path:
     return folder
 
 
-def questions(tokenizer, count: int, length: int, ragged: bool) -> list[str]:
-    """Word problems run together and cut so that each prompt has `length` tokens; ragged: from two thirds of it on."""
+def prompt_lengths(args: argparse.Namespace, count: int) -> list[int]:
+    """Tokens of each prompt: from two thirds of --prompt-tokens to all of it, or just that where lengths are fixed."""
+    if args.lengths == "fixed":
+        return [args.prompt_tokens] * count
+    draws = random.Random(f"{args.seed}/prompts")
+    return [draws.randint(2 * args.prompt_tokens // 3, args.prompt_tokens) for _ in range(count)]
+
+
+def completion_sigma(args: argparse.Namespace) -> float:
+    """Of the log-normal distribution with --median that exceeds --tokens with the probability --cut."""
+    return math.log(args.tokens / args.median) / NormalDist().inv_cdf(1 - args.cut)
+
+
+def completion_lengths(args: argparse.Namespace, turn: int) -> list[int]:
+    """Tokens of each completion of a turn, rows of a prompt together: log-normal, and cut at --tokens.
+
+    A row's length depends on --seed, the turn, its prompt and its place in the group alone: every program does the same work.
+    """
+    if args.lengths == "fixed":
+        return [args.tokens] * (args.prompts * args.completions)
+    lengths = []
+    for prompt in range(args.prompts):
+        draws = random.Random(f"{args.seed}/{turn}/{prompt}")
+        drawn = [draws.lognormvariate(math.log(args.median), completion_sigma(args)) for _ in range(args.completions)]
+        lengths += [min(args.tokens, math.ceil(length)) for length in drawn]
+    return lengths
+
+
+def questions(tokenizer, lengths: list[int]) -> list[str]:
+    """Word problems run together and cut so that the prompts have just these lengths, in tokens. Raises UserError."""
     words = " ".join(starter_problems()).split()
-    tokens = lambda text: len(mlx_grpo.build_prompt(tokenizer, text))  # noqa: E731
+    template = len(mlx_grpo.build_prompt(tokenizer, ""))
     found, start = [], 0
-    while len(found) < count:
-        wanted = length - (7 * len(found)) % (length // 3) if ragged else length
-        n = wanted  # no word is less than a token
-        while n > 1 and tokens(" ".join(words[start : start + n])) > wanted:
-            n -= 1
-        text = " ".join(words[start : start + n])
-        start += 1
-        if start + wanted > len(words):
-            raise mlx_grpo.UserError(f"No {count} prompts of {length} tokens could be made; change --prompt-tokens")
-        if tokens(text) == wanted:
-            found.append(text)
+    while len(found) < len(lengths):
+        wanted = lengths[len(found)]
+        if template >= wanted or start + wanted > len(words):
+            raise mlx_grpo.UserError(
+                f"No {len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens could be made; change --prompt-tokens "
+                f"(the chat template alone takes {template})"
+            )
+
+        def tokens(n: int) -> int:
+            return len(mlx_grpo.build_prompt(tokenizer, " ".join(words[start : start + n])))  # noqa: B023  called in this round
+
+        n = bisect_right(range(1, wanted + 1), wanted, key=tokens)  # no word is less than a token
+        if n and tokens(n) == wanted:
+            found.append(" ".join(words[start : start + n]))
             start += n
+        else:
+            start += 1
     return found
 
 
@@ -275,13 +308,13 @@ def write_work(folder: Path, texts: list[str]) -> None:
     (folder / "rewards.py").write_text(REWARDS)
 
 
-def prepare(args: argparse.Namespace, folder: Path, settings: list[str]):
-    """A trainer of the project's own for the work in `args`, and the prompts' texts; `folder` takes its files."""
+def prepare(args: argparse.Namespace, folder: Path, settings: list[str], turns: int):
+    """A trainer of the project's own for the work in `args`, with prompts for so many turns; `folder` takes its files."""
     from mlx_lm.utils import load_tokenizer
 
-    model = model_folder(args.preset)
-    texts = questions(load_tokenizer(model), args.prompts, args.prompt_tokens, args.ragged)
-    write_work(folder, texts)
+    model = args.model or model_folder(args.preset)
+    tokenizer = load_tokenizer(mlx_grpo.resolve_model(str(model)))
+    write_work(folder, questions(tokenizer, prompt_lengths(args, turns * args.prompts)))
     config = mlx_grpo.load_config(None, [
         f"model_name={model}", f"dataset={folder}", f"reward_funcs=['{folder}/rewards.py:alternate']", "system_prompt=",
         f"batch_size={args.prompts}", f"num_generations={args.completions}", f"max_completion_length={args.tokens}",
@@ -289,29 +322,58 @@ def prepare(args: argparse.Namespace, folder: Path, settings: list[str]):
         "log_completions_steps=0", "log_jsonl=false", *settings,
     ])  # fmt: skip
     trainer = mlx_grpo.MLXGRPOTrainer(config, folder)
-    trainer.tokenizer.eos_token_ids = set()
-    trainer.build_step()
-    return trainer, texts
+    trainer.tokenizer.eos_token_ids = set()  # a row ends where it is to end, whatever the model draws
+    return trainer
 
 
-def own_runner(args: argparse.Namespace, trainer):
-    """A function that does the work once and returns the seconds of its phases."""
-    groups = trainer.sample_groups(args.prompts, {"rollout": 0.0, "reward": 0.0}) if args.command != "step" else None
+@contextlib.contextmanager
+def rows_ending_at(lengths: list[int]):
+    """Within it the rows that `generate` decodes end at these lengths, in order, as if the model had ended them there."""
+    script = mlx_grpo.script
+    due, rows, plain = iter(lengths), [], script.Row
 
-    def once() -> dict:
-        start, seconds = time.perf_counter(), {"rollout": 0.0, "reward": 0.0}
-        if args.command == "rollout":
-            trainer.sample_groups(args.prompts, seconds)
-            return {"rollout": seconds["rollout"]}
+    class Ending(plain):
+        def __init__(self, tokenizer, stop_strings, max_tokens):
+            super().__init__(tokenizer, stop_strings, next(due))
+            self.limit = max_tokens
+            rows.append(self)
+
+        def take(self, ids, logps):
+            super().take(ids, logps)
+            if self.finish_reason == "length" and len(self.ids) < self.limit:
+                self.finish_reason = "eos"
+
+    script.Row = Ending
+    try:
+        yield
+    finally:
+        script.Row = plain
+    check_tokens("this trainer", sum(len(row.ids) for row in rows), lengths)
+
+
+def check_tokens(program: str, tokens: int, lengths: list[int]) -> None:
+    """Raises RunError where a program has not done the work it was given."""
+    if tokens != sum(lengths):
+        raise mlx_grpo.RunError(f"{program} sampled {tokens} tokens where {sum(lengths)} were asked for; its figures would mean nothing")
+
+
+def own_turn(args: argparse.Namespace, trainer, lengths: list[int]) -> dict:
+    """Do one turn's work; the seconds of its phases."""
+    watch = mlx_grpo.Stopwatch()
+    with rows_ending_at(lengths):
+        start = time.perf_counter()
         if args.command == "step":
-            record = trainer.one_rollout()[-1]
-            parts = {phase: record[f"seconds/{phase}"] for phase in ("rollout", "train")}
+            record = trainer.train_step()[-1]
             whole = time.perf_counter() - start
+            parts = {phase: record[f"seconds/{phase}"] for phase in ("rollout", "train")}
             return {**parts, "other": whole - sum(parts.values()), "step": whole}
-        trainer.train_on(groups)
-        return {"train": time.perf_counter() - start}
-
-    return once
+        groups = trainer.rollout(args.prompts, watch)
+    if args.command == "rollout":
+        return {"rollout": watch.seconds["rollout"]}
+    _, advantages = trainer.advantages(groups)
+    start = time.perf_counter()
+    trainer.train_on(groups, advantages)
+    return {"train": time.perf_counter() - start}
 
 
 # --- The machine ------------------------------------------------------------------------------------------------
@@ -351,17 +413,22 @@ def ceilings(side: int = 0, megabytes: int = 0) -> tuple[float, float]:
     return 2 * side**3 / best_seconds(lambda: a @ a), 2 * large.nbytes / best_seconds(lambda: large + 1)
 
 
-def costs(args: argparse.Namespace, model) -> dict[str, tuple[float, float]]:
-    """By phase, the FLOPs and the bytes that the work takes at the least: a group's prompt once, attention not counted.
+def costs(model, turns: list[tuple[list[int], list[int]]]) -> dict[str, tuple[float, float]]:
+    """By phase, the FLOPs and the bytes that these turns take at the least: a group's prompt once, attention not counted.
 
-    The rollout reads every weight and its rows' KV once a position. Training is three times a forward; its bytes are few.
+    turns: the prompts' lengths and the completions'. The rollout reads every weight once a position, as long as a row is left, and
+    each row's KV once a position of its own. Training is three times a forward; its bytes are few.
     """
     parameters = [p for _, p in tree_flatten(model.parameters())]
     count, weights = sum(p.size for p in parameters), sum(p.nbytes for p in parameters)
-    rows = args.prompts * args.completions
-    positions = rows * args.tokens + args.prompts * args.prompt_tokens
-    kv = PRESETS[args.preset].kv_width * parameters[0].itemsize * rows * (args.prompt_tokens + args.tokens / 2)
-    return {"rollout": (2 * count * positions, args.tokens * (weights + kv)), "train": (6 * count * positions, math.nan)}
+    positions = steps = read = 0
+    for prompts, lengths in turns:
+        group = len(lengths) // len(prompts)
+        positions += sum(prompts) + sum(lengths)
+        steps += max(lengths)
+        read += sum(n * (prompts[i // group] + n / 2) for i, n in enumerate(lengths))  # positions of KV
+    moved = steps * weights + read * kv_bytes_per_token(model)
+    return {"rollout": (2 * count * positions, moved), "train": (6 * count * positions, math.nan)}
 
 
 def print_table(rows: list[list[str]]) -> None:
@@ -373,338 +440,195 @@ def print_table(rows: list[list[str]]) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-# --- Peers ------------------------------------------------------------------------------------------------------
-
-# A driver reads the work as one line of JSON, then does it once a line and answers with its seconds.
-DRIVER = """
-import ctypes, json, os, sys, threading, time
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what libraries print goes to the log
-work = json.loads(sys.stdin.readline())
-rows, seconds, parent = work["prompts"] * work["completions"], {}, os.getppid()
-def watch():  # ends with the benchmark, however that ends
-    while os.getppid() == parent: time.sleep(1)
-    os._exit(1)
-threading.Thread(target=watch, daemon=True).start()
-def wait():
-    if not sys.stdin.readline(): os._exit(0)
-    return time.perf_counter()
-def say(answer):
-    answers.write(json.dumps(answer) + "\\n"); answers.flush()
-def report(start, peak):
-    step = time.perf_counter() - start
-    say({"rollout": seconds["rollout"], "train": step - seconds["rollout"], "step": step, "peak": peak})
-def timed(function):
-    def wrapper(*args, **kwargs):
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        sync()
-        seconds["rollout"] = time.perf_counter() - start
-        return result
-    return wrapper
-"""
-MLX_DRIVER = """
-if work["blas"]: ctypes.CDLL(work["blas"], mode=ctypes.RTLD_GLOBAL)
-import mlx.core as mx
-from mlx_lm import load
-sync = lambda: None
-model, tokenizer = load(work["model"])
-prompts = [list(p) for p in work["ids"]]
-tokenizer.eos_token_ids = set()
-"""
-MLX_LM_DRIVER = """
-from mlx_lm import batch_generate
-from mlx_lm.sample_utils import make_sampler
-once = timed(lambda: batch_generate(
-    model, tokenizer, [p for p in prompts for _ in range(work["completions"])], max_tokens=work["tokens"],
-    sampler=make_sampler(1.0), completion_batch_size=rows, prefill_batch_size=rows))
-while True:
-    start = wait()
-    once()
-    report(start, mx.get_peak_memory())
-"""
-MLX_LM_LORA_DRIVER = """
-import tempfile
-import mlx.optimizers as optim
-from mlx_lm_lora.trainer import grpo_trainer
-grpo_trainer.generate_grpo = timed(grpo_trainer.generate_grpo)
-answers_text = ["1"] * len(prompts)
-def batches(**kwargs):
-    while True:
-        start = wait()
-        yield prompts, [[1]] * len(prompts), work["texts"], answers_text, [None] * len(prompts)
-        report(start, mx.get_peak_memory())
-args = grpo_trainer.GRPOTrainingArgs(
-    batch_size=len(prompts), iters=10**9, group_size=work["completions"], max_completion_length=work["tokens"], beta=0.0,
-    epsilon=0.2, temperature=1.0, top_p=1.0, top_k=0, max_seq_length=32768, steps_per_report=10**9, steps_per_save=10**9,
-    adapter_file=os.path.join(tempfile.mkdtemp(), "a.safetensors"))
-grpo_trainer.train_grpo(
-    model, None, tokenizer, optim.Adam(1e-6), [], None, [alternate], args, iterate_batches=batches, end_answer_token="")
-"""
-TRL_DRIVER = """
-import functools, resource, tempfile, torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
-cuda = torch.cuda.is_available() and work["gpu"]
-sync = torch.cuda.synchronize if cuda else lambda: None
-class Timed(GRPOTrainer):
-    _generate_and_score_completions = timed(GRPOTrainer._generate_and_score_completions)
-class Pace(TrainerCallback):
-    def on_step_begin(self, *args, **kwargs): self.start = wait()
-    def on_step_end(self, *args, **kwargs):
-        sync()
-        report(self.start, torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-def train(trainer, reward, prompts, **settings):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(work["model"], dtype="auto"), AutoTokenizer.from_pretrained(work["model"])
-    # TRL does not hand generate the tokenizer, without which it takes no stop strings.
-    model.generate = functools.partial(model.generate, tokenizer=tokenizer)
-    config = GRPOConfig(
-        tempfile.mkdtemp(), per_device_train_batch_size=rows, bf16=False, gradient_checkpointing=False, use_cpu=not cuda,
-        report_to="none", logging_steps=10**6, save_strategy="no", disable_tqdm=True, shuffle_dataset=False, **settings)
-    trainer(model, reward, config, Dataset.from_list(prompts), processing_class=tokenizer, callbacks=[Pace()]).train()
-"""
-TRL_SPEED_DRIVER = """
-prompts = [{"prompt": [{"role": "user", "content": text}]} for text in work["texts"]]
-train(Timed, alternate, prompts, num_generations=work["completions"], max_completion_length=work["tokens"], max_steps=10**6,
-      temperature=1.0, learning_rate=1e-6, loss_type="grpo", beta=0.0, generation_kwargs={"min_new_tokens": work["tokens"]})
-"""
-# Its reward function asks the benchmark: a line of JSON with the texts of an update, answered by a line with their rewards.
-TRL_LEARN_DRIVER = """
-class Learner(Timed):
-    def _generate_single_turn(self, *args):
-        # generate pads what a stop string has ended. TRL, which looks for the end token alone, would train on the padding.
-        completions, logps = super()._generate_single_turn(*args)
-        for ids in completions:
-            while ids[-1] == self._tokenizer.pad_token_id: ids.pop()
-        return completions, logps
-def asked(completions, **columns):
-    say([chat[0]["content"] for chat in completions])
-    return json.loads(sys.stdin.readline())
-train(Learner, asked, work["chats"], **work["settings"])
-"""
-SPEEDS = ("rollout", "train", "step")
-PEERS = {  # packages, and the driver of each command it can run
-    "trl": (("trl==1.16.0", "torch"), {**dict.fromkeys(SPEEDS, TRL_DRIVER + TRL_SPEED_DRIVER), "learn": TRL_DRIVER + TRL_LEARN_DRIVER}),
-    "mlx-lm": (("mlx-lm==0.32.2", "rich"), {"rollout": MLX_DRIVER + MLX_LM_DRIVER}),
-    "mlx-lm-lora": (("mlx-lm-lora==5.10.2", "rich"), dict.fromkeys(SPEEDS, MLX_DRIVER + MLX_LM_LORA_DRIVER)),
-}
-
-
-def peer_python(peer: str) -> str:
-    """The Python of the peer's own environment, made at its first use in the cache folder. Raises RunError."""
-    packages = list(PEERS[peer][0])
-    # MLX's compute library is a package of its own: the peer gets the one that this environment has.
-    here = {d.name for d in distributions()} & {"mlx-cpu", "mlx-cuda-12", "mlx-cuda-13"}
-    if peer != "trl":
-        extra = "".join(f"[{name.removeprefix('mlx-').replace('-', '')}]" for name in here)
-        packages.append(f"mlx{extra}=={version('mlx')}")
-    folder = cache_folder() / "peers" / peer
-    python, mark = folder / "bin" / "python", folder / "packages.json"
-    if mark.is_file() and json.loads(mark.read_text()) == packages:
-        return str(python)
-    uv = shutil.which("uv")
-    if uv:
-        steps = [uv, "venv", "--clear", str(folder), "--python", sys.executable], [uv, "pip", "install", "--python", str(python), *packages]
-    else:
-        steps = [sys.executable, "-m", "venv", "--clear", str(folder)], [str(python), "-m", "pip", "install", *packages]
-    print(f"Installing {', '.join(packages)} into {folder}", flush=True)
-    for step in steps:
-        done = subprocess.run(step, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = " ".join(done.stderr.split())[-300:]
-            raise mlx_grpo.RunError(f"Cannot install {peer}: {reason}")
-    mark.write_text(json.dumps(packages))
-    return str(python)
-
-
-class Peer:
-    """A running driver with the `work` that it does once a line."""
-
-    def __init__(self, args: argparse.Namespace, config, folder: Path, **work):
-        python = args.peer_python or peer_python(args.peer)
-        self.name, self.log = args.peer, folder / "peer.log"
-        work |= {"prompts": config.batch_size, "completions": config.num_generations, "tokens": config.max_completion_length}
-        work |= {"model": str(mlx_grpo.resolve_model(config.model_name)), "gpu": on_gpu(), "blas": blas_name()}
-        try:
-            self.process = subprocess.Popen(
-                [python, "-c", DRIVER + REWARDS + PEERS[args.peer][1][args.command]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=open(self.log, "w"), text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            )  # fmt: skip
-        except OSError as error:
-            raise mlx_grpo.UserError(f"Cannot run {python}: {error.strerror}; --peer-python takes an interpreter") from None
-        self.send(json.dumps(work))
-
-    def send(self, line: str) -> None:
-        try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            self.fail()
-
-    def fail(self) -> None:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        raise mlx_grpo.RunError(f"{self.name} failed: {lines[-1] if lines else 'no message'}")
-
-    def ask(self, line: str = "go"):
-        """Send a line and return the answer to it."""
-        self.send(line)
-        answer = self.process.stdout.readline()
-        return json.loads(answer) if answer else self.fail()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 # --- Learning beside a peer -------------------------------------------------------------------------------------
 
-SAME = "temperature max_completion_length num_generations loss_type scale_rewards learning_rate adam_beta1 adam_beta2 weight_decay max_grad_norm"
-BOTH_HAVE = {**{name: name for name in SAME.split()}, "clip_eps": "epsilon", "kl_coeff": "beta"}  # the trainer's name: TRL's
-LEARN_SETTINGS = (*BOTH_HAVE, "batch_size", "system_prompt", "stop_strings", "reward_weights", "use_compile", "micro_batch_tokens")
-SHARE = 0.9  # of the highest reward that both come to: what the time to reach it is taken of
+
+def over_seeds(values: list[float | str], digits: int) -> str:
+    """The mean of the seeds with their range, and how many have none and why: [1.0, "crashed"] -> "1.0, 1 of 2 crashed"."""
+    numbers = [value for value in values if not isinstance(value, str)]
+    said = [spread(numbers, digits)] if numbers else []
+    for word, count in Counter(value for value in values if isinstance(value, str)).items():
+        said.append(word if count == len(values) else f"{count} of {len(values)} {word}")
+    return ", ".join(said)
 
 
-def learner(args: argparse.Namespace, seed: int, folder: Path):
-    """A trainer of the starter, ready to begin, and the problems it will draw, in order."""
-    settings = ["learning_rate=1e-4", "warmup_ratio=0", "log_completions_steps=0", "log_jsonl=false", f"seed={seed}", *args.set]
-    settings += length_settings(mlx_grpo.load_config(QUICKSTART, settings), args.updates)
-    trainer = mlx_grpo.MLXGRPOTrainer(mlx_grpo.load_config(QUICKSTART, settings), folder)
-    trainer.build_step()
-    rows = [row for _, row in trainer.next_rows(args.updates * trainer.prompts_per_update)]
-    trainer.cursor = 0
-    return trainer, rows
+def level_to_reach(courses: tuple[Course, ...], target: float | None) -> float:
+    """The held-out reward that times are taken to: `target`, else the highest that all come to that did not crash."""
+    return target if target is not None else min(course.best() for course in courses if not course.crashed)
 
 
-def learn_here(trainer) -> list[tuple[float, float]]:
-    """Reward and seconds of each update by this trainer; its loop, less evaluations and saves."""
-    course = []
-    for _ in range(trainer.updates):
-        start = time.perf_counter()
-        record = trainer.one_rollout()[-1]
-        course.append((record["reward_mean"], time.perf_counter() - start))
-    return course
+def seconds_an_update(course: Course, updates: int) -> float | str:
+    """The median, without the first turn; `updates` a turn."""
+    return "crashed" if course.crashed else median(course.seconds[1:] or course.seconds) / updates
 
 
-def learn_there(args: argparse.Namespace, trainer, rows: list[dict], folder: Path) -> list[tuple[float, float]]:
-    """The same by the peer, on the same `rows` in the same order, with the trainer's settings and reward functions."""
-    config, course = trainer.config, []
-    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-    chats = [{"prompt": [*system, {"role": "user", "content": row["prompt"]}]} for row in rows]
-    settings = {theirs: getattr(config, ours) for ours, theirs in BOTH_HAVE.items()}
-    settings |= {"lr_scheduler_type": "constant", "seed": config.seed, "max_steps": trainer.updates}
-    settings["generation_kwargs"] = {"stop_strings": config.stop_strings} if config.stop_strings else {}
-    peer = Peer(args, config, folder, chats=chats, settings=settings)
-    try:
-        for first in range(0, len(rows), config.batch_size):
-            answers = [row["answer"] for row in rows[first : first + config.batch_size] for _ in range(config.num_generations)]
-            scores = mlx_grpo.score(trainer.reward_functions, config.reward_timeout, peer.ask(), {"answer": answers})  # (F, N)
-            rewards = (scores.T @ trainer.reward_weights).tolist()
-            course.append((fmean(rewards), peer.ask(json.dumps(rewards))["step"]))
-    finally:
-        peer.close()
-    return course
-
-
-def learn_table(courses: list[tuple], peer: str) -> list[list[str]]:
-    """Rows of the table from the two courses, this trainer's and the peer's, of each seed: rewards by tenths, then seconds."""
-    width = max(1, len(courses[0][0]) // 10)
-    rolling = lambda course: [fmean(r for r, _ in course[i : i + width]) for i in range(len(course) - width + 1)]  # noqa: E731
-    levels = [SHARE * min(max(rolling(course)) for course in pair) for pair in courses]  # each seed's own
+def learn_table(courses: list[tuple[Course, Course]], peer: str, updates: int, target: float | None) -> list[list[str]]:
+    """Rows of the table from the courses of each seed, this trainer's and the peer's. updates: on each rollout."""
+    levels = [level_to_reach(pair, target) for pair in courses]
+    last = [[course.scores[max(course.scores)] for course in pair] for pair in courses]
+    rows = {
+        "held-out reward before": ([[course.scores[0] for course in pair] for pair in courses], 3),
+        "held-out reward after": ([["crashed" if c.crashed else x for c, x in zip(*both)] for both in zip(courses, last)], 3),
+        f"seconds to {spread(levels, 3)}": ([[c.seconds_to(level) for c in pair] for pair, level in zip(courses, levels)], 1),
+        "seconds of all updates": ([["crashed" if c.crashed else sum(c.seconds) for c in pair] for pair in courses], 1),
+        "seconds an update, median": ([[seconds_an_update(c, updates) for c in pair] for pair in courses], 3),
+        "seconds of the first update": ([[c.seconds[0] if c.seconds else "crashed" for c in pair] for pair in courses], 1),
+    }
     table = [["", "this trainer", peer, "ratio"]]
-    for i in range(0, len(courses[0][0]) - width + 1, width):
-        rewards = [spread([rolling(course)[i] for course in program], 2) for program in zip(*courses)]
-        table.append([f"reward, updates {i + 1}-{i + width}", *rewards, "-"])
-    whole = lambda course, level: len(course)  # noqa: E731
-    reach = lambda course, level: next(n for n, mean in enumerate(rolling(course), width) if mean >= level)  # noqa: E731
-    for name, updates in (("seconds, all updates", whole), (f"seconds until the reward is {spread(levels, 2)}", reach)):
-        pairs = [[sum(s for _, s in course[: updates(course, level)]) for course in pair] for pair, level in zip(courses, levels)]
-        table.append([name, *(spread(list(program), 1) for program in zip(*pairs)), spread([theirs / own for own, theirs in pairs], 2)])
+    for name, (pairs, digits) in rows.items():
+        ratios = [theirs / own for own, theirs in pairs if not isinstance(own, str) and not isinstance(theirs, str) and own]
+        ratio = spread(ratios, 2) if ratios and name.startswith("seconds") else "-"
+        table.append([name, *(over_seeds(list(program), digits) for program in zip(*pairs)), ratio])
+    return table
+
+
+def curve_table(courses: list[tuple[Course, Course]], peer: str, updates: int) -> list[list[str]]:
+    """Held-out reward over the updates with the seconds until then, of both programs, over the seeds. updates: on each rollout."""
+    table = [["updates", "this trainer, s", "held-out", f"{peer}, s", "held-out"]]
+    for turns in sorted(courses[0][0].scores):
+        cells = []
+        for program in zip(*courses):
+            there = [turns in course.scores for course in program]
+            seconds = [sum(c.seconds[:turns]) if has else "crashed" for c, has in zip(program, there)]
+            scores = [c.scores[turns] if has else "crashed" for c, has in zip(program, there)]
+            cells += [over_seeds(seconds, 1), over_seeds(scores, 3)]
+        table.append([str(turns * updates), *cells])
     return table
 
 
 def learn(args: argparse.Namespace) -> None:
-    """The starter trained by this trainer and then by the peer, once a seed."""
+    """The configuration trained by this trainer and then by the peer, once a seed."""
     warn_if_busy()
     courses = []
+    config = mlx_grpo.load_config(args.config, args.set)
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as name:
-            trainer, rows = learner(args, seed, Path(name))
-            courses.append((learn_here(trainer), learn_there(args, trainer, rows, Path(name))))
-        own, theirs = (sum(seconds for _, seconds in course) for course in courses[-1])
-        print(f"seed {seed}: this trainer {own:.1f} s, {args.peer} {theirs:.1f} s", flush=True)
-    config = trainer.config
+            courses.append(learn_once(args, seed, Path(name)))
+        own, theirs = (f"{sum(c.seconds):.1f} s, held-out {c.scores[max(c.scores)]:.3f}" for c in courses[-1])
+        print(f"seed {seed}: this trainer {own}; {args.peer} {'crashed' if courses[-1][1].crashed else theirs}", flush=True)
+    turns = len(courses[0][0].seconds)
     print(
-        f"\nThe starter, {args.updates} updates of {config.batch_size} prompts x {config.num_generations} completions; mean of seeds "
-        f"{args.seeds} (range). The reward to reach is {SHARE:.0%} of the highest mean of a tenth of the run that both come to\n{machine()}\n"
+        f"\n{Path(args.config).name}, {config.model_name}: {turns * config.num_iterations} updates of {config.batch_size} prompts x "
+        f"{config.num_generations} completions; mean of seeds {args.seeds} (range). Held-out: mean reward of greedy answers, by one "
+        f"evaluator, not in the seconds. The reward to reach is {'the highest that both come to' if args.target is None else args.target}\n{machine()}\n"
     )
-    print_table(learn_table(courses, args.peer))
+    print_table(learn_table(courses, args.peer, config.num_iterations, args.target))
+    print()
+    print_table(curve_table(courses, args.peer, config.num_iterations))
+    if crashed := sum(theirs.crashed for _, theirs in courses):
+        raise mlx_grpo.RunError(f"{args.peer} crashed in {crashed} of {len(courses)} runs; the last lines of its log are above")
 
 
 # --- The commands -----------------------------------------------------------------------------------------------
 
 
-def describe_work(args: argparse.Namespace, trainer) -> str:
-    count = sum(p.size for _, p in tree_flatten(trainer.model.parameters()))
-    precision = "bfloat16" if on_gpu() else "float32"
-    ragged = "from two thirds of " if args.ragged else ""
+def describe_work(args: argparse.Namespace, trainer, lengths: list[list[int]]) -> str:
+    """What is measured and where; lengths: of the completions of each turn."""
+    parameters = [p for _, p in tree_flatten(trainer.model.parameters())]
+    size = f"{sum(p.size for p in parameters) / 1e6:.1f}M parameters, {str(parameters[0].dtype).rpartition('.')[2]}"
+    prompts, completions = f"{args.prompt_tokens} tokens", f"{args.tokens} tokens"
+    if args.lengths == "natural":
+        prompts = f"{2 * args.prompt_tokens // 3} to {prompts}, new ones each turn,"
+        completions = (
+            f"at most {completions} (log-normal, median {args.median}, sigma {completion_sigma(args):.2f}, {args.cut:.0%} cut at the limit, "
+            f"seed {args.seed}; mean {fmean(sum(lengths, [])):.1f})"
+        )
     return (
-        f"{args.preset}: {count / 1e6:.1f}M parameters, {precision}; {args.prompts} prompts of {ragged}{args.prompt_tokens} tokens x "
-        f"{args.completions} completions of {args.tokens}; median of {args.repeats}\n{machine()}"
+        f"{args.model or args.preset}: {size}; {args.prompts} prompts of {prompts} x {args.completions} completions of {completions}; "
+        f"the first turn and {args.repeats} more\n{machine()}"
     )
 
 
-def speed_table(args: argparse.Namespace, own: list[dict], peer: list[dict], work: dict, limits: tuple[float, float]) -> list[list[str]]:
-    """Rows of the table, one a phase: the medians, their share of the ceilings, and the peer's seconds as a ratio."""
-    percent = lambda x: "-" if math.isnan(x) else f"{100 * x:.1f}%"  # noqa: E731
-    header = ["phase", "seconds", "tokens/s", "of matmul", "of bandwidth"] + ([args.peer, "ratio"] if peer else [])
-    table = [header]
+def speed_table(args: argparse.Namespace, own: list[dict], peer: list[dict] | None, tokens: int, work: dict, limits: tuple) -> list[list[str]]:
+    """Rows of the table, one a phase: the first turn, which compiles, and the others' median, mean, speed and share of the ceilings.
+
+    own, peer: each turn's seconds; peer None where it crashed. tokens, work: of all turns but the first. The ratio is of the means.
+    """
+
+    def percent(x: float) -> str:
+        return "-" if math.isnan(x) else f"{100 * x:.1f}%"
+
+    def seconds(turns: list[dict], phase: str) -> list[str]:
+        later = [turn[phase] for turn in turns[1:]]
+        return [f"{x:.3f}" for x in (turns[0][phase], median(later), fmean(later))]
+
+    table = [["phase", "first, s", "median, s", "mean, s", "tokens/s", "of matmul", "of bandwidth"]]
+    table[0] += [f"{args.peer}: first, s", "median, s", "mean, s", "ratio"] if args.peer else []
     for phase in own[0]:
-        seconds = median(r[phase] for r in own)
+        total = sum(turn[phase] for turn in own[1:])
         flops, moved = work.get(phase, (math.nan, math.nan))
-        rate = "-" if phase == "other" else f"{args.prompts * args.completions * args.tokens / seconds:,.0f}"
-        row = [phase, f"{seconds:.3f}", rate, percent(flops / seconds / limits[0]), percent(moved / seconds / limits[1])]
-        if peer:
-            theirs = median(r[phase] for r in peer) if phase in peer[0] else math.nan
-            row += ["-", "-"] if math.isnan(theirs) else [f"{theirs:.3f}", f"{theirs / seconds:.2f}"]
+        rate = "-" if phase == "other" else f"{tokens / total:,.{0 if tokens > 10 * total else 2}f}"
+        row = [phase, *seconds(own, phase), rate, percent(flops / total / limits[0]), percent(moved / total / limits[1])]
+        if args.peer and peer is None:
+            row += ["crashed", "-", "-", "-"]
+        elif args.peer and phase not in peer[0]:
+            row += ["-"] * 4
+        elif args.peer:
+            row += [*seconds(peer, phase), f"{sum(turn[phase] for turn in peer[1:]) / total:.2f}"]
         table.append(row)
     return table
 
 
+PEER_SETTINGS = {"temperature": 1.0, "learning_rate": 1e-6, "loss_type": "grpo", "beta": 0.0}  # TRL's, for the work of rollout, train and step
+
+
 def speed(args: argparse.Namespace) -> None:
-    """rollout, train and step: own runs and the peer's in turn, after one of each to warm up."""
+    """rollout, train and step: own turns and the peer's by turns; the first of each is its first use."""
+    turns = args.repeats + 1
+    lengths = [completion_lengths(args, turn) for turn in range(turns)]
     with tempfile.TemporaryDirectory() as name:
-        trainer, texts = prepare(args, Path(name), args.set)
-        print(describe_work(args, trainer), flush=True)
+        trainer = prepare(args, Path(name), args.set, turns)
+        rows = [row for _, row in mlx_grpo.draw_rows(trainer.rows, trainer.config.seed, 0, turns * args.prompts)]
+        print(describe_work(args, trainer, lengths), flush=True)
         warn_if_busy()
         limits = ceilings()
         print(f"ceilings: {limits[0] / 1e12:.2f} TFLOP/s in a matrix product, {limits[1] / 1e9:.0f} GB/s read and written\n", flush=True)
-        once, ids = own_runner(args, trainer), [mlx_grpo.build_prompt(trainer.tokenizer, text) for text in texts]
-        peer = Peer(args, trainer.config, Path(name), texts=texts, ids=ids) if args.peer else None
-        own, theirs = [], []
-        try:
-            for turn in range(args.repeats + 1):
-                if turn == 1:
-                    mx.clear_cache()
-                    mx.reset_peak_memory()
-                own.append(once())
-                if peer:
+        ids = [row["prompt_ids"] for row in rows]
+        work = {"ids": ids, "texts": [row["prompt"] for row in rows], "lengths": sum(lengths, [])}
+        settings = {**PEER_SETTINGS, "max_steps": turns}
+        peer = Peer(args, trainer.config, Path(name), settings=settings, **work) if args.peer else None
+        own, theirs = take_turns(args, trainer, peer, lengths)
+    prompts = [list(map(len, ids[turn * args.prompts : (turn + 1) * args.prompts])) for turn in range(turns)]
+    later = costs(trainer.model, list(zip(prompts, lengths))[1:])
+    print_table(speed_table(args, own, theirs, sum(map(sum, lengths[1:])), later, limits))
+    peak = f", {args.peer} {theirs[-1]['peak'] / 2**30:.2f} GB" if theirs else ""
+    print(f"\npeak memory after the first turn {mx.get_peak_memory() / 2**30:.2f} GB{peak}")
+    if args.peer and theirs is None:
+        raise mlx_grpo.RunError(f"{args.peer} crashed; the last lines of its log are above")
+
+
+def take_turns(args: argparse.Namespace, trainer, peer: Peer | None, lengths: list[list[int]]) -> tuple[list[dict], list[dict] | None]:
+    """Each turn's seconds of this trainer and of the peer, which are None where it crashed."""
+    own, theirs = [], []
+    try:
+        for turn, of_turn in enumerate(lengths):
+            if turn == 1:
+                mx.clear_cache()
+                mx.reset_peak_memory()
+            own.append(own_turn(args, trainer, of_turn))
+            if peer and theirs is not None:
+                try:
                     theirs.append(peer.ask())
-                whole = list(own[-1])[-1]  # the table comes at the end: whoever stops earlier has seen what there was
-                seconds = ", ".join(f"{name} {runs[-1][whole]:.3f} s" for name, runs in (("this trainer", own), (args.peer, theirs)) if runs)
-                print(f"{f'turn {turn} of {args.repeats}' if turn else 'to warm up'}: {seconds}", file=sys.stderr, flush=True)
-        finally:
-            if peer:
-                peer.close()
-        print_table(speed_table(args, own[1:], theirs[1:], costs(args, trainer.model), limits))
-        print(f"\npeak memory {mx.get_peak_memory() / 2**30:.2f} GB" + (f", {args.peer} {theirs[-1]['peak'] / 2**30:.2f} GB" if peer else ""))
+                    check_tokens(args.peer, theirs[-1]["tokens"], of_turn)
+                except PeerCrashed as crash:
+                    crash.show()
+                    theirs = None
+            whole = list(own[-1])[-1]  # the table comes at the end: whoever stops earlier has seen what there was
+            seconds = [f"{name} {runs[-1][whole]:.3f} s" for name, runs in (("this trainer", own), (args.peer, theirs)) if runs]
+            label = f"turn {turn} of {args.repeats}" if turn else "first turn"
+            print(f"{label}: {', '.join(seconds)}", file=sys.stderr, flush=True)
+    finally:
+        if peer:
+            peer.close()
+    return own, theirs
 
 
 def full_logits_step(trainer, groups):
     """A training step as it is commonly written: the whole sequences of all rows, all their logits at once."""
-    rows = mx.array([g.prompt + ids for g in groups for ids in g.completions])
+    rows = mx.array([g.prompt + c.ids for g in groups for c in g.completions])
     advantages = mx.array([float(i % 2) - 0.5 for i in range(rows.shape[0])])[:, None]
     first = len(groups[0].prompt) - 1
+    optimizer = trainer.learner.optimizer
 
     def loss(rows):
         logits = trainer.model(rows[:, :-1]).astype(mx.float32)
@@ -712,8 +636,8 @@ def full_logits_step(trainer, groups):
         return -(mx.exp(logps - mx.stop_gradient(logps)) * advantages)[:, first:].mean()
 
     def once():
-        trainer.optimizer.update(trainer.model, nn.value_and_grad(trainer.model, loss)(rows)[1])
-        mx.eval(trainer.model.state, trainer.optimizer.state)
+        optimizer.update(trainer.model, nn.value_and_grad(trainer.model, loss)(rows)[1])
+        mx.eval(trainer.model.state, optimizer.state)
 
     return once
 
@@ -729,12 +653,12 @@ def memory(args: argparse.Namespace) -> None:
     table = [["training step", "peak, GB", "plan, GB", "seconds", "positions/s"]]
     for case, settings in cases.items():
         with tempfile.TemporaryDirectory() as name:
-            trainer, _ = prepare(args, Path(name), args.set + settings)
+            trainer = prepare(args, Path(name), args.set + settings, turns=1)
             if len(table) == 1:
-                print(describe_work(args, trainer) + "\n", flush=True)
-            # What is in the completions does not matter here, so they are not sampled.
-            groups = trainer.sample_groups(args.prompts, {"rollout": 0.0, "reward": 0.0})
-            once = full_logits_step(trainer, groups) if case.startswith("all") else lambda: trainer.train_on(groups)  # noqa: B023
+                print(describe_work(args, trainer, []) + "\n", flush=True)
+            groups = trainer.rollout(args.prompts, mlx_grpo.Stopwatch())
+            usual = functools.partial(trainer.train_on, groups, trainer.advantages(groups)[1])
+            once = full_logits_step(trainer, groups) if case.startswith("all") else usual
             mx.clear_cache()
             mx.reset_peak_memory()
             seconds = []
@@ -745,13 +669,13 @@ def memory(args: argparse.Namespace) -> None:
                     seconds.append(time.perf_counter() - start)
                 positions = args.prompts * args.completions * (args.prompt_tokens + args.tokens)
                 best = median(seconds[1:])
-                planned = "-" if case.startswith("all") else f"{plan(work_of(trainer))['peak'] / 2**30:.2f}"
+                planned = "-" if case.startswith("all") else f"{plan(trainer.work)['peak'] / 2**30:.2f}"
                 table.append([case, f"{mx.get_peak_memory() / 2**30:.2f}", planned, f"{best:.3f}", f"{positions / best:,.0f}"])
                 print(", ".join(map(": ".join, zip(table[0], table[-1]))), file=sys.stderr, flush=True)
             except RuntimeError as error:  # out of memory, as each backend words it
                 table.append([case, "does not fit", "-", "-", "-"])
                 print(f"{case}: {str(error).splitlines()[0]}", file=sys.stderr)
-            del trainer, groups, once
+            del trainer, groups, once, usual
             gc.collect()  # a trainer and its compiled step refer to each other
             mx.clear_cache()
     print_table(table)
@@ -777,6 +701,30 @@ def seed_list(text: str) -> list[int]:
 seed_list.__name__ = "comma-separated integers"
 
 
+def add_work(one: argparse.ArgumentParser, gpu: bool) -> None:
+    """The flags that say what model and what work is measured."""
+    model = one.add_mutually_exclusive_group()
+    preset = "a shape with random weights (default: 0.5b on a GPU, else tiny)"
+    model.add_argument("--preset", choices=PRESETS, help=preset)
+    model.add_argument("--model", metavar="DIR", help="a real model instead: a directory, or a hub name that is in the cache")
+    for flag, default, what in (("--prompts", 8 if gpu else 1, "prompts a step"), ("--completions", 8, "completions a prompt"),
+                                ("--prompt-tokens", 125, "the longest prompt"), ("--tokens", 256 if gpu else 128, "the longest completion"),
+                                ("--repeats", 5, "turns after the first")):  # fmt: skip
+        one.add_argument(flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})")
+    one.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawn lengths (default: 0)")
+
+
+def add_lengths(one: argparse.ArgumentParser) -> None:
+    """The flags that say when completions end."""
+    natural = (
+        "natural (default): completions end at lengths drawn from a log-normal distribution with --median, of which the share --cut is "
+        "beyond --tokens and cut there; prompts have two thirds of --prompt-tokens or more, uniformly. fixed: all are longest"
+    )
+    one.add_argument("--lengths", choices=("natural", "fixed"), default="natural", help=natural)
+    one.add_argument("--median", type=positive, metavar="N", help="median of the distribution, in tokens (default: a third of --tokens)")
+    one.add_argument("--cut", type=float, default=0.05, metavar="SHARE", help="share of it beyond --tokens (default: 0.05)")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -786,35 +734,38 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     keeps = "holds a directory a run; finished ones are kept (default: outputs/objectives)"
     one.add_argument("--output", default="outputs/objectives", metavar="DIR", help=keeps)
     one.add_argument("--parallel", type=positive, default=1, metavar="N", help="runs at a time, each with its share of the cores (default: 1)")
-    one = commands.add_parser("learn", help="train the starter, then with TRL from the same start, with the same settings")
-    for name, updates in (("objectives", 32), ("learn", 50)):
-        one = commands.choices[name]
-        one.add_argument("--updates", type=positive, default=updates, metavar="N", help=f"updates of each run (default: {updates})")
-        one.add_argument("--seeds", type=seed_list, default=[0, 1, 2], metavar="N,..", help="each run is made once a seed (default: 0,1,2)")
+    one.add_argument("--updates", type=positive, default=32, metavar="N", help="updates of each run (default: 32)")
+    one = commands.add_parser("learn", help="train a configuration, then with TRL from the same start, with the same settings")
+    one.add_argument("--config", metavar="FILE", default=str(QUICKSTART), help="the trainer's TOML file (default: the quickstart's)")
+    one.add_argument("--updates", type=positive, metavar="N", help="updates of each run (default: as configured)")
+    one.add_argument("--target", type=float, metavar="X", help="held-out reward to take the time to (default: the highest that both come to)")
+    for name in ("objectives", "learn"):
+        helps = "each run is made once a seed (default: 0,1,2)"
+        commands.choices[name].add_argument("--seeds", type=seed_list, default=[0, 1, 2], metavar="N,..", help=helps)
     helps = {"rollout": "sampling", "train": "an update", "step": "both, as the trainer does them", "memory": "the peak of an update"}
-    gpu = on_gpu()
     for name, text in helps.items():
-        one = commands.add_parser(name, help=f"{text}, on random weights")
-        one.add_argument("--preset", choices=PRESETS, default="0.5b" if gpu else "tiny", help="the model's shape (default: 0.5b on a GPU, else tiny)")
-        for flag, default, what in (("--prompts", 8 if gpu else 1, "prompts a step"), ("--completions", 8, "completions a prompt"),
-                                    ("--prompt-tokens", 125, "tokens a prompt"), ("--tokens", 256 if gpu else 128, "tokens a completion"),
-                                    ("--repeats", 5, "measurements; the median counts")):  # fmt: skip
-            one.add_argument(flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})")
-        one.add_argument("--ragged", action="store_true", help="prompts of different length, which need padding and a mask")
+        one = commands.add_parser(name, help=f"{text}, on random weights or a real model")
+        add_work(one, on_gpu())
+        if name in SPEEDS:
+            add_lengths(one)
+        else:
+            one.set_defaults(lengths="fixed")
     for name in ("learn", *SPEEDS):
-        peers, one = [peer for peer, (_, drivers) in PEERS.items() if name in drivers], commands.choices[name]
+        peers, one = [peer for peer, (_, can) in PEERS.items() if name in can], commands.choices[name]
         helps = "run this program on the same work, in an environment of its own" + (" (default: trl)" if name == "learn" else "")
         one.add_argument("--peer", choices=peers, default="trl" if name == "learn" else None, help=helps)
         one.add_argument("--peer-python", metavar="PATH", help="an interpreter that has the peer (default: one is made)")
     for one in commands.choices.values():
         one.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of mlx-grpo.py; repeatable")
     args = parser.parse_args(argv)
-    if args.command == "learn" and (ours := {s.partition("=")[0] for s in args.set} - set(LEARN_SETTINGS)):
-        parser.error(f"--set: {', '.join(sorted(ours))}: learn takes what leaves both the same work: {', '.join(LEARN_SETTINGS)}")
-    if args.command in (*SPEEDS, "memory") and (args.completions < 2 or args.prompt_tokens < 20):
-        parser.error("--completions must be at least 2 and --prompt-tokens at least 20")
-    if args.command == "memory" and args.ragged:
-        parser.error("--ragged is for rollout, train and step")
+    if args.command in (*SPEEDS, "memory"):
+        args.preset = args.preset or ("0.5b" if on_gpu() else "tiny")
+        if args.completions < 2 or args.prompt_tokens < 20:
+            parser.error("--completions must be at least 2 and --prompt-tokens at least 20")
+    if args.command in SPEEDS:
+        args.median = args.median or max(1, args.tokens // 3)
+        if args.lengths == "natural" and not (args.median < args.tokens and 0 < args.cut < 0.5):
+            parser.error("--median must be below --tokens, and --cut between 0 and 0.5")
     return args
 
 

@@ -37,7 +37,7 @@ def work_folder(args: argparse.Namespace) -> Path:
     model = model_folder(args.preset)
     folder = cache_folder() / f"scaling-{args.preset}-{args.prompts}x{args.prompt_tokens}"
     if not folder.is_dir():
-        texts = questions(load_tokenizer(model), args.prompts, args.prompt_tokens, ragged=False)
+        texts = questions(load_tokenizer(model), [args.prompt_tokens] * args.prompts)
         with complete_or_absent(folder) as aside:
             write_work(aside, texts)
     return folder
