@@ -199,6 +199,7 @@ class MLXGRPOConfig:
     eval_every_updates: int = 0  # updates between evaluations on a fixed part of the training split; 0 for never
     eval_subset_size: int = 100  # rows of that part
     eval_max_new_tokens: int = 0  # tokens an answer may take in evaluation; 0 for max_completion_length
+    metric_for_best_model: str = ""  # reward_mean, rewards/NAME, em_strict or em_lenient, on held-out rows; empty: em_strict with correctness_reward_func, else reward_mean
     # Output
     output_dir: str = "outputs"  # holds one directory a run
     run_name: str = ""  # that directory; empty: the config's name, numbered when taken
@@ -250,6 +251,12 @@ class MLXGRPOConfig:
     def off_policy_sampler(self) -> bool:
         """Whether completions come from another distribution than the policy's: other weights, or a filtered one."""
         return self.quantize_for_rollouts or self.sync_every > 1 or bool(self.sampling_filters)
+
+    @property
+    def best_metric(self) -> str:
+        """The field of an evaluation's record that chooses the best checkpoint."""
+        default = "em_strict" if "correctness_reward_func" in self.reward_funcs else "reward_mean"
+        return self.metric_for_best_model or default
 
     @property
     def sampling(self) -> "Sampling":
@@ -485,6 +492,11 @@ def repetition_reward_func(completions, **kwargs) -> list[float]:
 
 
 BUILT_IN_REWARDS = {name: function for name, function in globals().items() if name.endswith("_reward_func")}
+# What those that are all or nothing pay: their means have the interval of a proportion.
+ALL_OR_NOTHING = {
+    "correctness_reward_func": 2.0, "last_number_reward_func": 1.0, "int_reward_func": 0.5,
+    "strict_format_reward_func": 0.5, "soft_format_reward_func": 0.5,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -621,6 +633,27 @@ def generate(
     ]  # fmt: skip
 
 
+def reward_columns(flat: list[tuple[Group, Completion]]) -> dict[str, list]:
+    """What reward functions get beside the completions: the dataset's columns, prompts and ids, one value a completion."""
+    names = set().union(*(group.row for group, _ in flat)) - {"prompt"}  # rewards know it as prompts
+    return {
+        **{name: [group.row.get(name) for group, _ in flat] for name in names},
+        "prompts": [group.row["prompt"] for group, _ in flat],
+        "completion_ids": [completion.ids for _, completion in flat],
+    }
+
+
+def score_groups(groups: list[Group], functions: list, timeout: float, max_completion_length: int) -> None:
+    """Give every completion its rewards, one a function; NaN where it abstains. Raises RunError where one fails."""
+    flat = [(group, completion) for group in groups for completion in group.completions]
+    if not flat:  # fewer prompts than ranks
+        return
+    columns = reward_columns(flat) | {"max_completion_length": max_completion_length}
+    rewards = score(functions, timeout, [completion.text for _, completion in flat], columns)  # (F, N)
+    for (_, completion), values in zip(flat, rewards.T):
+        completion.rewards = values.tolist()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Objective: pure functions of arrays
 # ---------------------------------------------------------------------------------------------------------------
@@ -738,15 +771,20 @@ def group_advantages(rewards: mx.array, scale_rewards: str = "group") -> mx.arra
     return estimate_advantages(rewards, "group", scale_rewards)
 
 
+def total_rewards(rewards: np.ndarray, weights: list[float]) -> np.ndarray:
+    """Rewards (F, ...) -> their weighted sum (...), without the functions that abstained; NaN where all did."""
+    weighted = np.moveaxis(rewards, 0, -1) * np.array(weights)
+    silent = np.isnan(rewards).all(axis=0)
+    return np.where(silent, np.nan, np.nansum(weighted, axis=-1))
+
+
 def combine_rewards(rewards: np.ndarray, weights: list[float], config: MLXGRPOConfig) -> tuple[np.ndarray, mx.array]:
     """Rewards (F, B, G), NaN where a function abstained -> each completion's reward (B, G) and advantage (B, G).
 
     sum_then_normalize: the weighted sum over functions, then the estimator. normalize_then_sum: the group
     advantages of each function, weighted and summed, then scaled over the batch: no function drowns another.
     """
-    weighted = rewards * np.array(weights)[:, None, None]
-    silent = np.isnan(rewards).all(axis=0)
-    total = np.where(silent, np.nan, np.nansum(weighted, axis=0))
+    total = total_rewards(rewards, weights)
     if config.multi_objective_aggregation == "sum_then_normalize":
         summed = mx.array(total, dtype=mx.float32)
         return total, estimate_advantages(summed, config.advantage_estimator, config.scale_rewards)
@@ -1317,29 +1355,71 @@ def fixed_subset(rows: list, size: int, seed: int) -> list:
     return [rows[i] for i in sorted(np.random.default_rng([seed, 1]).choice(len(rows), size, replace=False))]
 
 
+def mean_interval(values: np.ndarray, full: float | None = None) -> tuple[float, float]:
+    """95% interval of the mean of n >= 1 values: Wilson's where each is 0 or `full` (by default 1), else the normal one."""
+    full, n = full or 1.0, len(values)
+    if np.isin(values, (0.0, full)).all():
+        low, high = wilson_interval(int((values == full).sum()), n)
+        return full * low, full * high
+    mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    return mean - half, mean + half
+
+
+def reward_scores(rewards: np.ndarray, names: list[str], weights: list[float]) -> dict:
+    """reward_mean, the weighted total's, and rewards/NAME of rewards (F, n), each with its interval; without abstentions."""
+    scores = {}
+    rows = [("reward_mean", None, total_rewards(rewards, weights))]
+    rows += [(f"rewards/{name}", ALL_OR_NOTHING.get(name), values) for name, values in zip(names, rewards)]
+    for key, full, values in rows:
+        known = values[~np.isnan(values)]
+        scores[key] = float(known.mean()) if known.size else None
+        scores[f"{key}_ci"] = mean_interval(known, full) if known.size else None
+    return scores
+
+
+def exact_match(texts: list[str], golds: list[str]) -> dict:
+    """em_strict (answer tags required) and em_lenient (the last number counts) with their intervals."""
+    hits = np.array([grade(text, gold) for text, gold in zip(texts, golds)])  # (n, 2)
+    strict, lenient = (int(h) for h in hits.sum(axis=0))
+    n = len(texts)
+    return {
+        "em_strict": strict / n, "em_strict_ci": wilson_interval(strict, n),
+        "em_lenient": lenient / n, "em_lenient_ci": wilson_interval(lenient, n),
+    }  # fmt: skip
+
+
 EVALUATION_ROWS = 32  # at a time, where a rollout has fewer
 
 
-def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None, ranks: Ranks = ALONE) -> dict:
-    """Greedy exact match over `rows` ({"prompt", "answer"}): em_strict, em_lenient, their intervals and every text."""
+def evaluate(
+    model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None, ranks: Ranks = ALONE, rewards=None
+) -> dict:
+    """Greedy answers to `rows` ({"prompt", "answer", ..}), scored by the run's rewards and by exact match, and every text.
+
+    rewards: (functions, weights) as load_rewards gives them, which is asked where None. Raises RunError where one fails.
+    """
+    functions, weights = rewards or load_rewards(config, BUILT_IN_REWARDS)
     mine, greedy = ranks.share(rows), Sampling(temperature=0.0)
+    limit = config.eval_max_new_tokens or config.max_completion_length
     prompts = [build_prompt(tokenizer, r["prompt"], config.system_prompt, config.completion_prefix) for r in mine]
     completions = generate(
         model, tokenizer, prompts, sampling=greedy, stop_strings=config.stop_strings, progress=progress,
         decoder=make_decoder(model, greedy, config.use_compile), prefix=config.completion_prefix,
-        max_new_tokens=config.eval_max_new_tokens or config.max_completion_length, kv_budget=int(config.kv_budget_gb * 2**30),
+        max_new_tokens=limit, kv_budget=int(config.kv_budget_gb * 2**30),
         # No more rows than a rollout has on this rank: it takes no more memory.
         most_rows=max(EVALUATION_ROWS, config.batch_size * config.num_generations // ranks.size),
     )
-    answers = [[completion.text, len(completion.ids)] for completion in completions]
-    texts, lengths = zip(*ranks.merge(answers))
-    hits = np.array([grade(text, row["answer"]) for text, row in zip(texts, rows)])  # (n, 2)
-    strict, lenient = (int(h) for h in hits.sum(axis=0))
-    n = len(rows)
+    groups = [Group(row, ids, [completion]) for row, ids, completion in zip(mine, prompts, completions)]
+    try:
+        score_groups(groups, functions, config.reward_timeout, limit)
+        answers = [[completion.text, len(completion.ids), completion.rewards] for completion in completions]
+    except RunError as error:  # on one rank
+        answers = error
+    texts, lengths, scores = zip(*ranks.merge(answers))
     return {
-        "em_strict": strict / n, "em_strict_ci": wilson_interval(strict, n),
-        "em_lenient": lenient / n, "em_lenient_ci": wilson_interval(lenient, n),
-        "n": n, "completion_length": float(np.mean(lengths)), "texts": list(texts),
+        **reward_scores(np.array(scores).T, [name_of(function) for function in functions], weights),
+        **exact_match(texts, [row["answer"] for row in rows]),
+        "n": len(rows), "completion_length": float(np.mean(lengths)), "texts": list(texts),
     }  # fmt: skip
 
 
@@ -1604,7 +1684,7 @@ class RunState:
     quantize_rollouts: bool = False  # off for good after a non-finite gradient
     entropy_coef: float = 0.0  # as use_adaptive_entropy has it now
     last_entropy: float = 1e9  # nats a trained token, of the last update
-    best: float = -1.0  # em_strict on held-out rows
+    best: float = -1e9  # the best held-out score so far, by metric_for_best_model
     best_update: int = 0  # and when
     before: dict = field(default_factory=dict)  # the evaluations before the first update
 
@@ -1623,6 +1703,12 @@ class RunState:
             self.last_entropy = record["entropy_trained"]
             self.entropy_coef = next_entropy_coef(self.entropy_coef, self.last_entropy, config)
 
+    def note_evaluation(self, record: dict, metric: str) -> None:
+        """Remember the best held-out score, and when it was. metric: what counts, None in the record where nothing was scored."""
+        score = record.get(metric)
+        if record["split"] == "test" and score is not None and score > self.best:
+            self.best, self.best_update = score, self.update
+
     @classmethod
     def read(cls, plain: dict) -> "RunState":
         """Of a checkpoint's plain data. Raises TypeError or ValueError for what was no RunState's."""
@@ -1630,16 +1716,6 @@ class RunState:
         if any(type(value) is not type(getattr(cls(), name)) for name, value in vars(state).items()):
             raise ValueError("a value of another type")
         return state
-
-
-def reward_columns(flat: list[tuple[Group, Completion]]) -> dict[str, list]:
-    """What reward functions get beside the completions: the dataset's columns, prompts and ids, one value a completion."""
-    names = set().union(*(group.row for group, _ in flat)) - {"prompt"}  # rewards know it as prompts
-    return {
-        **{name: [group.row.get(name) for group, _ in flat] for name in names},
-        "prompts": [group.row["prompt"] for group, _ in flat],
-        "completion_ids": [completion.ids for _, completion in flat],
-    }
 
 
 class Stopwatch:
@@ -1736,6 +1812,7 @@ class MLXGRPOTrainer:
     def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
         self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
         self.reward_functions, self.reward_weights = load_rewards(config, BUILT_IN_REWARDS)
+        self.reward_names = [name_of(function) for function in self.reward_functions]
         source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
         splits = {split: load_dataset_split(config, split) for split in ("train", "test")}  # a wrong path is met before a model is loaded
         self.model, self.tokenizer = load_model(config)
@@ -1759,7 +1836,7 @@ class MLXGRPOTrainer:
         )  # fmt: skip
         inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
         self.files = RunFiles(self.run_dir, self.learner, self.old_policy, write, inputs)
-        self.monitor = Monitor(self.updates, config.logging_steps)
+        self.monitor = Monitor(self.updates, config.logging_steps, metric=config.best_metric)
         self.after_evaluation = lambda run_dir: None  # the command line puts the report here
         self.stop_signal = 0
         ranks.must_agree(settings=dataclasses.asdict(config), data=list(inputs.items())[:2])
@@ -1827,14 +1904,8 @@ class MLXGRPOTrainer:
 
     def compute_rewards(self, groups: list[Group]) -> None:
         """Score every completion by every reward function; NaN where a function abstains."""
-        flat = [(group, completion) for group in groups for completion in group.completions]
-        if not flat:  # fewer prompts than ranks
-            return
-        columns = reward_columns(flat) | {"max_completion_length": self.config.max_completion_length}
-        texts = [completion.text for _, completion in flat]
-        rewards = score(self.reward_functions, self.config.reward_timeout, texts, columns)  # (F, N)
-        for (_, completion), values in zip(flat, rewards.T):
-            completion.rewards = values.tolist()
+        config = self.config
+        score_groups(groups, self.reward_functions, config.reward_timeout, config.max_completion_length)
 
     def advantages(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
         """Each completion's reward and advantage, (B, G) each."""
@@ -1950,13 +2021,18 @@ class MLXGRPOTrainer:
         when = {0: "before training", self.updates: "after training"}.get(state.update, f"update {state.update}")
         self.monitor.evaluating(len(rows), when)
         self.model.eval()
-        result = evaluate(self.model, self.tokenizer, rows, self.config, ranks=self.ranks)
+        rewards = self.reward_functions, self.reward_weights
+        try:
+            result = evaluate(self.model, self.tokenizer, rows, self.config, ranks=self.ranks, rewards=rewards)
+        except RunError:  # a reward failed: what is learnt so far is kept
+            if state.update:
+                self.save_checkpoint()
+            raise
         del result["texts"]
         record = {"event": "eval", "update": state.update, "split": split, **result}
         timed = {**record, "seconds": time.perf_counter() - start}
         self.files.logs.add("training_log", timed)
-        if split == "test" and record["em_strict"] > state.best:
-            state.best, state.best_update = record["em_strict"], state.update
+        state.note_evaluation(record, self.config.best_metric)
         self.monitor.evaluation(timed, when)
         self.after_evaluation(self.run_dir)
         return record
@@ -1966,7 +2042,7 @@ class MLXGRPOTrainer:
 
     def report(self, groups, rewards, advantages, metrics, watch: Stopwatch, drawn: int) -> list[dict]:
         """The log records of the updates just made, and samples where they are due. drawn: prompts, replaced ones too."""
-        config, state, names = self.config, self.state, [name_of(function) for function in self.reward_functions]
+        config, state, names = self.config, self.state, self.reward_names
         previous = state.update - len(metrics)
         every = config.log_completions_steps
         if every and (not previous or is_due(previous, state.update, every)):

@@ -200,6 +200,11 @@ def contradictions(config):
     yield by_function and config.advantage_estimator != "group", (
         "normalize_then_sum takes each function's group advantages; leave advantage_estimator at group"
     )
+    named = [f"rewards/{name.rpartition(':')[2]}" for name in functions]
+    metrics = ["reward_mean", *named, "em_strict", "em_lenient"]
+    yield config.metric_for_best_model not in ("", *metrics), (
+        f"Invalid metric_for_best_model: {config.metric_for_best_model!r}; choose one of {', '.join(metrics)}"
+    )
     strange = [name for name in config.report_to if name not in TRACKERS]
     near = [f" (did you mean {n}?)" for name in strange for n in difflib.get_close_matches(name, TRACKERS, 1)]
     yield strange, f"Invalid report_to: {', '.join(strange)}; choose from {', '.join(TRACKERS)}{''.join(near)}"

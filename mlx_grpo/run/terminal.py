@@ -19,10 +19,42 @@ ROOT = Path(__file__).resolve().parents[2]
 MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 
+def has_exact_match(record: dict) -> bool:
+    """Whether an evaluation's exact match is what the run is after: the correctness reward is among its rewards."""
+    return "rewards/correctness_reward_func" in record or not any(name.startswith("rewards/") for name in record)
+
+
+def score_rows(record: dict) -> list[tuple[str, str]]:
+    """(what it is, its field) of each score in an evaluation's record, in the order of the tables."""
+    names = [name for name in record if name.startswith("rewards/") and not name.endswith("_ci")]
+    rows = [("reward", "reward_mean")] if "reward_mean" in record else []
+    rows += [(name.removeprefix("rewards/"), name) for name in names]
+    exact = [("exact match, tags required", "em_strict"), ("exact match, last number", "em_lenient")]
+    return rows + (exact if has_exact_match(record) else [])
+
+
+def score_text(record: dict, key: str, with_interval: bool = True) -> str:
+    """A score in words: `26.0% (20.4-32.5)`, or of a reward, which may be negative, `1.250 (1.103 to 1.397)`."""
+    value, interval = record[key], record.get(f"{key}_ci")
+    if value is None:
+        return "none"
+    share = key.startswith("em_")
+    scale, digits = (100, 1) if share else (1, 3)
+    shown = f"{scale * value:.{digits}f}{'%' * share}"
+    if not with_interval or not interval:
+        return shown
+    low, high = (f"{scale * end:.{digits}f}" for end in interval)
+    return f"{shown} ({low}{'-' if share else ' to '}{high})"
+
+
 def describe_evaluation(record: dict) -> str:
-    low, high = (100 * x for x in record["em_strict_ci"])
+    """held-out reward 2.310 (2.205 to 2.415), exact match 26.0% (20.4-32.5), lenient 100.0%, n=200"""
+    parts = [f"reward {score_text(record, 'reward_mean')}"] if "reward_mean" in record else []
+    if has_exact_match(record):
+        parts += [f"exact match {score_text(record, 'em_strict')}", f"lenient {score_text(record, 'em_lenient', False)}"]
     split = "held-out" if record["split"] == "test" else "training subset"
-    return f"{split} exact match {100 * record['em_strict']:.1f}% ({low:.1f}-{high:.1f}), lenient {100 * record['em_lenient']:.1f}%, n={record['n']}"
+    parts.append(f"n={record['n']}")
+    return f"{split} {', '.join(parts)}"
 
 
 def figures(record: dict) -> dict[str, str]:
@@ -51,11 +83,11 @@ class Monitor:
 
     MARGIN = 3  # columns left free: a ^C that the terminal writes behind the last line must not wrap it
 
-    def __init__(self, updates: int, logging_steps: int = 1, console=None):
+    def __init__(self, updates: int, logging_steps: int = 1, console=None, metric: str = "em_strict"):
         from rich.console import Console
 
         self.console = console or Console(highlight=False, markup=False, emoji=False)
-        self.updates, self.logging_steps = updates, logging_steps
+        self.updates, self.logging_steps, self.metric = updates, logging_steps, metric
         self.trackers = Trackers()
         self.done = 0  # updates
         self.record = None  # the last one shown; between them the display keeps its numbers
@@ -223,7 +255,8 @@ class Monitor:
 
         shown = {name: value for name, value in figures(self.record).items() if name != "reward"}
         if self.held_out:
-            shown = {"held-out": f"{self.held_out['em_strict']:.1%} at {self.held_out['update']}", **shown}
+            score = score_text(self.held_out, self.metric, with_interval=False)
+            shown = {"held-out": f"{score} at {self.held_out['update']}", **shown}
         room = 24  # columns of the widest pair: held-out 100.0% at 99999
         across = max(1, (width + 2) // (room + 2))
         pairs, lines = list(shown.items()), []
@@ -302,13 +335,9 @@ def print_outcome(run_dir: Path, outcome: dict) -> None:
     table = Table(title="Held-out problems, greedy answers")
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
-    for label, key in (("exact match, tags required", "em_strict"), ("exact match, last number", "em_lenient")):
-        cells = []
-        for when in ("before", "after"):
-            record = outcome[when].get("test")
-            low, high = (100 * x for x in record[f"{key}_ci"]) if record else (0, 0)
-            cells.append(f"{100 * record[key]:.1f}% ({low:.1f}-{high:.1f})" if record else "not evaluated")
-        table.add_row(label, *cells)
+    records = [outcome[when].get("test") or {} for when in ("before", "after")]
+    for label, key in score_rows(records[1] or records[0]):
+        table.add_row(label, *(score_text(record, key) if key in record else "not evaluated" for record in records))
     Console().print(table)
     final = run_dir / "final"
     if (run_dir / "report.html").is_file():
