@@ -73,6 +73,7 @@ from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cu
 from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
 from mlx_grpo.backends.streams import lane_count, lanes, spread
 from mlx_grpo.loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
+from mlx_grpo.run.learning_signal import CHECKED_PROMPTS, SignalWatch, nothing_learnt, why_stop
 from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
 from mlx_grpo.run.records import completion_records, machine_facts, time_facts, update_facts
 from mlx_grpo.run.terminal import Monitor, print_outcome, stopping_on_signals, write_report
@@ -192,6 +193,7 @@ class MLXGRPOConfig:
     adam_beta2: float = 0.999
     weight_decay: float = 0.0  # decoupled, as in AdamW
     max_nan_updates: int = 3  # updates in a row with a non-finite gradient before the run stops
+    max_flat_updates: int = 50  # updates in a row without signal before the run saves and ends with status 1; 0: never
     use_compile: bool = True  # mx.compile the training step and, on CPUs and CUDA, the rollout's
     # Evaluation
     eval_steps: int = 50  # updates between evaluations on the held-out split; 0: only before and after
@@ -1356,8 +1358,8 @@ def fixed_subset(rows: list, size: int, seed: int) -> list:
 
 
 def mean_interval(values: np.ndarray, full: float | None = None) -> tuple[float, float]:
-    """95% interval of the mean of n >= 1 values: Wilson's where each is 0 or `full` (by default 1), else the normal one."""
-    full, n = full or 1.0, len(values)
+    """95% interval of the mean of n >= 1 values: Wilson's where each is 0 or `full` (above 0; by default 1), else the normal one."""
+    full, n = full if full and full > 0 else 1.0, len(values)
     if np.isin(values, (0.0, full)).all():
         low, high = wilson_interval(int((values == full).sum()), n)
         return full * low, full * high
@@ -1368,7 +1370,8 @@ def mean_interval(values: np.ndarray, full: float | None = None) -> tuple[float,
 def reward_scores(rewards: np.ndarray, names: list[str], weights: list[float]) -> dict:
     """reward_mean, the weighted total's, and rewards/NAME of rewards (F, n), each with its interval; without abstentions."""
     scores = {}
-    rows = [("reward_mean", None, total_rewards(rewards, weights))]
+    alone = ALL_OR_NOTHING.get(names[0], 1.0) * weights[0] if len(names) == 1 else None
+    rows = [("reward_mean", alone, total_rewards(rewards, weights))]
     rows += [(f"rewards/{name}", ALL_OR_NOTHING.get(name), values) for name, values in zip(names, rewards)]
     for key, full, values in rows:
         known = values[~np.isnan(values)]
@@ -1426,6 +1429,23 @@ def evaluate(
 # ---------------------------------------------------------------------------------------------------------------
 # Update
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def compute_grpo_loss(config: MLXGRPOConfig, batch: dict, logps: mx.array, entropies: mx.array) -> tuple[mx.array, dict]:
+    """Loss and metrics of a micro-batch, of the policy's log-probs and entropies (N, T) each."""
+    options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS} | {
+        "sampler_correction": config.correction,
+        "entropy_coef": batch.get("entropy_coef", config.entropy_coef),
+    }
+    loss, metrics = grpo_loss(
+        logps, batch.get("old_logps"), batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
+        sampler_logps=batch["sampler_logps"], entropies=entropies, entropy_mask=batch.get("entropy_mask"),
+        totals=batch["totals"], **options,
+    )  # fmt: skip
+    return loss, metrics | mismatch_metrics(batch.get("old_logps", logps), batch["sampler_logps"], batch["mask"])
+
+
+OBJECTIVE_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name in FIELD_TYPES)
 
 # Of a micro-batch, what has a row for each completion.
 ROW_ARRAYS = ("ids", "mask", "advantages", "sampler_logps", "old_logps", "ref_logps", "entropy_mask")
@@ -1681,6 +1701,10 @@ class RunState:
     cursor: int = 0  # prompts drawn from the data
     tokens: int = 0  # completion tokens sampled
     nan_updates: int = 0  # with a non-finite gradient, in a row
+    flat_updates: int = 0  # without signal, in a row
+    changed_updates: int = 0  # that changed a weight
+    skipped: dict = field(default_factory=dict)  # updates left out, by reason; never changed in place
+    said_no_signal: int = 0  # the update at which that was said last; 0 for never
     quantize_rollouts: bool = False  # off for good after a non-finite gradient
     entropy_coef: float = 0.0  # as use_adaptive_entropy has it now
     last_entropy: float = 1e9  # nats a trained token, of the last update
@@ -1697,8 +1721,14 @@ class RunState:
     def note(self, record: dict, config: MLXGRPOConfig) -> None:
         """Count an update, and remember what the next one needs of it."""
         self.update += 1
-        failed = record.get("skipped") == "non-finite gradient"
+        reason = record.get("skipped")
+        failed = reason == "non-finite gradient"
         self.nan_updates = self.nan_updates + 1 if failed else 0
+        self.flat_updates = self.flat_updates + 1 if reason == "no signal" else 0
+        if reason:
+            self.skipped = {**self.skipped, reason: self.skipped.get(reason, 0) + 1}
+        elif record["lr"] > 0:
+            self.changed_updates += 1
         if config.use_adaptive_entropy and not failed and "entropy_trained" in record:
             self.last_entropy = record["entropy_trained"]
             self.entropy_coef = next_entropy_coef(self.entropy_coef, self.last_entropy, config)
@@ -1718,6 +1748,16 @@ class RunState:
         return state
 
 
+def merged_groups(ranks: Ranks, rows: list[dict], mine: list[Group] | RunError) -> list[Group]:
+    """The groups of all ranks, in the order of `rows`. Raises RunError where one rank has failed."""
+    failed = isinstance(mine, RunError)
+    parts = mine if failed else [[vars(completion) for completion in group.completions] for group in mine]
+    merged = ranks.merge(parts)
+    return [
+        Group(row, row["prompt_ids"], [Completion(**one) for one in completions]) for row, completions in zip(rows, merged)
+    ]
+
+
 class Stopwatch:
     """Seconds by phase of an update."""
 
@@ -1729,6 +1769,19 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def keeping_what_is_learnt(state: RunState, save):
+    """Where a reward fails, put the state back and save() what is learnt so far: a resume scores the same prompts."""
+    start = dataclasses.replace(state)
+    try:
+        yield
+    except RunError:
+        vars(state).update(vars(start))
+        if start.update:
+            save()
+        raise
 
 
 class RunFiles:
@@ -1825,7 +1878,8 @@ class MLXGRPOTrainer:
         self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
         mx.set_memory_limit(self.memory_limit)
         self.ref_model = reference_copy(self.model) if config.kl_coeff > 0 else None
-        self.learner = Learner(self.model, self.ref_model, self.compute_grpo_loss, config, ranks, self.memory_limit)
+        loss = functools.partial(compute_grpo_loss, config)
+        self.learner = Learner(self.model, self.ref_model, loss, config, ranks, self.memory_limit)
         rows = math.ceil(config.prompts_per_update / ranks.size) * config.num_generations
         self.work = work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows)
         self.old_policy = OldPolicy(self.model, config)
@@ -1837,6 +1891,8 @@ class MLXGRPOTrainer:
         inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
         self.files = RunFiles(self.run_dir, self.learner, self.old_policy, write, inputs)
         self.monitor = Monitor(self.updates, config.logging_steps, metric=config.best_metric)
+        golds = [row["answer"] for row in self.rows]
+        self.signal = SignalWatch(config, self.reward_names, golds, self.monitor.say, self.files.logs)
         self.after_evaluation = lambda run_dir: None  # the command line puts the report here
         self.stop_signal = 0
         ranks.must_agree(settings=dataclasses.asdict(config), data=list(inputs.items())[:2])
@@ -1869,24 +1925,23 @@ class MLXGRPOTrainer:
         return self.report(groups, rewards, advantages, metrics, watch, drawn=self.state.cursor - first)
 
     def rollout(self, count: int, watch: Stopwatch) -> list[Group]:
-        """Complete and score the next `count` prompts, each rank its share; every rank gets all the groups."""
+        """Complete and score the next `count` prompts."""
         drawn = draw_rows(self.rows, self.config.seed, self.state.cursor, count)
         self.state.cursor += count
+        return self.sample_groups(drawn, watch)
+
+    def sample_groups(self, drawn: list[tuple[int | str, dict]], watch: Stopwatch) -> list[Group]:
+        """Complete and score each (number, row), each rank its share; every rank gets all the groups."""
         try:
             with watch.phase("rollout"):
                 mine = self.generate_responses(self.ranks.share(drawn))
             with watch.phase("reward"):
                 self.compute_rewards(mine)
-            parts = [[vars(completion) for completion in group.completions] for group in mine]
         except RunError as error:  # a reward failed, on one rank
-            parts = error
-        merged = self.ranks.merge(parts)
-        return [
-            Group(row, row["prompt_ids"], [Completion(**one) for one in completions])
-            for (_, row), completions in zip(drawn, merged)
-        ]
+            mine = error
+        return merged_groups(self.ranks, [row for _, row in drawn], mine)
 
-    def generate_responses(self, drawn: list[tuple[int, dict]]) -> list[Group]:
+    def generate_responses(self, drawn: list[tuple[int | str, dict]]) -> list[Group]:
         """num_generations completions by model_old of each (number, row)."""
         config = self.config
         self.model_old.eval()
@@ -1928,34 +1983,27 @@ class MLXGRPOTrainer:
             self.old_policy.refresh(self.old_policy.weights)
         return metrics
 
-    def compute_grpo_loss(self, batch: dict, logps: mx.array, entropies: mx.array) -> tuple[mx.array, dict]:
-        """Loss and metrics of a micro-batch, of the policy's log-probs and entropies (N, T) each."""
-        config = self.config
-        options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS} | {
-            "sampler_correction": config.correction,
-            "entropy_coef": batch.get("entropy_coef", config.entropy_coef),
-        }
-        loss, metrics = grpo_loss(
-            logps, batch.get("old_logps"), batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
-            sampler_logps=batch["sampler_logps"], entropies=entropies, entropy_mask=batch.get("entropy_mask"),
-            totals=batch["totals"], **options,
-        )  # fmt: skip
-        return loss, metrics | mismatch_metrics(batch.get("old_logps", logps), batch["sampler_logps"], batch["mask"])
-
     # The run
 
+    def check_signal(self) -> tuple[list[Group], dict]:
+        """Sample and score a few prompts as training will, by keys of their own, and say whether there is anything to learn.
+
+        The groups, and what the log says of them. The run is as if this had not been.
+        """
+        count = min(CHECKED_PROMPTS, self.config.prompts_per_update)
+        rows = fixed_subset(self.rows, count, self.config.seed)
+        groups = self.sample_groups([(f"check {i}", row) for i, row in enumerate(rows)], Stopwatch())
+        return groups, self.signal.check(groups, *self.advantages(groups))
+
     def dry_run(self) -> None:
-        """One tiny rollout, its rewards, and one backward pass; nothing is written and no weight changes."""
-        whole = self.config
-        self.config = dataclasses.replace(whole, max_completion_length=min(16, whole.rollout_tokens), max_new_tokens=0)
-        groups = self.rollout(self.ranks.size, Stopwatch())
-        self.config = whole
+        """The check before the first update and one backward pass; nothing is written and no weight changes."""
+        groups = self.check_signal()[0][: self.ranks.size]
         norm = self.learner.trial_gradient(groups)
         if not math.isfinite(norm):
             raise RunError("NaN gradient encountered: in the first backward pass; load the model in float32, or check its weights")
         print("to fit     " + "\n           ".join(suggestions(self.work)))
-        tokens = sum(len(completion.ids) for completion in groups[0].completions)
-        print(f"dry run    {tokens} tokens sampled, one backward pass (gradient norm {norm:.3g}): all well")
+        tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
+        print(f"dry run    {tokens} tokens in one backward pass (gradient norm {norm:.3g}): all well")
 
     def train(self) -> dict:
         """Train to the end: evaluate, update, log, save. Returns the evaluations before and after, {} when stopped."""
@@ -1963,26 +2011,25 @@ class MLXGRPOTrainer:
         self.learner.probe_memory(max((row["prompt_ids"] for row in self.rows), key=len), self.config.prompts_per_update)
         with self.monitor as monitor:
             monitor.begin(state.update, state.before.get("test"))
-            state.before = state.before or self.evaluate_all()
+            if not state.before:
+                monitor.phase("checking")
+                self.files.logs.add("training_log", self.check_signal()[1])
+                state.before = self.evaluate_all()
             while state.update < self.updates and not self.is_stopped():
-                previous, first = state.update, state.cursor
+                previous = state.update
                 monitor.phase("sampling")
-                try:
+                with keeping_what_is_learnt(state, self.save_checkpoint):
                     records = self.train_step()
-                except RunError:  # a reward failed: what is learnt so far is kept, and a resume scores the same prompts
-                    state.cursor = first
-                    if state.update:
-                        self.save_checkpoint()
-                    raise
                 self.files.logs.add("training_log", *records)
                 for record in records:
                     monitor.update(record)
-                self.stop_where_gradients_fail()
+                self.stop_where_nothing_is_learnt(previous)
                 if state.update < self.updates:  # the last update's are made below
                     self.evaluate_and_save(previous)
             if self.is_stopped():
                 self.save_checkpoint()
                 return {}
+            self.signal.end(state)
             after = self.evaluate_all()
             monitor.phase("saving")
             self.files.save_final()
@@ -1997,14 +2044,13 @@ class MLXGRPOTrainer:
         if is_due(previous, update, config.save_steps) or (config.save_steps and self.state.best_update == update):
             self.save_checkpoint()
 
-    def stop_where_gradients_fail(self) -> None:
-        if self.state.nan_updates < self.config.max_nan_updates:
-            return
-        self.save_checkpoint()
-        raise RunError(
-            f"NaN gradient encountered: {self.state.nan_updates} updates in a row; lower learning_rate, raise clipping "
-            f"(max_grad_norm), or load the model in float32. Saved in {self.run_dir}"
-        )
+    def stop_where_nothing_is_learnt(self, previous: int) -> None:
+        """Save and raise RunError where gradients fail, or there is no signal, for too long. previous: the update before these."""
+        if reason := why_stop(self.state, self.state.update - previous, self.config):
+            self.save_checkpoint()
+            self.signal.end(self.state)
+            self.after_evaluation(self.run_dir)
+            raise RunError(f"{reason}. Saved in {self.run_dir}. {nothing_learnt(self.state)}".rstrip())
 
     def request_stop(self, number: int) -> None:
         """Let the update finish, save and end; number: the signal that asked for it."""
@@ -2022,12 +2068,8 @@ class MLXGRPOTrainer:
         self.monitor.evaluating(len(rows), when)
         self.model.eval()
         rewards = self.reward_functions, self.reward_weights
-        try:
+        with keeping_what_is_learnt(state, self.save_checkpoint):
             result = evaluate(self.model, self.tokenizer, rows, self.config, ranks=self.ranks, rewards=rewards)
-        except RunError:  # a reward failed: what is learnt so far is kept
-            if state.update:
-                self.save_checkpoint()
-            raise
         del result["texts"]
         record = {"event": "eval", "update": state.update, "split": split, **result}
         timed = {**record, "seconds": time.perf_counter() - start}
@@ -2050,9 +2092,11 @@ class MLXGRPOTrainer:
             self.files.logs.add("completions", *samples)
             self.monitor.completions(samples, rewards)
         seconds, exchanges = self.ranks.timing(watch.seconds)
-        facts = update_facts(groups, rewards, advantages, names) | time_facts(groups, seconds, drawn, config.num_iterations)
+        trained = sum("skipped" not in one for one in metrics)
+        facts = update_facts(groups, rewards, advantages, names) | time_facts(groups, seconds, drawn, trained)
         state.tokens += facts.pop("sampled")
         facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens, **exchanges}
+        self.signal.after_updates(state, groups, rewards)
         return [{"update": previous + i, "kl": 0.0, **one, **facts} for i, one in enumerate(metrics, 1)]
 
     def save_checkpoint(self) -> None:
@@ -2061,9 +2105,6 @@ class MLXGRPOTrainer:
     def resume(self, folder: Path, asked: set[str] = frozenset(), accept_inputs: bool = False) -> None:
         """Continue from a checkpoint as if there had been no stop (RunFiles.resume)."""
         self.state = self.files.resume(folder, asked, accept_inputs)
-
-
-OBJECTIVE_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name in FIELD_TYPES)
 
 
 def is_due(previous: int, now: int, every: int) -> bool:
@@ -2155,7 +2196,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
             file=sys.stderr,
         )
         return 128 + trainer.stop_signal
-    print_outcome(run_dir, outcome)
+    print_outcome(run_dir, outcome, nothing_learnt(trainer.state))
     return 0
 
 

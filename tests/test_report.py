@@ -211,7 +211,7 @@ def test_the_tripwire_of_repeated_text(tmp_path):
 
 def test_the_headline_has_scores_with_intervals(tmp_path):
     page = page_of(make_run(tmp_path / "run"))
-    assert "30.0% → 70.0%" in page and "before: 30.0% (24.0 to 36.0)" in page and "change: +40.0 points" in page and "200 held-out" in page
+    assert "30.0% → 70.0%" in page and "30.0% (24.0 to 36.0)" in page and "change: +40.0 points" in page and "200 held-out" in page
     assert "50 of 50 updates" in page and "not finished" not in page
 
 

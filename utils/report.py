@@ -50,7 +50,8 @@ CHARTS = [  # title, unit, the log's fields, whether a moving average helps
     ("Time", "seconds an update", ["seconds/*"], True),
     ("Peak memory", "GB", ["peak_memory_gb"], False),
 ]
-OVERVIEW = ("Reward", "Held-out exact match", "Completion length", "Entropy")  # the picture for a README
+OVERVIEW = ("Reward", "Held-out exact match", "Held-out reward", "Completion length", "Entropy")  # the picture for a README: the first four
+FLAT_ROW = 5  # updates without signal in a row that are worth a warning
 
 
 class UserError(Exception):
@@ -76,6 +77,7 @@ class Run:
     completions: list[dict]
     settings: dict[str, dict]  # settings.json: by name its value, default and source
     unreadable: int  # lines
+    notes: list[dict]  # what the run said of its signal: events "check", "no_signal" and "end"
 
     def column(self, name: str) -> np.ndarray:
         """A field over the updates, NaN where it is missing. (n,)"""
@@ -89,9 +91,30 @@ class Run:
         """A setting's value, or None where it is unset or not known."""
         return self.settings.get(name, {}).get("value")
 
-    def tests(self, key: str = "em_strict") -> list[dict]:
-        """The held-out evaluations that have `key`, in order."""
-        return [e for e in self.evals if e.get("split") == "test" and math.isfinite(number(e.get(key)))]
+    def scored(self, split: str, key: str) -> list[dict]:
+        """The evaluations of a split that have `key`, in order."""
+        return [e for e in self.evals if e.get("split") == split and math.isfinite(number(e.get(key)))]
+
+    def tests(self, key: str) -> list[dict]:
+        return self.scored("test", key)
+
+    @property
+    def scores(self) -> dict[str, str]:
+        """What held-out problems are scored by: fields of the evaluations, with a name for each. Rewards come first.
+
+        Exact match counts only where the correctness reward is one of the run's; in old logs it is all there is.
+        """
+        names = dict.fromkeys(name for e in self.evals for name in e if name.startswith("rewards/") and not name.endswith("_ci"))
+        rewards = {"reward_mean": "reward"} if any("reward_mean" in e for e in self.evals) else {}
+        rewards |= {name: name.removeprefix("rewards/") for name in names}
+        exact = {key: f"exact match, {label}" for key, label in EXACT_MATCH.items()}
+        return rewards | (exact if not names or "rewards/correctness_reward_func" in names else {})
+
+    @property
+    def metric(self) -> str:
+        """The score that stands for the run: that of its best checkpoint."""
+        chosen = self.setting("metric_for_best_model")
+        return chosen if chosen in self.scores else "em_strict" if "em_strict" in self.scores else "reward_mean"
 
 
 def number(value) -> float:
@@ -138,7 +161,7 @@ def read_run(path: Path) -> Run:
     updates = {r["update"]: r for r in of(None)}  # a later record of the same update stands
     return Run(
         path, path.resolve().name, [updates[u] for u in sorted(updates)], of("eval"), read_object(path / "machine.json"), completions,
-        read_object(path / "settings.json"), unreadable + cut,
+        read_object(path / "settings.json"), unreadable + cut, [r for r in records if r.get("event") in ("check", "no_signal", "end")],
     )  # fmt: skip
 
 
@@ -176,17 +199,18 @@ def accuracy_against_reward(run: Run):
     """Yield where held-out accuracy fell from its best while the reward rose."""
     reward, steps = run.column("reward_mean"), run.step
     steps, reward = steps[~np.isnan(reward)], reward[~np.isnan(reward)]
-    for key, label in EXACT_MATCH.items():
+    for key, label in run.scores.items():
         tests = run.tests(key)
-        if len(tests) < 2 or len(reward) < 20:
+        if len(tests) < 2 or len(reward) < 20 or not key.startswith(("em_", "reward_mean")):
             continue
         best, last = max(tests, key=lambda e: e[key]), tests[-1]
         nearest = np.argsort(abs(steps - best["update"]), kind="stable")[: len(reward) // 5]
         then, now = reward[nearest].mean(), change(reward)[1]
         if difference(best, last, key)[2] < 0 and now > then:
-            yield "Reward up, accuracy down", (
-                f"exact match ({label}) fell from {best[key]:.1%} at update {best['update']} to {last[key]:.1%}, "
-                f"while the reward went from {then:.2f} to {now:.2f}"
+            title = "Reward up, accuracy down" if key.startswith("em_") else "Reward up in training, down on held-out problems"
+            yield title, (
+                f"{label} fell from {score_text(best[key], key)} at update {best['update']} to {score_text(last[key], key)}, "
+                f"while the reward in training went from {then:.2f} to {now:.2f}"
             )
 
 
@@ -212,8 +236,42 @@ def repetition(run: Run):
         yield "Repeated text", f"{last:.0%} of the newest completions repeat themselves, {first:.0%} of the first"
 
 
+def skip_reason(record: dict) -> str | None:
+    """Why an update changed no weight, or None where it did."""
+    return record.get("skipped") or ("learning rate 0" if record.get("lr") == 0 else None)
+
+
+def without_signal(run: Run):
+    """Yield where nothing is learnt: no update has changed a weight, or the last ones had no signal. From the first update on."""
+    reasons = [skip_reason(record) for record in run.updates]
+    said = [note["message"] for note in run.notes if isinstance(note.get("message"), str)]
+    advice = next((text.partition(":")[2].strip() for text in reversed(said) if text.startswith("No signal:")), "")
+    if not reasons:
+        if advice:
+            yield "No signal", advice
+        return
+    row = next((i for i, reason in enumerate(reversed(reasons)) if reason != "no signal"), len(reasons))
+    if all(reasons):
+        counts = ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
+        ended = not unfinished(run) or any(note["event"] == "end" for note in run.notes)
+        so_far = "" if ended else " so far"
+        yield "Nothing was learnt" if ended else "No signal", (
+            f"none of {len(reasons)} updates{so_far} changed a weight ({counts}). {advice}".strip().rstrip(".")
+        )
+    elif row >= FLAT_ROW:
+        yield "No signal", f"the last {row} updates were skipped: all completions of each prompt scored alike. {advice}".strip().rstrip(".")
+
+
+def level(values: np.ndarray) -> float:
+    """The mean of the last fifth; with under 20 values of all."""
+    known = values[~np.isnan(values)]
+    return change(known)[1] if len(known) >= 20 else known.mean() if len(known) else math.nan
+
+
 def tripwires(run: Run):
     """Yield (title, what was seen) for each sign of reward hacking or of a run gone wrong."""
+    flat = list(without_signal(run))
+    yield from flat
     yield from accuracy_against_reward(run)
     yield from format_against_correctness(run)
     yield from repetition(run)
@@ -223,14 +281,16 @@ def tripwires(run: Run):
     early, late, direction = change(run.column("truncated_fraction"))
     if direction > 0 and late > 0.2:
         yield "Completions cut", f"{late:.0%} end at the length limit, {early:.0%} did at first"
+    elif level(run.column("truncated_fraction")) > 0.5:
+        yield "Completions cut", f"{level(run.column('truncated_fraction')):.0%} end at the length limit"
     early, late, _ = change(run.column("entropy"))
     if late < early / 5:
         yield "Entropy collapse", f"from {early:.3f} to {late:.3f} nats a token: completions hardly differ any more"
     _, late, _ = change(run.column("mismatch/kl"))
     if late > 0.05:
         yield "Sampler off the policy", f"{late:.3f} nats a token between the sampler's log-probs and the policy's"
-    _, late, _ = change(run.column("zero_signal_fraction"))
-    if late > 0.6:
+    late = level(run.column("zero_signal_fraction"))
+    if late > 0.6 and not flat:
         yield "Little left to learn from", f"{late:.0%} of the groups have equal rewards: prompts too easy or too hard"
     broken = sum(r.get("skipped") == "non-finite gradient" for r in run.updates)
     if broken:
@@ -293,24 +353,29 @@ def update_lines(run: Run, fields: list[str], smooth: bool) -> list[Line]:
     return lines
 
 
-def evaluation_lines(run: Run, split: str) -> list[Line]:
-    """Exact match in percent with its interval, strict and lenient."""
+def evaluation_lines(run: Run, split: str, exact: bool) -> list[Line]:
+    """The scores of a split with their intervals: exact match in percent, strict and lenient, or else the rewards."""
     lines = []
-    for key, label in EXACT_MATCH.items():
-        records = [e for e in run.evals if e.get("split") == split and math.isfinite(number(e.get(key)))]
-        if records:
-            ends = np.array([e.get(f"{key}_ci") or (e[key], e[key]) for e in records], dtype=float)  # (n, 2)
-            x, y = (np.array([e[k] for e in records], dtype=float) for k in ("update", key))
-            lines.append(Line(label, x, 100 * y, 100 * ends[:, 0], 100 * ends[:, 1], points=True))
+    for key, label in run.scores.items():
+        records = run.scored(split, key)
+        if key.startswith("em_") != exact or not records:
+            continue
+        scale = 100 if exact else 1
+        ends = np.array([e.get(f"{key}_ci") or (e[key], e[key]) for e in records], dtype=float)  # (n, 2)
+        x, y = (np.array([e[k] for e in records], dtype=float) for k in ("update", key))
+        name = EXACT_MATCH[key] if exact else "weighted sum" if key == "reward_mean" else label.removesuffix("_reward_func")
+        lines.append(Line(name, x, scale * y, scale * ends[:, 0], scale * ends[:, 1], points=True))
     return lines
 
 
 def make_charts(runs: list[Run]) -> list[Chart]:
     """A chart for each kind of curve; with several runs, one for each curve, with a line a run."""
     found = [(title, unit, [update_lines(run, fields, smooth) for run in runs]) for title, unit, fields, smooth in CHARTS]
-    unit = "%, bars: 95% interval"
-    splits = (("Held-out exact match", "test"), ("Training subset exact match", "train"))
-    found[1:1] = [(title, unit, [evaluation_lines(run, split) for run in runs]) for title, split in splits]
+    found[1:1] = [
+        (f"{name} {'exact match' if exact else 'reward'}", f"{'%, ' * exact}bars: 95% interval", [evaluation_lines(run, split, exact) for run in runs])
+        for name, split in (("Held-out", "test"), ("Training subset", "train"))
+        for exact in (True, False)
+    ]  # fmt: skip
     charts = []
     for title, unit, lines in found:
         labels = list(dict.fromkeys(line.label for of_run in lines for line in of_run))
@@ -346,7 +411,7 @@ def draw(axes, chart: Chart, ink: str, grid: str, colours: list[str]) -> None:
         if line.raw is not None:
             axes.plot(line.x, line.raw, linewidth=0.8, alpha=0.35, **style)
         axes.plot(line.x, line.y, linewidth=1.6, marker="o" if len(line.x) == 1 else None, **style)
-    if any(line.points for line in chart.lines):
+    if chart.unit.startswith("%"):
         axes.set_ylim(-3, 103)
     elif all((line.y >= 0).all() for line in chart.lines) and chart.title != "Reward":
         axes.set_ylim(0, None if any(line.y.any() for line in chart.lines) else 1)
@@ -467,10 +532,25 @@ def table(header: list[str], rows: list[list[str]], name: str = "plain", best: i
     return f"<div class=scroll><table class={name}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def percent(record: dict, key: str) -> str:
+def score_text(value: float, key: str) -> str:
+    """A score without its interval: `26.0%` of exact match, `1.250` of a reward."""
+    return f"{value:.1%}" if key.startswith("em_") else f"{value:.3f}"
+
+
+def with_interval(record: dict, key: str) -> str:
     """A score with its interval, such as `26.0% (20.4 to 32.5)`."""
     low, high = record.get(f"{key}_ci") or (math.nan, math.nan)
-    return f"{record[key]:.1%}" + (f" ({100 * low:.1f} to {100 * high:.1f})" if math.isfinite(low) else "")
+    scale, digits = (100, 1) if key.startswith("em_") else (1, 3)
+    shown = f" ({scale * low:.{digits}f} to {scale * high:.{digits}f})" if math.isfinite(low) else ""
+    return score_text(record[key], key) + shown
+
+
+def change_text(first: dict, last: dict, key: str) -> str:
+    """`+12.0 points (+5.1 to +18.6)` of exact match, `+0.500 (+0.210 to +0.790)` of a reward."""
+    share = key.startswith("em_")
+    d, low, high = ((100 if share else 1) * x for x in difference(first, last, key))
+    form = "+.1f" if share else "+.3f"
+    return f"{d:{form}}{' points' * share}" + (f" ({low:{form}} to {high:{form}})" if math.isfinite(low) else "")
 
 
 def ends(values: np.ndarray) -> tuple[float, float]:
@@ -480,22 +560,36 @@ def ends(values: np.ndarray) -> tuple[float, float]:
     return (values[:tenth].mean(), values[-tenth:].mean()) if len(values) else (math.nan, math.nan)
 
 
-def headline(run: Run) -> str:
-    """The cards: accuracy before and after, then what changed in the completions, then what it cost."""
-    cards = []
-    for key, label in EXACT_MATCH.items():
+def held_out_table(run: Run) -> str:
+    """The scores on held-out problems, the run's rewards first: before or at the first evaluation, at the last, and the change."""
+    rows = []
+    for key, label in run.scores.items():
         tests = run.tests(key)
         if not tests:
             continue
         first, last = tests[0], tests[-1]
-        title, shown = f"Held-out exact match, {label}", [first, last][: len(tests)]
-        notes = [f"{'before' if not e['update'] else 'update ' + str(e['update'])}: {percent(e, key)}" for e in shown]
-        if len(tests) > 1:
-            d, low, high = (100 * x for x in difference(first, last, key))
-            notes.append(f"change: {d:+.1f} points" + (f" ({low:+.1f} to {high:+.1f})" if math.isfinite(low) else ""))
-        cards.append((title, " → ".join(f"{e[key]:.1%}" for e in shown), notes))
-    if not cards:
-        cards.append(("Held-out exact match", "not evaluated", []))
+        cells = [label, with_interval(first, key), with_interval(last, key), change_text(first, last, key)] if len(tests) > 1 else (
+            [label, with_interval(first, key), "", ""])  # fmt: skip
+        rows.append([html.escape(cell) for cell in cells])
+    if not rows:
+        return ""
+    updates = [e["update"] for e in run.evals if e.get("split") == "test"]
+    when = ["before" if u == 0 else f"update {u}" for u in (updates[0], updates[-1])]
+    asked = next(e.get("n", "?") for e in reversed(run.evals) if e.get("split") == "test")
+    note = f"<p class=soft>Greedy answers to {asked} held-out problems; in brackets: 95% intervals.</p>"
+    return table(["Held-out problems", when[0], when[1] if len(updates) > 1 else "", "change"], rows, "scores") + note
+
+
+def headline(run: Run) -> str:
+    """The held-out scores; then the cards: the score that stands for the run, what changed in the completions, what it cost."""
+    key, cards = run.metric, []
+    tests = run.tests(key)
+    if tests:
+        shown = [tests[0], tests[-1]][: len(tests)]
+        notes = [f"change: {change_text(*shown, key)}"] if len(tests) > 1 else []
+        cards.append((f"Held-out {run.scores[key]}", " → ".join(score_text(e[key], key) for e in shown), notes))
+    else:
+        cards.append(("Held-out problems", "not evaluated", []))
     for title, name, form in (("Reward", "reward_mean", ".2f"), ("Completion length", "completion_length_mean", ".0f")):
         first, last = ends(run.column(name))
         if math.isfinite(first):
@@ -507,8 +601,7 @@ def headline(run: Run) -> str:
         lines = "".join(f"<p class=soft>{html.escape(note)}</p>" for note in notes)
         wide = " wide" if title.startswith("Held-out") else ""
         each += f'<div class="card{wide}">{html.escape(title)}<strong>{html.escape(big)}</strong>{lines}</div>'
-    asked = f"Greedy answers to {run.tests()[-1].get('n', '?')} held-out questions; in brackets: 95% intervals." if run.tests() else ""
-    return f'<div class="grid cards">{each}</div><p class=soft>{asked}</p>'
+    return f'{held_out_table(run)}<div class="grid cards">{each}</div>'
 
 
 def duration(run: Run) -> str:
@@ -528,13 +621,27 @@ def progress(run: Run) -> str:
     done, planned = (run.updates[-1]["update"] if run.updates else 0), run.start.get("updates")
     if not planned:
         return f"{done} updates"
-    return f"{done} of {planned} updates" + ("" if done >= planned else ": not finished")
+    return f"{done} of {planned} updates" + (": not finished" if unfinished(run) else "")
+
+
+def unfinished(run: Run) -> bool:
+    """Whether the run has updates before it, as far as machine.json tells."""
+    done = run.updates[-1]["update"] if run.updates else 0
+    return done < number(run.start.get("updates"))
+
+
+def warning(title: str, text: str) -> str:
+    """A box. The words of the terminal and the log, `No signal: ...`, stand here unbroken."""
+    head = f"<b>{title}: </b>" if title in ("No signal", "Nothing was learnt") else f"<b>{html.escape(title)}</b>: "
+    return f"<div class=warning>{head}{html.escape(text)}.</div>"
 
 
 def warnings(run: Run) -> str:
     found = list(tripwires(run))
     if found:
-        return "".join(f"<div class=warning><b>{html.escape(title)}</b>: {html.escape(text)}.</div>" for title, text in found)
+        return "".join(warning(title, text) for title, text in found)
+    if not run.updates:
+        return "<p class=soft>No update yet.</p>"
     enough = "" if len(run.updates) >= 20 else " Most need 20 updates to judge by."
     return f"<p class=soft>No sign of reward hacking, exploding lengths, entropy collapse or repeated text.{enough}</p>"
 
@@ -681,19 +788,21 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
     names = dict.fromkeys(n for run in runs for n in run.settings if n not in ("output_dir", "run_name"))
     differ = [n for n in names if len({setting_text(run, n) for run in runs}) > 1]
     numbers = [str(i) for i in range(1, len(runs) + 1)]
+    metrics = {run.metric for run in runs}
+    metric = metrics.pop() if len(metrics) == 1 else "em_strict"  # the one score that all runs have
     rows, scores = [], []
     for i, run in enumerate(runs):
-        tests, reward = run.tests(), ends(run.column("reward_mean"))[1]
-        scores.append((tests[-1]["em_strict"] if tests else -1, np.nan_to_num(reward)))
+        tests, reward = run.tests(metric), ends(run.column("reward_mean"))[1]
+        scores.append((tests[-1][metric] if tests else -math.inf, np.nan_to_num(reward)))
         cells = [setting_text(run, n) for n in differ[:3]]
-        cells += [percent(e, "em_strict") for e in (tests[0], tests[-1])] if tests else ["-", "-"]
+        cells += [with_interval(e, metric) for e in (tests[0], tests[-1])] if tests else ["-", "-"]
         cells += [f"{reward:.2f}", f"{ends(run.column('completion_length_mean'))[1]:.0f}", progress(run), tokens(run), duration(run)]
         rows.append([key(i, f"{numbers[i]}  {run.name}"), *map(html.escape, cells), html.escape(", ".join(t for t, _ in tripwires(run)) or "none")])
     header = ["Run", *differ[:3], "Before", "After", "Reward", "Length", "Updates", "Tokens", "Time", "Warnings"]
     settings = [[code(cell) for cell in (n, *(setting_text(run, n) for run in runs))] for n in differ]
     return page(
         "Comparison: MLX-GRPO",
-        f"<h1>{len(runs)} runs</h1><p class=soft>Before and after: held-out exact match, tags required, with its 95% interval. "
+        f"<h1>{len(runs)} runs</h1><p class=soft>Before and after: held-out {html.escape(runs[0].scores.get(metric, metric))}, with its 95% interval. "
         "Bold: the highest, of equals the one with more reward. Curves that are zero in every run are left out.</p>"
         f"{table(header, rows, 'runs', scores.index(max(scores)))}<h2>Settings that differ</h2>"
         f"{table(['Setting', *numbers], settings) if differ else '<p class=soft>None.</p>'}<h2>Curves</h2>{figures(charts, numbers)}",
@@ -711,7 +820,7 @@ def pictures(runs: list[Run], charts: list[Chart], folder: Path) -> None:
     title = ": ".join(filter(None, [runs[0].name, start.get("command")])) if len(runs) == 1 else ""
     first = {chart.title.split(":")[0]: chart for chart in reversed(charts)}  # of a kind, the first chart
     overview = [first[kind] for kind in OVERVIEW if kind in first]
-    save_picture(overview or charts[:4], folder / "curves.png", title, ", ".join(machine + versions))
+    save_picture(overview[:4] or charts[:4], folder / "curves.png", title, ", ".join(machine + versions))
     (folder / "curves").mkdir(exist_ok=True)
     for chart in charts:
         save_picture([chart], folder / "curves" / (re.sub(r"\W+", "-", chart.title.lower()).strip("-") + ".png"))

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import mlx_grpo  # noqa: E402
+from mlx_grpo.run.terminal import describe_evaluation  # noqa: E402
 from mlx_grpo.run.directory import checkpoints  # noqa: E402
 
 EXAMPLES = """examples:
@@ -80,8 +81,8 @@ def run_point(config: Path, run_dir: Path, settings: list[str]) -> int:
 
 
 def summary(run_dir: Path) -> str:
-    """One point in a line: its name, the last reward and the last held-out exact match."""
-    reward = score = None
+    """One point in a line: its name, the last reward, and of held-out problems the reward and, where it counts, exact match."""
+    reward = held_out = None
     with open(run_dir / "training_log.jsonl", encoding="utf-8") as file:
         for line in file:
             with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
@@ -89,9 +90,9 @@ def summary(run_dir: Path) -> str:
                 if "event" not in record:
                     reward = record.get("reward_mean", reward)
                 elif record.get("split") == "test":
-                    score = record["em_strict"]
-    shown = ["-" if reward is None else f"{reward:.3f}", "-" if score is None else f"{score:.1%}"]
-    return f"{run_dir.name}: reward {shown[0]}, held-out exact match {shown[1]}"
+                    held_out = record
+    scores = describe_evaluation(held_out) if held_out else "not evaluated"
+    return f"{run_dir.name}: reward {'-' if reward is None else f'{reward:.3f}'}, {scores}"
 
 
 def sweep(config: Path, points: list[dict[str, str]], folder: Path, settings: list[str]) -> int:

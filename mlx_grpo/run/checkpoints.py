@@ -13,7 +13,7 @@ from mlx_grpo.run.directory import checkpoints, remove_directory, remove_old_che
 
 MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes
     "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps", "save_total_limit",
-    "eval_steps", "eval_every_updates", "max_nan_updates", "reward_timeout", "trust_remote_code", "report_to",
+    "eval_steps", "eval_every_updates", "max_nan_updates", "max_flat_updates", "reward_timeout", "trust_remote_code", "report_to",
     "distributed_timeout", "check_weights_steps",
 }  # fmt: skip
 MAY_BE_SET = {  # and those that alter it, but only by --set: rate, lengths, and what makes it fit into memory

@@ -46,15 +46,18 @@ def update_facts(groups: list, rewards: np.ndarray, advantages: np.ndarray, name
     }
 
 
-def time_facts(groups: list, seconds: dict, prompts_drawn: int, num_iterations: int) -> dict:
-    """What the log says of an update's time and memory. prompts_drawn: those of replaced groups included."""
-    trained = sum(len(completion.ids) for group in groups for completion in group.completions)
-    sampled = int(trained * prompts_drawn / len(groups))  # replaced groups cost the same each
+def time_facts(groups: list, seconds: dict, prompts_drawn: int, trained_updates: int) -> dict:
+    """What the log says of a batch's time and memory.
+
+    prompts_drawn: those of replaced groups included; trained_updates: those on this batch that were not skipped.
+    """
+    tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
+    sampled = int(tokens * prompts_drawn / len(groups))  # replaced groups cost the same each
     return {
         "sampled": sampled,
         "prompts_drawn": prompts_drawn,
         "rollout_tokens_per_s": sampled / seconds["rollout"],
-        "train_tokens_per_s": trained * num_iterations / seconds["train"],
+        "train_tokens_per_s": tokens * trained_updates / seconds["train"] if trained_updates else None,
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
         "peak_memory_gb": mx.get_peak_memory() / 2**30,
     }

@@ -67,7 +67,7 @@ def figures(record: dict) -> dict[str, str]:
         "truncated": f"{record['truncated_fraction']:.0%}",
         "no-signal": f"{record['zero_signal_fraction']:.0%}",
         "rollout": f"{record['rollout_tokens_per_s']:.0f} tok/s",
-        "train": f"{record['train_tokens_per_s']:.0f} tok/s",
+        "train": "none" if record["train_tokens_per_s"] is None else f"{record['train_tokens_per_s']:.0f} tok/s",
         "memory": f"{record['peak_memory_gb']:.2f} GB",
         "lr": f"{record['lr']:.1e}",
     }
@@ -327,8 +327,8 @@ def stopping_on_signals(request_stop, monitor: Monitor, with_hangup: bool):
             signal.signal(number, handler)
 
 
-def print_outcome(run_dir: Path, outcome: dict) -> None:
-    """The table of held-out scores before and after, and where the model is."""
+def print_outcome(run_dir: Path, outcome: dict, nothing_learnt: str = "") -> None:
+    """The table of held-out scores before and after, and where the model is; or that nothing was learnt, in these words."""
     from rich.console import Console
     from rich.table import Table
 
@@ -342,7 +342,8 @@ def print_outcome(run_dir: Path, outcome: dict) -> None:
     final = run_dir / "final"
     if (run_dir / "report.html").is_file():
         print(f"Report     {run_dir / 'report.html'}")
-    print(f"Model      {final}\nTry it     uv run python utils/inference.py --model {final} --chat")
+    print(f"Model      {final}")
+    print(nothing_learnt or f"Try it     uv run python utils/inference.py --model {final} --chat")
 
 
 def write_report(run_dir: Path) -> None:
