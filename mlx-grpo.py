@@ -1988,7 +1988,7 @@ class MLXGRPOTrainer:
     def check_signal(self) -> tuple[list[Group], dict]:
         """Sample and score a few prompts as training will, by keys of their own, and say whether there is anything to learn.
 
-        The groups, and what the log says of them. The run is as if this had not been.
+        The groups, and what the log says of them, {} where all is well. The run is as if this had not been.
         """
         count = min(CHECKED_PROMPTS, self.config.prompts_per_update)
         rows = fixed_subset(self.rows, count, self.config.seed)
@@ -2013,7 +2013,7 @@ class MLXGRPOTrainer:
             monitor.begin(state.update, state.before.get("test"))
             if not state.before:
                 monitor.phase("checking")
-                self.files.logs.add("training_log", self.check_signal()[1])
+                self.files.logs.add("training_log", *filter(None, self.check_signal()[1:]))
                 state.before = self.evaluate_all()
             while state.update < self.updates and not self.is_stopped():
                 previous = state.update

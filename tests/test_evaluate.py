@@ -132,6 +132,37 @@ def test_samples_answers_file_and_comparison(score, tmp_path, monkeypatch):
     assert [(p["kind"], p["only_first"], p["only_second"], p["p"]) for p in both["pairs"]] == [("strict", 0, 0, 1.0), ("lenient", 0, 0, 1.0)]
 
 
+def test_models_are_scored_by_any_reward(score, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def length(completions, answer, **columns):\n"
+        "    assert all(answer) and 'prompts' in columns\n"
+        "    return [None if i == 0 else len(c[0]['content']) / 100 for i, c in enumerate(completions)]\n"
+    )
+    output = tmp_path / "answers.jsonl"
+    arguments = ["--dataset", DATA, "--max-samples", "6", "--max-tokens", "20", "--reward", f"{file}:length", "last_number_reward_func"]
+    status, out, err = score("--model", STARTER, STARTER, *arguments, "--samples", "2", "--output", output, "--json")
+    assert (status, err) == (0, "")
+    both, records = json.loads(out), [json.loads(line) for line in output.read_text().splitlines()][:18]
+    greedy = [r["rewards"]["length"] for r in records if r["sample"] is None]
+    assert greedy[0] is None and greedy[1] == len(records[1]["text"]) / 100
+    assert both["models"][0]["rewards/length"][0] == pytest.approx(sum(greedy[1:]) / 5)
+    hits = [r["rewards"]["last_number_reward_func"] for r in records if r["sample"] is None]
+    assert both["models"][0]["rewards/last_number_reward_func"] == pytest.approx(evaluate.rate(hits))
+    assert "rewards/length, sampled" in both["models"][0]
+    assert [(p["kind"], p["only_first"], p["gain"]) for p in both["pairs"][:1]] == [("rewards/length", 0, 0.0)]
+    status, out, _ = score("--model", STARTER, *arguments)
+    assert status == 0 and "length" in out and "exact match" not in out and "6 questions" in out
+    assert score("--model", STARTER, "--dataset", DATA, "--reward", "corectness")[2].startswith("Unknown reward function: corectness")
+
+
+def test_rewards_are_compared_by_the_sign_test():
+    answers = [[{"sample": None, "rewards": {"r": value}} for value in values] for values in ([0.1, 0.5, None, 1.0], [0.2, 0.7, 1.0, 1.0])]
+    pair = evaluate.compare_rewards([{"model": "a"}, {"model": "b"}], answers, 0, 1, "r")
+    assert (pair["only_first"], pair["only_second"], pair["p"]) == (0, 2, 0.5)
+    assert pair["gain"] == pytest.approx(0.1)
+
+
 def test_tables_and_adapters(score, tmp_path):
     config = mlx_grpo.MLXGRPOConfig(model_name=STARTER, fine_tune_type="lora", lora_parameters={"rank": 2, "scale": 50.0})
     model, tokenizer = mlx_grpo.load_model(config)

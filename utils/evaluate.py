@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Score models on questions with checkable answers: exact match, pass@k, maj@k, and paired comparisons of several models.
+"""Score models on questions with checkable answers: exact match, pass@k, maj@k or any reward, and paired comparisons of models.
 
 Prompts, generation and grading are those of mlx-grpo.py, so that a score here and one in a training log mean the same.
 The data is GSM8K, another hub dataset, a local file or folder, or a .txt file with one question a line; a line may end
@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 from inference import Parser, exit_status  # noqa: E402
 import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
 import mlx_grpo  # noqa: E402
 from mlx_grpo.answers import answers_equal, last_number  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -34,7 +35,8 @@ from rich.table import Table  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/evaluate.py --model starter/model outputs/quickstart/final --dataset starter/data
-  uv run python utils/evaluate.py --model outputs/run/final --config configs/prod.toml --samples 8 --output answers.jsonl"""
+  uv run python utils/evaluate.py --model outputs/run/final --config configs/prod.toml --samples 8 --output answers.jsonl
+  uv run python utils/evaluate.py --model starter/model --dataset starter/data --reward soft_format_reward_func xmlcount_reward_func"""
 BATCH = 256  # questions between two writes of --output
 KINDS = ("strict", "lenient")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the models, in the tables
@@ -103,21 +105,27 @@ def read_rows(config, split: str) -> list[dict]:
     return mlx_grpo.load_dataset_split(config, split)
 
 
-def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progress):
-    """Yield a record for each greedy answer (samples = 0) or for `samples` sampled answers a question, in order."""
+def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progress, rewards: dict):
+    """Yield a record for each greedy answer (samples = 0) or for `samples` sampled answers a question, in order.
+
+    rewards: functions by name, whose scores the records have too.
+    """
     sampling = config.sampling if samples else mlx_grpo.Sampling(temperature=0.0)
     decoder = mlx_grpo.make_decoder(model, sampling, config.use_compile)
     prompts = [mlx_grpo.build_prompt(tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
-    each = samples or 1
+    each, limit = samples or 1, config.eval_max_new_tokens or config.max_completion_length
     for start in range(0, len(rows), BATCH):
         part = range(start, min(start + BATCH, len(rows)))
         completions = mlx_grpo.generate(
             model, tokenizer, [prompts[i] for i in part], num_generations=each, stop_strings=config.stop_strings,
             sampling=sampling, decoder=decoder, prefix=config.completion_prefix,
-            max_new_tokens=config.eval_max_new_tokens or config.max_completion_length,
+            max_new_tokens=limit,
             keys=[mlx_grpo.random_key("evaluate", config.seed, i) for i in part],
             kv_budget=int(config.kv_budget_gb * 2**30), progress=progress,
         )  # fmt: skip
+        groups = [mlx_grpo.Group(rows[i], prompts[i], completions[n * each : (n + 1) * each]) for n, i in enumerate(part)]
+        if rewards:
+            mlx_grpo.score_groups(groups, list(rewards.values()), config.reward_timeout, limit)
         for n, completion in enumerate(completions):
             row, text = rows[part[n // each]], completion.text
             tagged, gold = mlx_grpo.extract_xml_answer(text), row["answer"]
@@ -126,7 +134,20 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
                 "index": part[n // each], "sample": n % each if samples else None, "question": row["prompt"], "gold": gold,
                 "text": text, "answer_strict": tagged, "answer_lenient": tagged or last_number(text),
                 "strict": strict, "lenient": lenient, "tokens": len(completion.ids), "finish_reason": completion.finish_reason,
+                **({"rewards": {k: None if math.isnan(r) else r for k, r in zip(rewards, completion.rewards)}} if rewards else {}),
             }  # fmt: skip
+
+
+def reward_means(records: list[dict]) -> dict:
+    """Scores {"rewards/NAME", "rewards/NAME, sampled": (mean, low, high)} of one model's records, None where nothing was scored."""
+    scores = {}
+    for name, sampled in itertools.product(records[0].get("rewards", ()), (False, True)):
+        values = [r["rewards"][name] for r in records if (r["sample"] is not None) == sampled]
+        known = np.array([v for v in values if v is not None])
+        if values:
+            interval = mlx_grpo.mean_interval(known, mlx_grpo.ALL_OR_NOTHING.get(name)) if known.size else None
+            scores[f"rewards/{name}{', sampled' * sampled}"] = (float(known.mean()), *interval) if known.size else None
+    return scores
 
 
 def summarise(records: list[dict], ks: list[int]) -> dict:
@@ -143,27 +164,44 @@ def summarise(records: list[dict], ks: list[int]) -> dict:
     return scores
 
 
-def evaluate_model(label: str, name: str, adapter: str | None, rows: list[dict], config, args, output) -> tuple[dict, list[dict]]:
+def evaluate_model(
+    label: str, name: str, adapter: str | None, rows: list[dict], config, args, output, rewards: dict
+) -> tuple[dict, list[dict]]:
     """One model's result and its records, which go to `output` as they come."""
     model, tokenizer, _ = mlx_grpo.open_model(name, adapter, args.trust_remote_code)
     records, start = [], time.perf_counter()
     for samples in (0, args.samples) if args.samples else (0,):
         with progress_bar(f"{label}, {'samples' if samples else 'greedy'}", len(rows)) as progress:
-            for record in answer_rows(model, tokenizer, rows, config, samples, progress):
+            for record in answer_rows(model, tokenizer, rows, config, samples, progress, rewards):
                 records.append(record)
                 if output:
                     print(json.dumps({"model": label, **record}, ensure_ascii=False), file=output, flush=True)
     seconds, tokens = time.perf_counter() - start, sum(r["tokens"] for r in records)
     return {
-        "model": label, "n": sum(row["answer"] is not None for row in rows), **summarise(records, args.k),
+        "model": label, "n": sum(row["answer"] is not None for row in rows), "questions": len(rows),
+        **reward_means(records), **summarise(records, args.k),
         "tokens_per_answer": tokens / len(records), "cut": fmean(r["finish_reason"] == "length" for r in records),
         "tokens_per_second": tokens / seconds, "seconds": seconds,
     }, records  # fmt: skip
 
 
+def compare_rewards(results: list[dict], answers: list[list[dict]], i: int, j: int, name: str) -> dict:
+    """Models i and j on the same questions by one reward: where one's greedy answer earns more, and the sign test's exact p."""
+    scores = [[r["rewards"][name] for r in answers[m] if r["sample"] is None] for m in (i, j)]
+    both = [(a, b) for a, b in zip(*scores) if a is not None and b is not None]
+    only_first, only_second, p = mcnemar([a > b for a, b in both], [b > a for a, b in both])
+    gain = fmean(b - a for a, b in both) if both else 0.0
+    names = {"first": results[i]["model"], "second": results[j]["model"], "places": (i, j), "kind": f"rewards/{name}"}
+    return {**names, "only_first": only_first, "only_second": only_second, "gain": gain, "p": p}
+
+
 def compare(results: list[dict], answers: list[list[dict]]) -> list[dict]:
-    """Every pair of models on the same questions: greedy hits of one and not the other, and McNemar's exact p."""
+    """Every pair of models on the same questions: greedy hits of one and not the other, and McNemar's exact p; so by rewards."""
     pairs = []
+    for (i, j), name in itertools.product(itertools.combinations(range(len(results)), 2), answers[0][0].get("rewards", ())):
+        pairs.append(compare_rewards(results, answers, i, j, name))
+    if not results[0]["n"]:
+        return pairs
     for (i, j), kind in itertools.product(itertools.combinations(range(len(results)), 2), KINDS):
         hits = [[r[kind] for r in answers[m] if r["sample"] is None and r["gold"] is not None] for m in (i, j)]
         only_first, only_second, p = mcnemar(*hits)
@@ -190,14 +228,31 @@ def percent(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:.1f}% ({100 * low:.1f}-{100 * high:.1f})"
 
 
+def shows_exact_match(result: dict) -> bool:
+    """Whether exact match is of interest: no other reward was asked for, or the correctness reward too."""
+    asked = [name for name in result if name.startswith("rewards/")]
+    return not asked or "rewards/correctness_reward_func" in asked
+
+
+def score_text(metric: str, score: tuple | None) -> str:
+    if score is None:
+        return "none"
+    mean, low, high = score
+    return f"{mean:.3f} ({low:.3f} to {high:.3f})" if metric.startswith("rewards/") else percent(mean, low, high)
+
+
 def print_scores(results: list[dict], console: Console) -> None:
     """Metrics down, models across, 95% intervals in brackets."""
-    table = Table(title=f"{results[0]['n']} graded questions, 95% intervals")
+    exact = shows_exact_match(results[0])
+    count = f"{results[0]['n']} graded questions" if exact else f"{results[0]['questions']} questions"
+    table = Table(title=f"{count}, 95% intervals")
     table.add_column("")
     for letter, result in zip(LETTERS, results):
         table.add_column(f"{letter}: {result['model']}", justify="right", overflow="fold")
-    for metric in (m for m in results[0] if m.startswith(("em_", "pass@", "maj@"))):
-        table.add_row(metric.replace("em_", "exact match_").replace("_", ", "), *(percent(*r[metric]) for r in results))
+    for metric in (m for m in results[0] if m.startswith("rewards/") or exact and m.startswith(("em_", "pass@", "maj@"))):
+        reward = metric.startswith("rewards/")
+        label = metric.removeprefix("rewards/") if reward else metric.replace("em_", "exact match_").replace("_", ", ")
+        table.add_row(label, *(score_text(metric, r[metric]) for r in results))
     table.add_row("tokens an answer", *(f"{r['tokens_per_answer']:.1f}" for r in results))
     table.add_row("cut at the limit", *(f"{100 * r['cut']:.1f}%" for r in results))
     table.add_row("tokens/s", *(f"{r['tokens_per_second']:.1f}" for r in results))
@@ -205,13 +260,16 @@ def print_scores(results: list[dict], console: Console) -> None:
 
 
 def print_pairs(pairs: list[dict], console: Console) -> None:
-    table = Table(title="Greedy answers to the same questions (McNemar, exact)")
-    for column in ("pair", "exact match", "only first right", "only second", "second - first", "p"):
-        table.add_column(column, justify="left" if column in ("pair", "exact match") else "right")
+    by_reward = any(pair["kind"].startswith("rewards/") for pair in pairs)
+    what, columns = ("score", ("first higher", "second higher")) if by_reward else ("exact match", ("only first right", "only second"))
+    table = Table(title=f"Greedy answers to the same questions ({'sign test' if by_reward else 'McNemar'}, exact)")
+    for column in ("pair", what, *columns, "second - first", "p"):
+        table.add_column(column, justify="left" if column in ("pair", what) else "right")
     for pair in pairs:
+        gain = f"{pair['gain']:+.3f}" if pair["kind"].startswith("rewards/") else f"{100 * pair['gain']:+.1f} points"
         p = f"{pair['p']:.4f}" if pair["p"] >= 0.0001 else f"{pair['p']:.1e}"
-        numbers = (str(pair["only_first"]), str(pair["only_second"]), f"{100 * pair['gain']:+.1f} points", p)
-        table.add_row(" and ".join(LETTERS[i] for i in pair["places"]), pair["kind"], *numbers)
+        numbers = (str(pair["only_first"]), str(pair["only_second"]), gain, p)
+        table.add_row(" and ".join(LETTERS[i] for i in pair["places"]), pair["kind"].removeprefix("rewards/"), *numbers)
     console.print(table)
 
 
@@ -245,6 +303,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add(flag, dest=setting, type=kind, metavar=kind.__name__.upper(), help=text)
     add("--split", choices=("test", "train"), default="test", help="of a hub dataset or a folder (default: test)")
     add("--max-samples", type=int, default=0, metavar="INT", help="only the first so many questions (default: 0, all)")
+    add("--reward", nargs="+", default=[], metavar="NAME", help="reward functions to score by: built-in names, or file.py:function")
     add("--samples", type=int, default=0, metavar="INT", help="sampled answers a question, for pass@k and maj@k (default: 0)")
     add("--k", type=int, nargs="+", metavar="INT", help="the k of pass@k and maj@k (default: 1, 2, 4, .. and --samples)")
     add("--output", metavar="FILE", help="write every answer, one JSON object a line")
@@ -271,6 +330,15 @@ def settings(args: argparse.Namespace):
     return dataclasses.replace(mlx_grpo.load_config(args.config), **given)
 
 
+def read_rewards(config, names: list[str]) -> dict:
+    """The reward functions of these names or FILE:FUNCTION, by name. Raises UserError."""
+    if not names:
+        return {}
+    config = dataclasses.replace(config, reward_funcs=names, reward_weights=[], metric_for_best_model="")
+    functions, _ = mlx_grpo.load_rewards(config, mlx_grpo.BUILT_IN_REWARDS)
+    return {mlx_grpo.name_of(function): function for function in functions}
+
+
 def run(args: argparse.Namespace) -> None:
     config = settings(args)
     rows = read_rows(config, args.split)[: args.max_samples or None]
@@ -279,24 +347,26 @@ def run(args: argparse.Namespace) -> None:
         mlx_grpo.resolve_model(name)
         if adapter and not (Path(adapter) / "adapter_config.json").is_file():
             raise mlx_grpo.UserError(f"Not an adapter directory: {adapter} has no adapter_config.json")
+    rewards = read_rewards(config, args.reward)
     results, answers = [], []
     with open_output(args.output) as output:
         for name, adapter in zip(args.model, adapters):
             label = f"{name} + {adapter}" if adapter else name
-            result, records = evaluate_model(label, name, adapter, rows, config, args, output)
+            result, records = evaluate_model(label, name, adapter, rows, config, args, output, rewards)
             results.append(result)
             answers.append(records)
             mx.clear_cache()
-    pairs = compare(results, answers) if results[0]["n"] else []
+    pairs = compare(results, answers)
     if args.json:
         print(json.dumps({"models": results, "pairs": pairs}))
         return
-    if not (args.output or results[0]["n"]):  # nothing to grade and no file: the answers are what was asked for
+    if not (args.output or results[0]["n"] or rewards):  # nothing to grade and no file: the answers are what was asked for
         for record in itertools.chain(*answers):
             print(f"{record['question']}\n{record['text']}\n")
     print_scores(results, Console())
-    if pairs:
-        print_pairs(pairs, Console())
+    shown = [pair for pair in pairs if pair["kind"].startswith("rewards/") or shows_exact_match(results[0])]
+    if shown:
+        print_pairs(shown, Console())
 
 
 def open_output(path: str | None):

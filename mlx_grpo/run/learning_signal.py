@@ -170,7 +170,10 @@ class SignalWatch:
         return no_signal(groups, rewards, self.names, self.golds, self.config.rollout_tokens)
 
     def check(self, groups: list, rewards: np.ndarray, advantages: np.ndarray) -> dict:
-        """Before the first update: say what a few groups earn, and return it for the log. rewards, advantages: (B, G)."""
+        """Before the first update: say what a few groups earn; the log record where there is no signal, else {}.
+
+        rewards, advantages: (B, G).
+        """
         record = check_record(groups, rewards, advantages, self.names)
         lines = check_lines(record, groups, rewards, self.names)
         if not advantages.any():
@@ -178,7 +181,7 @@ class SignalWatch:
             lines.append(record["message"])
         for line in lines:
             self.say(line)
-        return record
+        return record if "message" in record else {}
 
     def after_updates(self, state, groups: list, rewards: np.ndarray) -> None:
         """After the updates on these groups, where the run has long had no signal."""
@@ -189,7 +192,7 @@ class SignalWatch:
             self.logs.add("training_log", {"event": "no_signal", "update": state.update, "message": message})
 
     def end(self, state) -> None:
-        """The log's last word on a run; the terminal's is print_outcome's, or an error."""
-        record = {"event": "end", "update": state.update, "changed": state.changed_updates, "skipped": state.skipped}
-        message = nothing_learnt(state)
-        self.logs.add("training_log", record | ({"message": message} if message else {}))
+        """Where nothing was learnt, the log's last word on the run; the terminal's is print_outcome's, or an error."""
+        if message := nothing_learnt(state):
+            counts = {"updates": state.update, "changed": state.changed_updates, "skipped": state.skipped}
+            self.logs.add("training_log", {"event": "end", "update": state.update, **counts, "message": message})
