@@ -39,6 +39,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -69,6 +70,7 @@ from mlx_grpo.update.micro_batches import bucket, left_pad, micro_batches
 from mlx_grpo.backends.blas import blas_name
 from mlx_grpo.backends.cuda_kernels import attention_covers
 from mlx_grpo.rollout.decoding import CompiledDecoder, Decoder, Row, decode
+from mlx_grpo.rollout.difficulty import lately, outcome, remembered
 from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
 from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
 from mlx_grpo.backends.streams import lane_count, lanes, spread
@@ -120,6 +122,9 @@ class MLXGRPOConfig:
     max_prompt_length: int = 512  # tokens; longer prompts are dropped before training and counted
     system_prompt: str = SYSTEM_PROMPT  # what tells the model the answer's form; empty for none
     completion_prefix: str = ""  # text that starts every answer, such as "<reasoning>\n"; part of what is scored
+    easy_prompt_weight: float = 1.0  # chance that a prompt whose completions were all right lately is drawn in its turn
+    hard_prompt_weight: float = 1.0  # and one whose completions were all wrong; 1 draws every prompt equally often
+    difficulty_window: int = 1  # lately: the last so many times that the prompt was drawn
     # Rewards
     reward_funcs: list[str] = field(
         default_factory=lambda: [
@@ -238,6 +243,11 @@ class MLXGRPOConfig:
         """Whether a row whose advantage is 0 has no gradient."""
         others = self.kl_coeff > 0 or self.has_entropy_bonus or self.top_entropy_quantile < 1
         return not others and self.estimator.tokens is None
+
+    @property
+    def draws_by_difficulty(self) -> bool:
+        """Whether some prompts are drawn less often than others."""
+        return min(self.easy_prompt_weight, self.hard_prompt_weight) < 1
 
     @property
     def prompts_per_update(self) -> int:
@@ -413,14 +423,40 @@ def prompt_rows(splits: dict[str, list[dict]], model, tokenizer, config: MLXGRPO
     return rows, evaluated
 
 
+@functools.lru_cache(maxsize=2)
+def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch goes through the rows."""
+    return np.random.default_rng([seed, 2, epoch]).permutation(rows)
+
+
+def row_of(number: int, rows: int, seed: int) -> int:
+    """Which row prompt `number` is, of an endless stream of epochs, each in its own random order."""
+    epoch, place = divmod(number, rows)
+    return int(epoch_order(rows, seed, epoch)[place])
+
+
 def draw_rows(rows: list[dict], seed: int, first: int, count: int) -> list[tuple[int, dict]]:
-    """(number, row) of `count` prompts from number `first` on: an endless stream of epochs, each in its own random order."""
-    drawn = []
-    for number in range(first, first + count):
-        epoch, place = divmod(number, len(rows))
-        order = np.random.default_rng([seed, 2, epoch]).permutation(len(rows))
-        drawn.append((number, rows[order[place]]))
-    return drawn
+    """(number, row) of `count` prompts from number `first` on."""
+    return [(number, rows[row_of(number, len(rows), seed)]) for number in range(first, first + count)]
+
+
+def draw_by_difficulty(rows: list[dict], config: MLXGRPOConfig, history: dict, first: int, count: int) -> tuple[list[int], list[str]]:
+    """The numbers of the next `count` prompts from `first` on, and "easy" or "hard" for each that was passed over.
+
+    A number is passed over by a coin of its own, at most an epoch's numbers in a row: the same in a resumed run and on all ranks.
+    """
+    weights = {"": 1.0, "easy": config.easy_prompt_weight, "hard": config.hard_prompt_weight}
+    numbers, passed, in_a_row = [], [], 0
+    for number in itertools.count(first):
+        kind = lately(history, row_of(number, len(rows), config.seed), config.difficulty_window)
+        if kind and in_a_row < len(rows) and np.random.default_rng([config.seed, 3, number]).random() >= weights[kind]:
+            passed.append(kind)
+            in_a_row += 1
+            continue
+        numbers.append(number)
+        in_a_row = 0
+        if len(numbers) == count:
+            return numbers, passed
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1698,7 +1734,12 @@ class RunState:
     """Where a run is: with weights and optimizer all that a resume needs, since random keys are made of these and the seed."""
 
     update: int = 0  # optimizer updates done or skipped
-    cursor: int = 0  # prompts drawn from the data
+    cursor: int = 0  # prompts drawn from the data, or passed over
+    passed_easy: int = 0  # prompts passed over because they were all right lately
+    passed_hard: int = 0  # or all wrong
+    difficulty: dict = field(default_factory=dict)  # outcomes of the prompts drawn, by row; never changed in place
+    lowest_reward: float = 0.0  # of a completion in the run so far, where difficulty is kept; 0 counts as seen
+    highest_reward: float = 0.0
     tokens: int = 0  # completion tokens sampled
     nan_updates: int = 0  # with a non-finite gradient, in a row
     flat_updates: int = 0  # without signal, in a row
@@ -1732,6 +1773,35 @@ class RunState:
         if config.use_adaptive_entropy and not failed and "entropy_trained" in record:
             self.last_entropy = record["entropy_trained"]
             self.entropy_coef = next_entropy_coef(self.entropy_coef, self.last_entropy, config)
+
+    def draw(self, rows: list[dict], config: MLXGRPOConfig, count: int) -> list[tuple[int, dict]]:
+        """(number, row) of the next `count` prompts, on which the cursor moves past them."""
+        if not config.draws_by_difficulty:
+            drawn = draw_rows(rows, config.seed, self.cursor, count)
+            self.cursor += count
+            return drawn
+        numbers, passed = draw_by_difficulty(rows, config, self.difficulty, self.cursor, count)
+        self.cursor = numbers[-1] + 1
+        self.passed_easy += passed.count("easy")
+        self.passed_hard += passed.count("hard")
+        return [(number, rows[row_of(number, len(rows), config.seed)]) for number in numbers]
+
+    def drawn_since(self, start: "RunState") -> dict[str, int]:
+        """What the log says of the prompts drawn since `start`: how many were sampled, and passed over where that may be."""
+        easy, hard = self.passed_easy - start.passed_easy, self.passed_hard - start.passed_hard
+        passed = {"prompts/skipped_easy": easy, "prompts/skipped_hard": hard} if self.difficulty else {}
+        return {"prompts_drawn": self.cursor - start.cursor - easy - hard, **passed}
+
+    def note_difficulty(self, drawn: list[tuple[int, dict]], rewards, advantages, rows: int, config: MLXGRPOConfig) -> None:
+        """Remember how the groups of these prompts went. rewards, advantages: (B, G); rows: how many there are in all."""
+        known = rewards[~np.isnan(rewards)].tolist()
+        self.lowest_reward = min([self.lowest_reward, *known])
+        self.highest_reward = max([self.highest_reward, *known])
+        outcomes = [
+            (row_of(number, rows, config.seed), outcome(of_group, signal, self.lowest_reward, self.highest_reward))
+            for (number, _), of_group, signal in zip(drawn, rewards, advantages.any(axis=1))
+        ]
+        self.difficulty = remembered(self.difficulty, outcomes, config.difficulty_window)
 
     def note_evaluation(self, record: dict, metric: str) -> None:
         """Remember the best held-out score, and when it was. metric: what counts, None in the record where nothing was scored."""
@@ -1891,8 +1961,7 @@ class MLXGRPOTrainer:
         inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
         self.files = RunFiles(self.run_dir, self.learner, self.old_policy, write, inputs)
         self.monitor = Monitor(self.updates, config.logging_steps, metric=config.best_metric)
-        golds = [row["answer"] for row in self.rows]
-        self.signal = SignalWatch(config, self.reward_names, golds, self.monitor.say, self.files.logs)
+        self.signal = SignalWatch(config, self.reward_names, self.rows, self.monitor.say, self.files.logs)
         self.after_evaluation = lambda run_dir: None  # the command line puts the report here
         self.stop_signal = 0
         ranks.must_agree(settings=dataclasses.asdict(config), data=list(inputs.items())[:2])
@@ -1906,7 +1975,7 @@ class MLXGRPOTrainer:
 
     def train_step(self) -> list[dict]:
         """Algorithm 1, lines 4 to 11, for one batch of prompts: num_iterations updates. The log record of each."""
-        config, watch, first = self.config, Stopwatch(), self.state.cursor
+        config, watch, start = self.config, Stopwatch(), dataclasses.replace(self.state)
         groups = self.rollout(self.config.prompts_per_update, watch)
         for _ in range(config.dynamic_sampling_max_batches):  # DAPO: fresh prompts for the groups without signal
             useful = [group for group in groups if self.advantages([group])[1].any()]
@@ -1922,13 +1991,15 @@ class MLXGRPOTrainer:
             self.old_policy.refresh()
         if is_due(self.state.update - len(metrics), self.state.update, config.check_weights_steps):
             self.files.check_weights(self.state)
-        return self.report(groups, rewards, advantages, metrics, watch, drawn=self.state.cursor - first)
+        return self.report(groups, rewards, advantages, metrics, watch, self.state.drawn_since(start))
 
     def rollout(self, count: int, watch: Stopwatch) -> list[Group]:
         """Complete and score the next `count` prompts."""
-        drawn = draw_rows(self.rows, self.config.seed, self.state.cursor, count)
-        self.state.cursor += count
-        return self.sample_groups(drawn, watch)
+        drawn = self.state.draw(self.rows, self.config, count)
+        groups = self.sample_groups(drawn, watch)
+        if self.config.draws_by_difficulty:
+            self.state.note_difficulty(drawn, *self.advantages(groups), len(self.rows), self.config)
+        return groups
 
     def sample_groups(self, drawn: list[tuple[int | str, dict]], watch: Stopwatch) -> list[Group]:
         """Complete and score each (number, row), each rank its share; every rank gets all the groups."""
@@ -1953,9 +2024,7 @@ class MLXGRPOTrainer:
             kv_budget=int(config.kv_budget_gb * 2**30),
         )  # fmt: skip
         size = config.num_generations
-        return [
-            Group(row, row["prompt_ids"], completions[i * size : (i + 1) * size]) for i, (_, row) in enumerate(drawn)
-        ]
+        return [Group(row, row["prompt_ids"], completions[i * size : (i + 1) * size]) for i, (_, row) in enumerate(drawn)]
 
     def compute_rewards(self, groups: list[Group]) -> None:
         """Score every completion by every reward function; NaN where a function abstains."""
@@ -1990,8 +2059,7 @@ class MLXGRPOTrainer:
 
         The groups, and what the log says of them, {} where all is well. The run is as if this had not been.
         """
-        count = min(CHECKED_PROMPTS, self.config.prompts_per_update)
-        rows = fixed_subset(self.rows, count, self.config.seed)
+        rows = fixed_subset(self.rows, min(CHECKED_PROMPTS, self.config.prompts_per_update), self.config.seed)
         groups = self.sample_groups([(f"check {i}", row) for i, row in enumerate(rows)], Stopwatch())
         return groups, self.signal.check(groups, *self.advantages(groups))
 
@@ -2082,8 +2150,8 @@ class MLXGRPOTrainer:
     def evaluate_all(self) -> dict:
         return {split: self.evaluate_em(split) for split in self.eval_rows}
 
-    def report(self, groups, rewards, advantages, metrics, watch: Stopwatch, drawn: int) -> list[dict]:
-        """The log records of the updates just made, and samples where they are due. drawn: prompts, replaced ones too."""
+    def report(self, groups, rewards, advantages, metrics, watch: Stopwatch, drawn: dict[str, int]) -> list[dict]:
+        """The log records of the updates just made, and samples where they are due. drawn: as of RunState.drawn_since."""
         config, state, names = self.config, self.state, self.reward_names
         previous = state.update - len(metrics)
         every = config.log_completions_steps
@@ -2093,9 +2161,9 @@ class MLXGRPOTrainer:
             self.monitor.completions(samples, rewards)
         seconds, exchanges = self.ranks.timing(watch.seconds)
         trained = sum("skipped" not in one for one in metrics)
-        facts = update_facts(groups, rewards, advantages, names) | time_facts(groups, seconds, drawn, trained)
+        facts = update_facts(groups, rewards, advantages, names) | time_facts(groups, seconds, drawn["prompts_drawn"], trained)
         state.tokens += facts.pop("sampled")
-        facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens, **exchanges}
+        facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens, **drawn, **exchanges}
         self.signal.after_updates(state, groups, rewards)
         return [{"update": previous + i, "kl": 0.0, **one, **facts} for i, one in enumerate(metrics, 1)]
 

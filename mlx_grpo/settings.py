@@ -116,12 +116,13 @@ CHOICES = {
 SEQUENCE_CORRECTIONS = ("sequence_truncate", "sequence_mask")  # one weight a row, not one a token
 AT_LEAST_ONE = (
     "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations", "logging_steps",
-    "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size",
+    "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size", "difficulty_window",
 )  # fmt: skip
 ABOVE_ZERO = ("temperature", "distributed_timeout", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile",
+              "easy_prompt_weight", "hard_prompt_weight",
               "sapo_temperature_pos", "sapo_temperature_neg",
               "vespo_lambda_pos", "vespo_lambda_neg")  # fmt: skip
-AT_MOST_ONE = ("top_p", "min_p", "warmup_ratio", "top_entropy_quantile")
+AT_MOST_ONE = ("easy_prompt_weight", "hard_prompt_weight", "top_p", "min_p", "warmup_ratio", "top_entropy_quantile")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "eval_fraction")
 
 
@@ -199,6 +200,10 @@ def contradictions(config):
     by_function = config.multi_objective_aggregation == "normalize_then_sum"
     yield by_function and config.advantage_estimator != "group", (
         "normalize_then_sum takes each function's group advantages; leave advantage_estimator at group"
+    )
+    weighted = min(config.easy_prompt_weight, config.hard_prompt_weight) < 1
+    yield config.difficulty_window > 1 and not weighted, (
+        "difficulty_window does nothing while easy_prompt_weight and hard_prompt_weight are 1"
     )
     named = [f"rewards/{name.rpartition(':')[2]}" for name in functions]
     metrics = ["reward_mean", *named, "em_strict", "em_lenient"]

@@ -105,6 +105,10 @@ COURSES = {
     "quantised sampler": ["quantize_for_rollouts=true", "group_size=32"],
     "quantised stale sampler": ["quantize_for_rollouts=true", "group_size=32", "sync_every=2", "fine_tune_type=dora"],
     "dynamic sampling": ["dynamic_sampling_max_batches=2"],
+    "by difficulty": [
+        "easy_prompt_weight=0.3", "hard_prompt_weight=0.3", "difficulty_window=2", "max_train_samples=4", "num_epochs=3.5",
+        "num_generations=2", "dynamic_sampling_max_batches=1",
+    ],
     "two evaluations": ["eval_every_updates=3", "eval_subset_size=2", "kl_coeff=0.1"],
 }
 
@@ -124,12 +128,22 @@ def test_a_run_resumed_from_any_update_is_the_run_in_one_go(tmp_path, course):
         assert train(tmp_path, *options, f"output_dir={other}", more=["--resume"]) == 0
         assert learnt(other / "run") == whole
         states = [json.loads((p / "run" / f"checkpoint-{saved[-1]}" / "trainer_state.json").read_text()) for p in (tmp_path, other)]
+        for state in states:
+            del state["config"]["output_dir"]
         assert all(states[0][name] == states[1][name] for name in ("state", "config", "inputs"))
 
 
 def test_dynamic_sampling_does_draw_more_in_the_course_above(tmp_path):
     assert train(tmp_path, "dynamic_sampling_max_batches=2") == 0
     assert max(r["prompts_drawn"] for r in records(tmp_path / "run") if "event" not in r) > 2
+
+
+def test_drawing_by_difficulty_does_pass_over_prompts_in_the_course_above(tmp_path):
+    assert train(tmp_path, *COURSES["by difficulty"]) == 0
+    logged = [r for r in records(tmp_path / "run") if "prompts/skipped_easy" in r]
+    assert sum(r["prompts/skipped_easy"] + r["prompts/skipped_hard"] for r in logged) > 0
+    passed = json.loads((checkpoints(tmp_path / "run")[-1] / "trainer_state.json").read_text())["state"]
+    assert passed["cursor"] == sum(r["prompts_drawn"] for r in logged) + passed["passed_easy"] + passed["passed_hard"]
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +463,7 @@ def test_a_file_size_limit_is_a_failed_save_too(tmp_path):
 def scores_of(monkeypatch, scores):
     """Held-out scores in the order of the evaluations."""
     each, real = iter(scores), mlx_grpo.evaluate
-    monkeypatch.setattr(mlx_grpo.script, "evaluate", lambda *given, **named: {**real(*given, **named), "em_strict": next(each)})
+    monkeypatch.setattr(mlx_grpo.script, "evaluate", lambda *given, **named: {**real(*given, **named), "reward_mean": next(each)})
 
 
 @pytest.mark.parametrize("save_steps, kept", [(1, [2, 4, 5]), (4, [2, 4])])

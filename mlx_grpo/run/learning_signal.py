@@ -159,12 +159,13 @@ def nothing_learnt(state) -> str:
 class SignalWatch:
     """Says to the user and to the log whether a run has anything to learn from.
 
-    names: of the reward functions; golds: the gold answers of the training rows; say(text); logs: RunLogs. The counts are
-    the RunState's: a resumed run says no more and no less.
+    names: of the reward functions; rows: the training data; say(text); logs: RunLogs. The counts are the
+    RunState's: a resumed run says no more and no less.
     """
 
-    def __init__(self, config, names: list[str], golds: list[str], say, logs):
-        self.config, self.names, self.golds, self.say, self.logs = config, names, golds, say, logs
+    def __init__(self, config, names: list[str], rows: list[dict], say, logs):
+        self.config, self.names, self.say, self.logs = config, names, say, logs
+        self.golds = [row["answer"] for row in rows]
 
     def no_signal(self, groups: list, rewards: np.ndarray) -> str:
         return no_signal(groups, rewards, self.names, self.golds, self.config.rollout_tokens)
