@@ -276,7 +276,7 @@ def copy(tmp_path_factory):
 
     def left_out(parent, names):  # of the folders only the repository's are taken: a reader's runs and models lie beside them
         at_the_top = Path(parent) == ROOT
-        foreign = {n for n in names if at_the_top and (ROOT / n).is_dir() and n not in ("configs", "starter", "utils")}
+        foreign = {n for n in names if at_the_top and (ROOT / n).is_dir() and n not in ("configs", "docs", "mlx_grpo", "starter", "utils")}
         return foreign | {n for n in names if n.startswith(".") or n in ("__pycache__", "uv.lock")}
 
     shutil.copytree(ROOT, folder, ignore=left_out)

@@ -38,29 +38,29 @@ def noise(completions, **kwargs):
 def length(completions, completion_ids, **kwargs):
     return [len(ids) / 10 for ids in completion_ids]
 
-def second_time(act):
+def in_the_second_update(act):
     def reward(completions, **kwargs):
         global calls
         calls += 1
-        if calls == 2:
+        if calls == 4:  # after the check, the first evaluation and an update
             act()
         return [0.0] * len(completions)
     return reward
 
 def send(number, *ranks):
-    return second_time(lambda: os.environ.get("MLX_RANK") in ranks and os.kill(os.getpid(), number))
+    return in_the_second_update(lambda: os.environ.get("MLX_RANK") in ranks and os.kill(os.getpid(), number))
 
 killed = send(signal.SIGKILL, "1")
 halted = send(signal.SIGSTOP, "1")
 interrupted = send(signal.SIGINT, "1")
 all_interrupted = send(signal.SIGINT, "0", "1")
-slow = second_time(lambda: os.environ.get("MLX_RANK") == "1" and time.sleep(6))
+slow = in_the_second_update(lambda: os.environ.get("MLX_RANK") == "1" and time.sleep(6))
 
 def fail():
     if os.environ.get("MLX_RANK") == "1":
         raise KeyError("a bug of the user's")
 
-failing = second_time(fail)
+failing = in_the_second_update(fail)
 """
 
 SCENARIOS = {  # settings over `small`: every loss type, and every place where a part must know the whole
