@@ -23,7 +23,7 @@ PACKAGES = {
 
 
 def real_model(name: str) -> Path:
-    """The directory of a model in bfloat16, from the user's cache or made now; skips where it cannot be had."""
+    """The directory of a model in bfloat16, from the user's cache or made now; skips if it cannot be had."""
     made_by = "".join(PACKAGES[name]) + Path(gguf.__file__).read_text(encoding="utf-8")
     version = hashlib.sha256(made_by.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-grpo"

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from real_models import real_model
 
 import mlx_grpo
-from mlx_grpo import CompletionLogProbs, MLXGRPOTrainer, Sampling, build_prompt, generate, left_pad, load_config
+from mlx_grpo import CompletionLogProbs, MLXGRPOTrainer, Sampling, build_prompt, generate, left_pad
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -44,7 +44,7 @@ def forward_logps(model, prompt: list[int], completion: list[int]) -> np.ndarray
 
 
 def rollout_gaps(model, tokenizer, prompts: list[list[int]], tokens: int = 6) -> np.ndarray:
-    """The rollout's log-prob less one forward's, of each id that is sampled for these prompts in one batch."""
+    """The rollout's log-prob less one forward's, of each id sampled for these prompts in one batch."""
     rows = generate(
         model, tokenizer, prompts, max_new_tokens=tokens, num_generations=G,
         keys=[mlx_grpo.random_key(0, tuple(prompt)) for prompt in prompts],
@@ -179,7 +179,7 @@ def test_a_few_updates_raise_the_reward(folder):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(folder):
-    config = load_config(RECIPE, overrides(folder, run_name="resumed"))
+    config = mlx_grpo.load_config(RECIPE, overrides(folder, run_name="resumed"))
     resumed = MLXGRPOTrainer(config, folder / "resumed")
     resumed.run_dir.mkdir()
     resumed.resume(folder / "run" / f"checkpoint-{SAVED}")
@@ -222,8 +222,8 @@ def test_a_model_quantised_and_loaded_back_predicts_nearly_what_it_did(folder, f
 def test_a_four_bit_copy_trains_through_adapters(folder, four_bits):
     # 4-bit layers are slow on CPUs: one update of two prompts.
     train(
-        folder, run_name="lora", model_name=four_bits, fine_tune_type="auto", learning_rate=1e-3, save_steps=0,
-        batch_size=2, max_train_samples=2, max_completion_length=8, eval_samples=1,
+        folder, run_name="lora", model_name=four_bits, fine_tune_type="auto", learning_rate=1e-3,
+        batch_size=2, max_train_samples=2, max_completion_length=8, eval_samples=1, save_steps=0,
     )  # fmt: skip
     assert all(record["grad_norm"] > 0 for record in records(folder / "lora"))
     adapters = mx.load(str(folder / "lora" / "final" / "adapters.safetensors"))

@@ -98,7 +98,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def open_gguf(path: Path):
-    """The gguf package's reader of a file. Raises UserError without the package, or if the file is no GGUF."""
+    """The gguf package's reader of a file. Raises UserError without the package, or if it is no GGUF."""
     try:
         from gguf import GGUFReader
     except ImportError:
