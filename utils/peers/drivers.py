@@ -1,10 +1,8 @@
-"""What a peer's own environment runs: the benchmark's work by that program. Started by the benchmark, `python
-drivers.py PEER`.
+"""What a peer's own environment runs, `python drivers.py PEER`: the benchmark's work by that program.
 
-The first line of stdin is the work, as JSON. Each further line is one turn (one update, or one rollout),
-answered by a line with its
-seconds. While it learns, the driver also asks for rewards and says what it has saved; peers/__init__.py has
-the other side.
+The first line of stdin is the work, as JSON. Each further line is one turn (an update or a rollout), answered by
+a line with its seconds. While it learns, the driver also asks for rewards and says what it has saved;
+peers/__init__.py has the other side.
 """
 
 import json
