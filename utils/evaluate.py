@@ -107,12 +107,12 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
     """Yield a record for each greedy answer (samples = 0) or for `samples` sampled answers a question, in order."""
     sampling = config.sampling if samples else mlx_grpo.Sampling(temperature=0.0)
     decoder = mlx_grpo.make_decoder(model, sampling, config.use_compile)
-    prompts = [mlx_grpo.build_prompt(tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
+    prompts = [mlx_grpo.build_prompt(tokenizer, row["prompt"], *config.prompting) for row in rows]
     each = samples or 1
     for start in range(0, len(rows), BATCH):
         part = range(start, min(start + BATCH, len(rows)))
         completions = mlx_grpo.generate(
-            model, tokenizer, [prompts[i] for i in part], num_generations=each, stop_strings=config.stop_strings,
+            model, tokenizer, [prompts[i] for i in part], num_generations=each, stop_strings=config.stops,
             sampling=sampling, decoder=decoder, prefix=config.completion_prefix,
             max_new_tokens=config.eval_max_new_tokens or config.max_completion_length,
             keys=[mlx_grpo.random_key("evaluate", config.seed, i) for i in part],
@@ -120,11 +120,12 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
         )  # fmt: skip
         for n, completion in enumerate(completions):
             row, text = rows[part[n // each]], completion.text
-            tagged, gold = mlx_grpo.extract_xml_answer(text), row["answer"]
+            answer, gold = mlx_grpo.after_thinking(text), row["answer"]
+            tagged = mlx_grpo.extract_xml_answer(answer)
             strict, lenient = (None, None) if gold is None else mlx_grpo.grade(text, gold)
             yield {
                 "index": part[n // each], "sample": n % each if samples else None, "question": row["prompt"], "gold": gold,
-                "text": text, "answer_strict": tagged, "answer_lenient": tagged or last_number(text),
+                "text": text, "answer_strict": tagged, "answer_lenient": tagged or last_number(answer),
                 "strict": strict, "lenient": lenient, "tokens": len(completion.ids), "finish_reason": completion.finish_reason,
             }  # fmt: skip
 
@@ -146,6 +147,7 @@ def summarise(records: list[dict], ks: list[int]) -> dict:
 def evaluate_model(label: str, name: str, adapter: str | None, rows: list[dict], config, args, output) -> tuple[dict, list[dict]]:
     """One model's result and its records, which go to `output` as they come."""
     model, tokenizer, _ = mlx_grpo.open_model(name, adapter, args.trust_remote_code)
+    mlx_grpo.set_template(tokenizer, config)
     records, start = [], time.perf_counter()
     for samples in (0, args.samples) if args.samples else (0,):
         with progress_bar(f"{label}, {'samples' if samples else 'greedy'}", len(rows)) as progress:

@@ -52,7 +52,7 @@ class TextStream:
         self.ids, self.sent = [], 0  # the window, and how many characters of its text are out
 
     def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return mlx_grpo.completion_text(self.tokenizer, ids)
 
     def add(self, token: int) -> str:
         """The text that has become certain with this id; often "" or several characters."""
@@ -171,7 +171,7 @@ class Session:
                     break
         write(stream.rest())
         seconds = time.perf_counter() - start
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = mlx_grpo.completion_text(self.tokenizer, ids)
         return Answer(ids, text, len(prompt), reused, first or seconds, seconds)
 
 

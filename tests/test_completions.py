@@ -1,0 +1,138 @@
+"""What a completion's text is, where it ends, and what of it is graded: tags that are special tokens, stop strings, thinking."""
+
+import pytest
+from tiny import LetterTokenizer, tiny_model
+
+import mlx_grpo
+from mlx_grpo.answers import after_thinking, is_thinking
+from mlx_grpo.rollout.decoding import Row
+from mlx_grpo import build_prompt, completion_text, generate, primed_text
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+LETTERS = LetterTokenizer()
+TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THINKING = CHATML.removesuffix("{% endif %}") + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+
+
+def letters(text):
+    return tuple(ord(character) - 33 for character in text)
+
+
+def byte_tokenizer(special=(), template=CHATML):
+    """A tokenizer of bytes, wrapped as mlx-lm wraps it, with chat tokens and these special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = __import__("tokenizers").decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<pad>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *special]})
+    tokenizer.chat_template = template
+    return TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
+
+
+# What is scored
+
+
+def test_tags_that_are_special_tokens_are_scored_and_only_end_and_padding_are_left_out():
+    tokenizer = byte_tokenizer(TAGS)
+    text = "<reasoning>\nso\n</reasoning>\n<answer>\n18\n</answer>"
+    ids = tokenizer.encode(text)
+    assert len(ids) < len(text)  # the tags are single ids
+    assert completion_text(tokenizer, [*ids, tokenizer.eos_token_id]) == text
+    assert completion_text(tokenizer, [*ids, tokenizer.pad_token_id, tokenizer.eos_token_id]) == text
+    assert mlx_grpo.correctness_reward_func([[{"content": completion_text(tokenizer, ids)}]], answer=["18"]) == [2.0]
+
+
+def test_special_tokens_reach_the_texts_of_a_rollout():
+    model, tokenizer = tiny_model("llama", vocab_size=272), byte_tokenizer(TAGS)
+    rollout = generate(model, tokenizer, [[1, 2, 3]], max_new_tokens=200, num_generations=4, keys=[mlx_grpo.random_key(0)])
+    tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in TAGS}
+    assert any(set(ids) & set(tags) for ids in rollout.completions)
+    for ids, text in zip(rollout.completions, rollout.texts):
+        assert [text.count(tag) for tag in tags.values()] == [ids.count(i) for i in tags]
+
+
+# Where it ends
+
+
+@pytest.mark.parametrize("length", [1, 7, 17, 40, 100])
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_a_stop_string_of_any_length_ends_a_row_at_any_alignment(length, block):
+    stop = ("END" + "x" * 200)[:length]
+    for start in range(10):
+        row, text = Row(LETTERS, [stop], 500), "y" * start + stop + "z" * 20
+        for first in range(0, len(text), block):
+            if not row.finish_reason:
+                row.take(letters(text[first : first + block]), (0.5,) * len(text[first : first + block]))
+        assert row.finish_reason == "stop" and LETTERS.decode(row.ids) == "y" * start + stop and len(row.logps) == len(row.ids)
+
+
+def write(text, primed="", stops=("</answer>",), block=8):
+    """The text that a row keeps of what a model would write, its primed beginning included."""
+    row = Row(LETTERS, list(stops), 500, primed)
+    for first in range(0, len(text), block):
+        if not row.finish_reason:
+            row.take(letters(text[first : first + block]), (0.5,) * len(text[first : first + block]))
+    assert len(row.logps) == len(row.ids)
+    return primed + LETTERS.decode(row.ids)
+
+
+@pytest.mark.parametrize("block", [1, 8, 64])
+def test_stop_strings_sleep_while_the_model_thinks(block):
+    thought, said = "maybe<answer>1</answer>,no.", "<answer>2</answer>"
+    assert write(f"<think>{thought}</think>{said}xyz", block=block) == f"<think>{thought}</think>{said}"
+    assert write(f"{thought}</think>{said}xyz", "<think>\n", block=block) == f"<think>\n{thought}</think>{said}"
+    assert write(f"<think>{thought}xyz", block=block) == f"<think>{thought}xyz"
+    # Without a <think> at the beginning, or with one that the prompt has closed, they are awake.
+    assert write(f"{thought}xyz", block=block) == "maybe<answer>1</answer>"
+    assert write(f"so<think>{thought}xyz", block=block) == "so<think>maybe<answer>1</answer>"
+    assert write(f"{thought}xyz", "<think>\n</think>\n", block=block) == "<think>\n</think>\nmaybe<answer>1</answer>"
+    assert write("<thin</answer>xyz", block=block) == "<thin</answer>"
+
+
+# What is graded
+
+
+@pytest.mark.parametrize(
+    "text, graded, thinks",
+    [
+        ("<think>\na\n</think>\n\nb", "b", False), ("<think>a", "", True), ("\n<think>a", "", True), ("a</think>b", "b", False), ("b", "b", False),
+        ("b <think> c", "b <think> c", False), ("<think>a</think>b</think>c", "b</think>c", False), ("", "", False),
+    ],
+)  # fmt: skip
+def test_what_follows_the_thinking_is_graded(text, graded, thinks):
+    assert after_thinking(text) == graded and is_thinking(text) is thinks
+
+
+def test_a_thinking_model_can_meet_every_built_in_reward():
+    thought = "<think>\nPerhaps <answer>7</answer>, <reasoning> or so.\n</think>\n\n"
+    form = "<reasoning>\nr\n</reasoning>\n<answer>\n18\n</answer>"
+    for name in ("correctness", "int", "strict_format", "soft_format", "xmlcount"):
+        reward = getattr(mlx_grpo, f"{name}_reward_func")
+        score = lambda text: reward([[{"content": text}]], answer=["18"])[0]  # noqa: E731
+        assert score(thought + form) == score(form) > 0, name
+        assert score(thought.removesuffix("</think>\n\n") + form) == 0, name  # never stopped thinking
+    assert mlx_grpo.grade("<think>18", "18") == (False, False)
+    assert mlx_grpo.grade("<think>7</think>It is 18.", "18") == (False, True)
+
+
+def test_a_think_that_the_template_opens_is_part_of_what_is_scored():
+    opening = byte_tokenizer(template=CHATML.removesuffix("{% endif %}") + "<think>\n{% endif %}")
+    for prefix in ("", "Well, "):
+        ids = build_prompt(opening, "1+1?", completion_prefix=prefix)
+        assert primed_text(opening, ids, prefix) == "<think>\n" + prefix
+        rollout = generate(tiny_model("llama", vocab_size=272), opening, [ids], max_new_tokens=3, keys=[mlx_grpo.random_key(0)], completion_prefix=prefix)
+        assert rollout.texts[0].startswith("<think>\n" + prefix)
+    plain = byte_tokenizer()
+    assert primed_text(plain, build_prompt(plain, "Write <think>")) == ""  # the user's words are not the model's
+    assert primed_text(plain, build_prompt(plain, "1+1?", completion_prefix="<think>"), "<think>") == "<think>"
+
+
+def test_chat_template_kwargs_reach_the_template():
+    tokenizer = byte_tokenizer(template=THINKING)
+    text = lambda **options: tokenizer.decode(build_prompt(tokenizer, "1+1?", **options))  # noqa: E731
+    assert text(chat_template_kwargs={"enable_thinking": False}).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert text(chat_template_kwargs={"enable_thinking": True}).endswith("assistant\n")
