@@ -621,6 +621,25 @@ def xmlcount_reward_func(completions, **kwargs) -> list[float]:
     return [max(0.0, score(text) - 0.001 * trailing(text)) for text in answers_of(completions)]
 
 
+def math_verify_reward_func(completions, answer, **kwargs) -> list[float | None]:
+    """2.0 where the answer, in the tags or else in the whole text, is the gold one as mathematics, such as LaTeX; by math-verify.
+
+    None, no opinion, where the gold answer cannot be read.
+    """
+    from math_verify import parse, verify
+
+    box = lambda text: text if r"\boxed" in text else rf"\boxed{{{text}}}"  # noqa: E731  what it reads without doubt
+    rewards = []
+    for text, gold in zip(answers_of(completions), answer):
+        expected, tagged = parse(box(gold)), extract_xml_answer(text)
+        given = parse(box(tagged) if tagged else text)
+        rewards.append((2.0 if verify(expected, given) else 0.0) if expected else None)
+    return rewards
+
+
+math_verify_reward_func.needs = ("math_verify", "math")  # a package, and the extra that brings it
+
+
 def soft_overlong_reward_func(completions, completion_ids, max_completion_length, **kwargs) -> list[float]:
     """DAPO's soft length penalty (arXiv 2503.14476, eq. 13): 0 falling to -1 over the last fifth of the length limit."""
     margin = max(1, max_completion_length // 5)
