@@ -64,7 +64,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy, save_model
 from mlx_grpo.answers import extract_hash_answer  # noqa: F401  a name that users import from here
-from mlx_grpo.answers import after_thinking, extract_xml_answer, grade, last_number_is, parse_number
+from mlx_grpo.answers import after_thinking, extract_xml_answer, grade, has_thought, is_thinking, last_number_is, parse_number
 from mlx_grpo.update.micro_batches import bucket, left_pad, micro_batches
 from mlx_grpo.backends.blas import blas_name
 from mlx_grpo.backends.cuda_kernels import attention_covers
@@ -1519,6 +1519,7 @@ def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress
         "em_strict": strict / n, "em_strict_ci": wilson_interval(strict, n),
         "em_lenient": lenient / n, "em_lenient_ci": wilson_interval(lenient, n),
         "n": n, "completion_length": float(np.mean(lengths)), "texts": list(texts),
+        **({"cut_thinking": float(np.mean([is_thinking(text) for text in texts]))} if any(map(has_thought, texts)) else {}),
     }  # fmt: skip
 
 

@@ -15,9 +15,14 @@ LONGEST_ANSWER = 200  # characters; what is longer is compared as it is, so that
 # --- Texts of models that think ---------------------------------------------------------------------------------
 
 
+def has_thought(text: str) -> bool:
+    """Whether a completion begins with <think>."""
+    return text.lstrip().startswith(THINK)
+
+
 def is_thinking(text: str) -> bool:
-    """Whether a completion begins with <think> and has not come to </think>."""
-    return text.lstrip().startswith(THINK) and THINK_END not in text
+    """Whether a completion begins with <think> and has not come to </think>: it was cut there, and has no answer."""
+    return has_thought(text) and THINK_END not in text
 
 
 def after_thinking(text: str) -> str:

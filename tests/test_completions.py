@@ -6,9 +6,9 @@ from tiny import LetterTokenizer, tiny_model
 import mlx_grpo
 from mlx_grpo.answers import after_thinking, is_thinking
 from mlx_grpo.rollout.decoding import Row
-from mlx_grpo import build_prompt, completion_text, generate, primed_text
+from mlx_grpo import MLXGRPOConfig, UserError, build_prompt, completion_text, generate, primed_text
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 LETTERS = LetterTokenizer()
@@ -21,15 +21,18 @@ def letters(text):
     return tuple(ord(character) - 33 for character in text)
 
 
-def byte_tokenizer(special=(), template=CHATML):
-    """A tokenizer of bytes, wrapped as mlx-lm wraps it, with chat tokens and these special tokens."""
+def byte_tokenizer(special=(), template=CHATML, begins=False):
+    """A tokenizer of bytes, wrapped as mlx-lm wraps it, with chat tokens and these special tokens; one that begins a text with <s>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = __import__("tokenizers").decoders.ByteLevel()
+    backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<pad>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *special]})
     tokenizer.chat_template = template
+    if begins:
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     return TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
 
 
@@ -136,3 +139,78 @@ def test_chat_template_kwargs_reach_the_template():
     text = lambda **options: tokenizer.decode(build_prompt(tokenizer, "1+1?", **options))  # noqa: E731
     assert text(chat_template_kwargs={"enable_thinking": False}).endswith("assistant\n<think>\n\n</think>\n\n")
     assert text(chat_template_kwargs={"enable_thinking": True}).endswith("assistant\n")
+
+
+# Base models
+
+
+PLAIN = "Question: {prompt}\nAnswer:"
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_prompt_template_is_plain_text_that_begins_as_the_tokenizer_begins_one(begins):
+    tokenizer = byte_tokenizer(template=None, begins=begins)
+    mlx_grpo.set_template(tokenizer, MLXGRPOConfig(prompt_template=PLAIN))
+    assert build_prompt(tokenizer, "1+1?") == tokenizer.encode("Question: 1+1?\nAnswer:")
+    assert (build_prompt(tokenizer, "1+1?")[0] == tokenizer.bos_token_id) is begins
+    text = lambda *given: tokenizer.decode(build_prompt(tokenizer, *given), skip_special_tokens=True)  # noqa: E731
+    assert text("1+1?", "Be brief.", " So") == "Be brief.\n\nQuestion: 1+1?\nAnswer: So"
+    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2?"}]
+    assert text(chat) == "Question: 1+1?\nAnswer: 2\n\nQuestion: 2+2?\nAnswer:"
+
+
+@pytest.mark.parametrize("template", ['Say "{prompt}" in \\boxed{}\n{{ x }} {% if %} \U0001f999é\\n:', "{prompt}", "{prompt}\n", "A\n\nB: {prompt}"])
+def test_a_prompt_template_may_hold_any_characters(template):
+    tokenizer = byte_tokenizer(template=None)
+    mlx_grpo.set_template(tokenizer, MLXGRPOConfig(prompt_template=template))
+    assert tokenizer.decode(build_prompt(tokenizer, "{prompt} é")) == template.replace("{prompt}", "{prompt} é", 1)
+
+
+def test_a_saved_model_prompts_as_it_was_trained(tmp_path):
+    tokenizer = byte_tokenizer(template=None, begins=True)
+    mlx_grpo.set_template(tokenizer, MLXGRPOConfig(prompt_template=PLAIN))
+    tokenizer.save_pretrained(tmp_path)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ids = again.apply_chat_template([{"role": "user", "content": "1+1?"}], add_generation_prompt=True, return_dict=False)
+    assert ids == build_prompt(tokenizer, "1+1?")
+
+
+@pytest.mark.parametrize(
+    "template, stop",
+    [
+        (PLAIN, "\nQuestion:"), ("{prompt}\nAnswer:", None), ("A talk of two.\n\n### Instruction:\n{prompt}\n### Response:\n", "\n### Instruction:"),
+        ("A conversation between User and Assistant, long and patient. User: {prompt}\nAssistant: <think>", "\nUser:"), ("", None),
+    ],
+)  # fmt: skip
+def test_a_base_model_stops_where_it_writes_the_next_question(template, stop):
+    assert MLXGRPOConfig(prompt_template=template).stops == ["</answer>"] + [stop] * bool(stop)
+    assert MLXGRPOConfig(prompt_template=template, stop_strings=["X"]).stops == ["X"]  # the user's own stay alone
+    assert MLXGRPOConfig(prompt_template=template, stop_strings=[]).stops == []
+
+
+def test_a_model_without_any_template_is_refused_with_the_setting_that_helps():
+    with pytest.raises(UserError, match="^The model's tokenizer has no chat template; set prompt_template, such as "):
+        build_prompt(byte_tokenizer(template=None), "1+1?")
+
+
+@pytest.mark.parametrize("template", ["Question:", "{prompt} and {prompt}"])
+def test_a_prompt_template_holds_the_prompt_once(template):
+    with pytest.raises(UserError, match="^prompt_template must hold {prompt} once"):
+        MLXGRPOConfig(prompt_template=template)
+
+
+def test_chat_template_kwargs_that_the_template_does_not_read_are_said(capsys):
+    tokenizer = byte_tokenizer(template=THINKING)
+    mlx_grpo.set_template(tokenizer, MLXGRPOConfig(chat_template_kwargs={"enable_thinking": False}))
+    assert not capsys.readouterr().err
+    mlx_grpo.set_template(tokenizer, MLXGRPOConfig(chat_template_kwargs={"enable_thinking": False, "colour": "red"}))
+    assert capsys.readouterr().err == "Warning: the model's chat template does not read colour of chat_template_kwargs\n"
+
+
+def test_chat_template_kwargs_are_settings(tmp_path):
+    config = mlx_grpo.load_config(None, ["chat_template_kwargs={enable_thinking = false, nested = {a = 1}}"])
+    assert config.chat_template_kwargs == {"enable_thinking": False, "nested": {"a": 1}}
+    from mlx_grpo.settings import config_as_toml
+
+    (tmp_path / "c.toml").write_text(config_as_toml(config, {"chat_template_kwargs": "--set"}))
+    assert mlx_grpo.load_config(tmp_path / "c.toml") == config

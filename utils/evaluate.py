@@ -25,10 +25,10 @@ from mlx_grpo.backends import use_fast_backend  # noqa: E402
 if __name__ == "__main__":
     use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
 
-from inference import Parser, exit_status  # noqa: E402
+from inference import Parser, exit_status, json_object  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx_grpo  # noqa: E402
-from mlx_grpo.answers import answers_equal, last_number  # noqa: E402
+from mlx_grpo.answers import has_thought, is_thinking, last_number, same_answer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -57,7 +57,7 @@ def maj_at_k(answers: list[str], gold: str, k: int) -> float:
     for start in range(0, len(answers) - k + 1, k):
         votes = [(mlx_grpo.parse_number(a), a) for a in answers[start : start + k] if a]
         common = Counter(a.lower() if number is None else str(number.normalize()) for number, a in votes).most_common(1)
-        wins.append(bool(common) and answers_equal(common[0][0], gold))
+        wins.append(bool(common) and same_answer(common[0][0], gold))
     return fmean(wins)
 
 
@@ -159,6 +159,7 @@ def evaluate_model(label: str, name: str, adapter: str | None, rows: list[dict],
     return {
         "model": label, "n": sum(row["answer"] is not None for row in rows), **summarise(records, args.k),
         "tokens_per_answer": tokens / len(records), "cut": fmean(r["finish_reason"] == "length" for r in records),
+        **({"cut_thinking": fmean(is_thinking(r["text"]) for r in records)} if any(has_thought(r["text"]) for r in records) else {}),
         "tokens_per_second": tokens / seconds, "seconds": seconds,
     }, records  # fmt: skip
 
@@ -202,6 +203,8 @@ def print_scores(results: list[dict], console: Console) -> None:
         table.add_row(metric.replace("em_", "exact match_").replace("_", ", "), *(percent(*r[metric]) for r in results))
     table.add_row("tokens an answer", *(f"{r['tokens_per_answer']:.1f}" for r in results))
     table.add_row("cut at the limit", *(f"{100 * r['cut']:.1f}%" for r in results))
+    if any("cut_thinking" in r for r in results):
+        table.add_row("cut while thinking", *(f"{100 * r.get('cut_thinking', 0.0):.1f}%" for r in results))
     table.add_row("tokens/s", *(f"{r['tokens_per_second']:.1f}" for r in results))
     console.print(table)
 
@@ -227,6 +230,8 @@ FLAGS = (  # flag, the setting of mlx-grpo.py that it replaces, its type, help
     ("--answer-field", "answer_field", str, "column with the gold answer (default: answer)"),
     ("--system", "system_prompt", str, "system prompt (default: the trainer's, which asks for the answer tags)"),
     ("--completion-prefix", "completion_prefix", str, "text that starts every answer, part of what is graded (default: none)"),
+    ("--prompt-template", "prompt_template", str, "plain text with {prompt}, in the place of the chat template, for base models (default: none)"),
+    ("--chat-template-kwargs", "chat_template_kwargs", json_object, "values for the chat template, as a JSON object (default: none)"),
     ("--max-tokens", "eval_max_new_tokens", int, "longest answer (default: 512)"),
     ("--temperature", "temperature", float, "of --samples; exact match is always greedy (default: 1)"),
     ("--top-p", "top_p", float, "of --samples (default: 1)"),
