@@ -53,8 +53,8 @@ def test_special_tokens_reach_the_texts_of_a_rollout():
     model, tokenizer = tiny_model("llama", vocab_size=272), byte_tokenizer(TAGS)
     rollout = generate(model, tokenizer, [[1, 2, 3]], max_new_tokens=200, num_generations=4, keys=[mlx_grpo.random_key(0)])
     tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in TAGS}
-    assert any(set(ids) & set(tags) for ids in rollout.completions)
-    for ids, text in zip(rollout.completions, rollout.texts):
+    assert any(set(ids) & set(tags) for ids in (c.ids for c in rollout))
+    for ids, text in ((c.ids, c.text) for c in rollout):
         assert [text.count(tag) for tag in tags.values()] == [ids.count(i) for i in tags]
 
 
@@ -127,8 +127,8 @@ def test_a_think_that_the_template_opens_is_part_of_what_is_scored():
     for prefix in ("", "Well, "):
         ids = build_prompt(opening, "1+1?", completion_prefix=prefix)
         assert primed_text(opening, ids, prefix) == "<think>\n" + prefix
-        rollout = generate(tiny_model("llama", vocab_size=272), opening, [ids], max_new_tokens=3, keys=[mlx_grpo.random_key(0)], completion_prefix=prefix)
-        assert rollout.texts[0].startswith("<think>\n" + prefix)
+        rollout = generate(tiny_model("llama", vocab_size=272), opening, [ids], max_new_tokens=3, keys=[mlx_grpo.random_key(0)], prefix=prefix)
+        assert rollout[0].text.startswith("<think>\n" + prefix)
     plain = byte_tokenizer()
     assert primed_text(plain, build_prompt(plain, "Write <think>")) == ""  # the user's words are not the model's
     assert primed_text(plain, build_prompt(plain, "1+1?", completion_prefix="<think>"), "<think>") == "<think>"
