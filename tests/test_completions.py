@@ -1,5 +1,9 @@
 """What a completion's text is, where it ends, and what of it is graded: tags that are special tokens, stop strings, thinking."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 from tiny import LetterTokenizer, tiny_model
 
@@ -214,3 +218,19 @@ def test_chat_template_kwargs_are_settings(tmp_path):
 
     (tmp_path / "c.toml").write_text(config_as_toml(config, {"chat_template_kwargs": "--set"}))
     assert mlx_grpo.load_config(tmp_path / "c.toml") == config
+
+
+def test_a_base_model_trains_and_its_final_model_prompts_alike(tmp_path, capsys):
+    root = Path(mlx_grpo.script.__file__).parent
+    shutil.copytree(root / "starter" / "model", tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "chat_template"}))
+    settings = [
+        f"model_name={tmp_path / 'base'}", "dataset=starter/data", f"output_dir={tmp_path}", "run_name=run", "max_train_samples=2", "batch_size=2", "num_generations=2",
+        "max_completion_length=6", "eval_samples=2", "use_compile=false", "system_prompt=", "reward_funcs=['repetition_reward_func']",
+    ]  # fmt: skip
+    train = lambda *more: mlx_grpo.main([part for s in [*settings, *more] for part in ("--set", s)])  # noqa: E731
+    assert train() == 2 and "set prompt_template, such as" in capsys.readouterr().err
+    assert train(f"prompt_template={PLAIN}") == 0
+    tokenizer = mlx_grpo.open_model(str(tmp_path / "run" / "final"))[1]
+    assert tokenizer.decode(build_prompt(tokenizer, "1+1?")) == "Question: 1+1?\nAnswer:"
