@@ -64,7 +64,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy, save_model
 from mlx_grpo.answers import extract_hash_answer  # noqa: F401  a name that users import from here
-from mlx_grpo.answers import answers_equal, extract_xml_answer, grade, last_number, parse_number
+from mlx_grpo.answers import after_thinking, extract_xml_answer, grade, has_thought, is_thinking, last_number_is, parse_number
 from mlx_grpo.update.micro_batches import bucket, left_pad, micro_batches
 from mlx_grpo.backends.blas import blas_name
 from mlx_grpo.backends.cuda_kernels import attention_covers
@@ -72,7 +72,7 @@ from mlx_grpo.rollout.decoding import CompiledDecoder, Decoder, Row, decode
 from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
 from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
 from mlx_grpo.backends.streams import lane_count, lanes, spread
-from mlx_grpo.loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
+from mlx_grpo.loading import ROOT, check_rows, is_quantized, open_dataset, open_model, prompt_key, read_model_config, resolve_model, warn_of_rows
 from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
 from mlx_grpo.run.records import completion_records, machine_facts, time_facts, update_facts
 from mlx_grpo.run.terminal import Monitor, print_outcome, stopping_on_signals, write_report
@@ -91,6 +91,9 @@ SYSTEM_PROMPT = (
     "Think step by step between <reasoning> and </reasoning>, "
     "then write only the final number between <answer> and </answer>."
 )
+
+
+LONGEST_LABEL = 32  # characters of a line that is a label, such as "### Instruction:", and no sentence
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -119,6 +122,8 @@ class MLXGRPOConfig:
     max_prompt_length: int = 512  # tokens; longer prompts are dropped before training and counted
     system_prompt: str = SYSTEM_PROMPT  # what tells the model the answer's form; empty for none
     completion_prefix: str = ""  # text that starts every answer, such as "<reasoning>\n"; part of what is scored
+    prompt_template: str = ""  # plain text in the place of the chat template, for base models: "Question: {prompt}\nAnswer:"
+    chat_template_kwargs: dict = field(default_factory=dict)  # values for the chat template, such as { enable_thinking = false }
     # Rewards
     reward_funcs: list[str] = field(
         default_factory=lambda: [
@@ -142,7 +147,7 @@ class MLXGRPOConfig:
     top_k: int = 0  # above 0: the same
     min_p: float = 0.0  # above 0: the same
     repetition_penalty: float = 1.0  # other than 1: the same
-    stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])  # text that ends a completion, kept in it
+    stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])  # text that ends a completion, kept in it; with prompt_template, unless set, a next prompt's first words too
     memory_limit_gb: float = 0.0  # device memory from which work waits for earlier work to end; 0: half of what there is
     kv_budget_gb: float = 0.0  # KV cache the rollout may fill before it decodes in several batches; 0: 1/4 of memory
     quantize_for_rollouts: bool = False  # sample from a quantised copy: less memory traffic on a GPU, slower on a CPU; off-policy, corrected
@@ -247,6 +252,20 @@ class MLXGRPOConfig:
         return self.max_new_tokens or self.max_completion_length
 
     @property
+    def prompting(self) -> tuple[str, str, dict]:
+        """What build_prompt takes after the question."""
+        return self.system_prompt, self.completion_prefix, self.chat_template_kwargs
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings in force. A base model goes on with the next question: its first words stop it, unless others are set."""
+        head = self.prompt_template.partition("{prompt}")[0].strip()
+        if not head or self.stop_strings != ["</answer>"]:
+            return self.stop_strings
+        line = head.splitlines()[-1].strip()
+        return [*self.stop_strings, "\n" + (line if len(line) <= LONGEST_LABEL else line.split()[-1])]
+
+    @property
     def off_policy_sampler(self) -> bool:
         """Whether completions come from another distribution than the policy's: other weights, or a filtered one."""
         return self.quantize_for_rollouts or self.sync_every > 1 or bool(self.sampling_filters)
@@ -283,28 +302,132 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> ML
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def build_prompt(tokenizer, question: str | list[dict], system_prompt: str = "", completion_prefix: str = "") -> list[int]:
+def build_prompt(
+    tokenizer, question: str | list[dict], system_prompt: str = "", completion_prefix: str = "", chat_template_kwargs: dict | None = None
+) -> list[int]:
     """Token ids of a prompt: the chat template around system prompt and question, then the answer's first words.
 
-    `question` is the user's text or a list of chat messages. The one prompt builder of training, evaluation and
-    inference. A template without a system role gets the system prompt at the head of the first message.
-    Raises UserError where the tokenizer has no chat template.
+    `question` is the user's text or a list of chat messages, whose own system message comes before `system_prompt`. The one
+    prompt builder of training, evaluation and inference. A template without a system role, or one that leaves the system
+    message out, gets it at the head of the first user message. Raises UserError where there is no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None) and not getattr(tokenizer, "has_chat_template", False):
+        raise UserError(
+            "The model's tokenizer has no chat template; set prompt_template, such as "
+            r"'Question: {prompt}\nAnswer:', for a base model, or use an instruct model"
+        )
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    options = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
+    ids = render_chat(tokenizer, messages, options, own_words=system_prompt)
+    return ids + (tokenizer.encode(completion_prefix, add_special_tokens=False) if completion_prefix else [])
+
+
+def render_chat(tokenizer, messages: list[dict], options: dict, own_words: str = "") -> list[int]:
+    """Ids of a chat in the template, with its system message in it. own_words: text whose special tokens may stay such.
+
+    Raises UserError where the template takes the chat in no form.
     """
     import jinja2
 
-    if not getattr(tokenizer, "chat_template", None) and not getattr(tokenizer, "has_chat_template", False):
-        raise UserError("The model's tokenizer has no chat template; use an instruct model or add chat_template.jinja to its folder")
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-    render = lambda m: tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=True)  # noqa: E731
-    try:
-        system = [{"role": "system", "content": system_prompt}] if system_prompt and messages[0]["role"] != "system" else []
-        ids = render(system + messages)
-    except jinja2.TemplateError as error:
-        if not system:
-            raise UserError(f"The model's chat template refuses the prompt: {error}") from None
-        head = {**messages[0], "content": f"{system_prompt}\n\n{messages[0]['content']}"}
-        ids = render([head, *messages[1:]])
-    return list(ids) + (tokenizer.encode(completion_prefix, add_special_tokens=False) if completion_prefix else [])
+    messages, ordinary = without_special_tokens(tokenizer, messages, own_words)
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    squeeze = lambda text: "".join(text.split())  # noqa: E731  templates trim what they hold
+    reason = "it leaves the system message out"
+    for trial in [messages, system_in_first_user_message(messages)] if system else [messages]:
+        try:
+            text = tokenizer.apply_chat_template(trial, tokenize=False, **options)
+        except (jinja2.TemplateError, ValueError) as error:
+            reason = error
+            continue
+        if squeeze(system) in squeeze(text):
+            if isinstance(tokenizer, TiktokenTokenizerWrapper):
+                return list(tokenizer.apply_chat_template(trial, tokenize=True, **options))
+            return encode_chat(tokenizer, text, ordinary)
+    raise UserError(f"The model's chat template refuses the prompt: {reason}")
+
+
+def system_in_first_user_message(messages: list[dict]) -> list[dict]:
+    """The chat without its system message, which then stands at the head of what the user says first."""
+    system, rest = messages[0]["content"], [dict(message) for message in messages[1:]]
+    first = next((message for message in rest if message["role"] == "user"), None)
+    if first is None:
+        return messages
+    first["content"] = f"{system}\n\n{first['content']}"
+    return rest
+
+
+@functools.lru_cache(maxsize=8)
+def special_tokens(tokenizer) -> re.Pattern | None:
+    """What finds the tokenizer's special tokens in a text; None where a text cannot hold one."""
+    tokens = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
+
+
+def without_special_tokens(tokenizer, messages: list[dict], own_words: str) -> tuple[list[dict], dict[str, str]]:
+    """The chat with one private character for each special token that its texts spell, and what each stands for.
+
+    Spelling a special token makes none, as in nanochat: a question may speak of <|im_end|> and does not end there. What the
+    run's own words hold, such as a tag of the answer's form, stays a special token wherever it is written.
+    """
+    pattern = special_tokens(tokenizer)
+    contents = "".join(message["content"] for message in messages)
+    if pattern is None or not pattern.search(contents):
+        return messages, {}
+    unused = (chr(n) for n in range(0xF0000, 0xFFFFE) if chr(n) not in contents)
+    marks = {token: next(unused) for token in sorted({found[0] for found in pattern.finditer(contents)}) if token not in own_words}
+    neutral = lambda text: pattern.sub(lambda found: marks.get(found[0], found[0]), text)  # noqa: E731
+    return [{**m, "content": neutral(m["content"])} for m in messages], {mark: token for token, mark in marks.items()}
+
+
+def encode_chat(tokenizer, text: str, ordinary: dict[str, str]) -> list[int]:
+    """Ids of a rendered chat: its special tokens are such, and what the marks in `ordinary` stand for is ordinary text."""
+    if not ordinary:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    parts = re.split(f"([{''.join(ordinary)}])", text)
+    ids = [tokenizer.encode(ordinary.get(p, p), add_special_tokens=False, split_special_tokens=p in ordinary) for p in parts if p]
+    return [i for part in ids for i in part]
+
+
+def use_prompt_template(tokenizer, template: str) -> None:
+    """Make a plain text with {prompt} in it the tokenizer's chat template, so that whatever reads the saved model prompts alike.
+
+    The text begins with the begin-of-text token where the tokenizer puts one. A system message goes above the text; in a
+    chat each turn of the user is the text again, after the answer before it.
+    """
+    if isinstance(tokenizer, TiktokenTokenizerWrapper):
+        raise UserError("prompt_template cannot be used with a tokenizer.pkl, which has a chat form of its own")
+    before, _, after = template.partition("{prompt}")
+    begins = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+    literal = lambda text: json.dumps(text, ensure_ascii=False)  # noqa: E731
+    tokenizer.chat_template = (
+        ("{{ bos_token }}" if begins else "")
+        + "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        + "{% elif message['role'] == 'user' %}{{ "
+        + f"{literal(before)} + message['content'] + {literal(after)}"
+        + " }}{% else %}{{ "
+        + f"{literal('' if after[-1:].isspace() else ' ')} + message['content'] + "
+        + "'\\n\\n' }}{% endif %}{% endfor %}"
+    )
+    tokenizer.has_chat_template = True
+
+
+def set_template(tokenizer, config: MLXGRPOConfig) -> None:
+    """Have the tokenizer prompt as the settings say, with a warning where the template does not read one. Raises UserError."""
+    if config.prompt_template:
+        use_prompt_template(tokenizer, config.prompt_template)
+    template, thinking = str(getattr(tokenizer, "chat_template", "")), getattr(tokenizer, "_thinking_kwarg", "enable_thinking")
+    read = {name: thinking if name == "enable_thinking" else name for name in config.chat_template_kwargs}  # as mlx-lm passes it on
+    if unread := [name for name, passed in read.items() if not re.search(rf"\b{re.escape(passed)}\b", template)]:
+        print(f"Warning: the model's chat template does not read {', '.join(unread)} of chat_template_kwargs", file=sys.stderr)
+
+
+def primed_text(tokenizer, prompt: list[int], completion_prefix: str = "") -> str:
+    """The end of a prompt that counts as the completion's own beginning: a <think> that the template opens, and the prefix."""
+    prefix = tokenizer.encode(completion_prefix, add_special_tokens=False) if completion_prefix else []
+    opened = re.search(r"<think>\s*\Z", tokenizer.decode(prompt[: len(prompt) - len(prefix)][-16:]))
+    return (opened[0] if opened else "") + completion_prefix
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -318,6 +441,7 @@ def load_model(config: MLXGRPOConfig):
     Raises UserError where nothing would be trained: a quantised model cannot be trained in full.
     """
     model, tokenizer, _ = open_model(config.model_name, trust_remote_code=config.trust_remote_code)
+    set_template(tokenizer, config)
     quantized = is_quantized(model)
     kind = config.fine_tune_type if config.fine_tune_type != "auto" else "lora" if quantized else "full"
     if kind == "full" and quantized:
@@ -354,24 +478,29 @@ def load_model(config: MLXGRPOConfig):
 def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
     """The rows of split "train" or "test" as {"prompt", "answer", other columns}; max_train_samples is applied.
 
-    The held-out split is eval_dataset, else the dataset's test split, else eval_fraction of the training rows, the
-    same rows for every seed.
+    The held-out split is eval_dataset, else the dataset's test (validation, valid, val or dev) split, else the rows of
+    eval_fraction of the training prompts, the same ones for every seed: rows of one prompt stay together.
     """
-    test = open_dataset(config.eval_dataset or config.dataset, config.dataset_config, "test")
+    open_split = lambda name, split: open_dataset(name, config.dataset_config, split, (config.prompt_field, config.answer_field))  # noqa: E731
+    test = open_split(config.eval_dataset or config.dataset, "test")
     if test is None and config.eval_dataset:
-        test = open_dataset(config.eval_dataset, config.dataset_config, "train")
+        test = open_split(config.eval_dataset, "train")
     if split == "test" and test is not None:
-        return check_rows(config, *test)
-    training = open_dataset(config.dataset, config.dataset_config, "train")
+        return check_rows(config, test)
+    training = open_split(config.dataset, "train")
     if training is None:
         raise UserError(f"Dataset has no training split: {config.dataset} needs a train.jsonl, .json, .csv or .parquet")
-    rows = check_rows(config, *training)
+    rows = check_rows(config, training)
     if test is None:
-        order = np.random.default_rng(0).permutation(len(rows))
-        aside = max(1, round(len(rows) * config.eval_fraction))
-        if aside == len(rows):
-            raise UserError(f"{training[1]} has too few rows ({len(rows)}) to set some aside; give an eval_dataset")
-        rows = [rows[i] for i in sorted(order[:aside] if split == "test" else order[aside:])]
+        keys = [prompt_key(row["prompt"]) for row in rows]
+        if len(set(keys)) == 1:  # one prompt, which both splits then have: a warning says so
+            keys = list(range(len(rows)))
+        prompts = list(dict.fromkeys(keys))
+        order = np.random.default_rng(0).permutation(len(prompts))
+        aside = {prompts[i] for i in order[: max(1, round(len(prompts) * config.eval_fraction))]}
+        if len(aside) == len(prompts):
+            raise UserError(f"{training[0][1]} has too few rows ({len(rows)}) to set some aside; give an eval_dataset")
+        rows = [row for row, key in zip(rows, keys) if (key in aside) == (split == "test")]
     return rows[: config.max_train_samples or None] if split == "train" else rows
 
 
@@ -385,7 +514,7 @@ def fitting_rows(tokenizer, config: MLXGRPOConfig, context: float, rows: list[di
     limit = min(config.max_prompt_length, context - config.rollout_tokens)
     if limit < 1:
         raise UserError(f"max_completion_length ({config.rollout_tokens}) leaves no room for a prompt in the model's context of {context}")
-    ids = [build_prompt(tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
+    ids = [build_prompt(tokenizer, row["prompt"], *config.prompting) for row in rows]
     kept = [{**row, "prompt_ids": prompt} for row, prompt in zip(rows, ids) if len(prompt) <= limit]
     if len(kept) < len(rows):
         print(f"{len(rows) - len(kept)} of {len(rows)} {split} prompts are longer than {limit} tokens and are dropped")
@@ -426,6 +555,11 @@ def contents(completions) -> list[str]:
     return [completion[0]["content"] for completion in completions]
 
 
+def answers_of(completions) -> list[str]:
+    """The text of each completion after its </think>: "" where it was cut while thinking."""
+    return [after_thinking(text) for text in contents(completions)]
+
+
 def correctness_reward_func(completions, answer, **kwargs) -> list[float]:
     """2.0 where the number in the answer tags equals the gold answer."""
     return [2.0 if grade(text, gold)[0] else 0.0 for text, gold in zip(contents(completions), answer)]
@@ -433,25 +567,44 @@ def correctness_reward_func(completions, answer, **kwargs) -> list[float]:
 
 def last_number_reward_func(completions, answer, **kwargs) -> list[float]:
     """1.0 where the last number of the text equals the gold answer, else 0.0; for models that do not know the tags yet."""
-    return [1.0 if answers_equal(last_number(text), gold) else 0.0 for text, gold in zip(contents(completions), answer)]
+    return [1.0 if last_number_is(text, gold) else 0.0 for text, gold in zip(answers_of(completions), answer)]
 
 
 def int_reward_func(completions, **kwargs) -> list[float]:
     """0.5 where the answer tags hold a whole number and nothing else."""
-    numbers = [parse_number(extract_xml_answer(text)) for text in contents(completions)]
+    numbers = [parse_number(extract_xml_answer(text)) for text in answers_of(completions)]
     return [0.5 if n is not None and n == n.to_integral_value() else 0.0 for n in numbers]
+
+
+# The forms are looked for by str.find and its like: a regular expression with two lazy parts takes time that grows with
+# the square or the cube of a text that loops.
 
 
 def strict_format_reward_func(completions, **kwargs) -> list[float]:
     """0.5 where the text is exactly the two tagged parts, each tag on its own line."""
-    form = re.compile(r"<reasoning>\n.+?\n</reasoning>\n<answer>\n.+?\n</answer>\n?", re.DOTALL)
-    return [0.5 if form.fullmatch(text) and has_each_tag_once(text) else 0.0 for text in contents(completions)]
+    return [0.5 if has_strict_format(text) else 0.0 for text in answers_of(completions)]
+
+
+def has_strict_format(text: str) -> bool:
+    """Whether the text is "<reasoning>", some text, "</reasoning>", "<answer>", some text, "</answer>", by lines."""
+    text = text.removesuffix("\n")
+    opening, closing = "<reasoning>\n", "\n</answer>"
+    if not (text.startswith(opening) and text.endswith(closing) and has_each_tag_once(text)):
+        return False
+    reasoning, between, answer = text[len(opening) : -len(closing)].partition("\n</reasoning>\n<answer>\n")
+    return bool(reasoning and between and answer)
 
 
 def soft_format_reward_func(completions, **kwargs) -> list[float]:
     """0.5 where the two tagged parts follow each other anywhere in the text, on whatever lines."""
-    form = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
-    return [0.5 if form.search(text) else 0.0 for text in contents(completions)]
+    return [0.5 if has_soft_format(text) else 0.0 for text in answers_of(completions)]
+
+
+def has_soft_format(text: str) -> bool:
+    """Whether "<reasoning>", then "</reasoning>" and "<answer>" with only white space between, then "</answer>" occur."""
+    _, opening, rest = text.partition("<reasoning>")
+    middle = re.search(r"</reasoning>\s*<answer>", rest) if opening else None
+    return bool(middle) and "</answer>" in rest[middle.end() :]
 
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
@@ -465,7 +618,26 @@ def xmlcount_reward_func(completions, **kwargs) -> list[float]:
     """0.125 for each of the four tags that occurs exactly once, less 0.001 a character after the last one."""
     score = lambda text: sum(0.125 for tag in TAGS if text.count(tag) == 1)  # noqa: E731
     trailing = lambda text: len(text.rsplit("</answer>", 1)[1].strip()) if "</answer>" in text else 0  # noqa: E731
-    return [max(0.0, score(text) - 0.001 * trailing(text)) for text in contents(completions)]
+    return [max(0.0, score(text) - 0.001 * trailing(text)) for text in answers_of(completions)]
+
+
+def math_verify_reward_func(completions, answer, **kwargs) -> list[float | None]:
+    """2.0 where the answer, in the tags or else in the whole text, is the gold one as mathematics, such as LaTeX; by math-verify.
+
+    None, no opinion, where the gold answer cannot be read.
+    """
+    from math_verify import parse, verify
+
+    box = lambda text: text if r"\boxed" in text else rf"\boxed{{{text}}}"  # noqa: E731  what it reads without doubt
+    rewards = []
+    for text, gold in zip(answers_of(completions), answer):
+        expected, tagged = parse(box(gold)), extract_xml_answer(text)
+        given = parse(box(tagged) if tagged else text)
+        rewards.append((2.0 if verify(expected, given) else 0.0) if expected else None)
+    return rewards
+
+
+math_verify_reward_func.needs = ("math_verify", "math")  # a package, and the extra that brings it
 
 
 def soft_overlong_reward_func(completions, completion_ids, max_completion_length, **kwargs) -> list[float]:
@@ -513,7 +685,7 @@ class Completion:
     sampler_logps: list[float]  # each id's log-prob under the distribution it was drawn from
     mask: list[int]  # 1 where the policy wrote the id
     finish_reason: str  # "eos", "stop" (a stop string) or "length"
-    text: str  # what is scored: the completion prefix and what follows
+    text: str  # what is scored: what primed it, and what follows without end and padding ids
     rewards: list[float] = field(default_factory=list)  # one a reward function, NaN where it abstained
 
 
@@ -524,6 +696,12 @@ class Group:
     row: dict  # of the dataset: its columns, and the prompt as it was written
     prompt: list[int]  # ids
     completions: list[Completion]
+
+
+def completion_text(tokenizer, ids: list[int]) -> str:
+    """The text of a completion's ids. Only end and padding ids are left out: tags may be special tokens too, and count."""
+    left_out = {*tokenizer.eos_token_ids, getattr(tokenizer, "pad_token_id", None)}
+    return tokenizer.decode([i for i in ids if i not in left_out])
 
 
 def random_key(*parts) -> mx.array:
@@ -576,11 +754,12 @@ def generate(
     keys: (B, 2) random keys, one a prompt; a prompt's completions depend on its key and not on its company. Not
     needed at temperature 0. kv_budget: bytes of KV cache, most_rows: completions at a time; prompts beyond them wait for
     the next batch. progress: called with the number of prompts done. decoder: make_decoder's for this model and sampling,
-    where it is kept from call to call. prefix: what stands before each completion's text. Models whose caches cannot be padded decode prompts of equal length together.
+    where it is kept from call to call. Models whose caches cannot be padded decode prompts of equal length together.
+    prefix: build_prompt's completion_prefix; texts begin with it, and with a <think> that the template opened.
     """
     decoder, penalised = decoder or make_decoder(model, sampling), sampling.repetition_penalty != 1.0
-    row = lambda: Row(tokenizer, stop_strings, max_new_tokens)  # noqa: E731
-    rows = [[row() for _ in range(num_generations)] for _ in prompts]
+    primed = [primed_text(tokenizer, ids, prefix) for ids in prompts]
+    rows = [[Row(tokenizer, stop_strings, max_new_tokens, text) for _ in range(num_generations)] for text in primed]
     padded = can_pad(model)
     budget = kv_budget or memory_bytes() // 4
     most = int(budget / kv_bytes_per_token(model)) // (max(map(len, prompts), default=0) + max_new_tokens)
@@ -614,7 +793,7 @@ def generate(
     return [
         Completion(
             row.ids, row.logps, [1] * len(row.ids), row.finish_reason,
-            prefix + tokenizer.decode(row.ids, skip_special_tokens=True),
+            row.primed + completion_text(tokenizer, row.ids),
         )
         for group in rows
         for row in group
@@ -1323,9 +1502,9 @@ EVALUATION_ROWS = 32  # at a time, where a rollout has fewer
 def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None, ranks: Ranks = ALONE) -> dict:
     """Greedy exact match over `rows` ({"prompt", "answer"}): em_strict, em_lenient, their intervals and every text."""
     mine, greedy = ranks.share(rows), Sampling(temperature=0.0)
-    prompts = [build_prompt(tokenizer, r["prompt"], config.system_prompt, config.completion_prefix) for r in mine]
+    prompts = [build_prompt(tokenizer, r["prompt"], *config.prompting) for r in mine]
     completions = generate(
-        model, tokenizer, prompts, sampling=greedy, stop_strings=config.stop_strings, progress=progress,
+        model, tokenizer, prompts, sampling=greedy, stop_strings=config.stops, progress=progress,
         decoder=make_decoder(model, greedy, config.use_compile), prefix=config.completion_prefix,
         max_new_tokens=config.eval_max_new_tokens or config.max_completion_length, kv_budget=int(config.kv_budget_gb * 2**30),
         # No more rows than a rollout has on this rank: it takes no more memory.
@@ -1340,6 +1519,7 @@ def evaluate(model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress
         "em_strict": strict / n, "em_strict_ci": wilson_interval(strict, n),
         "em_lenient": lenient / n, "em_lenient_ci": wilson_interval(lenient, n),
         "n": n, "completion_length": float(np.mean(lengths)), "texts": list(texts),
+        **({"cut_thinking": float(np.mean([is_thinking(text) for text in texts]))} if any(map(has_thought, texts)) else {}),
     }  # fmt: skip
 
 
@@ -1739,6 +1919,8 @@ class MLXGRPOTrainer:
         source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
         splits = {split: load_dataset_split(config, split) for split in ("train", "test")}  # a wrong path is met before a model is loaded
         self.model, self.tokenizer = load_model(config)
+        if ranks.rank == 0:
+            warn_of_rows(config, special_tokens(self.tokenizer), training=splits["train"], held_out=splits["test"])
         self.rows, self.eval_rows = prompt_rows(splits, self.model, self.tokenizer, config)
         if config.prompts_per_update < ranks.size:
             raise UserError(f"{ranks.size} ranks share {config.prompts_per_update} prompts an update; raise batch_size, or start fewer")
@@ -1816,7 +1998,7 @@ class MLXGRPOTrainer:
         completions = generate(
             self.model_old, self.tokenizer, [row["prompt_ids"] for _, row in drawn],
             sampling=config.sampling, decoder=self.old_policy.decoder, max_new_tokens=config.rollout_tokens,
-            num_generations=config.num_generations, stop_strings=config.stop_strings, prefix=config.completion_prefix,
+            num_generations=config.num_generations, stop_strings=config.stops, prefix=config.completion_prefix,
             keys=[random_key(config.seed, "rollout", number) for number, _ in drawn],
             kv_budget=int(config.kv_budget_gb * 2**30),
         )  # fmt: skip
@@ -2032,7 +2214,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks; the exit status."""
-    path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml")
+    path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml").expanduser()
     values, sources = read_settings(FIELD_TYPES, path, arguments.set)
     config = MLXGRPOConfig(**values)
     check_trackers(config.report_to)
@@ -2060,7 +2242,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     with contextlib.ExitStack() as held:
         with failing_on_the_disk(run_dir):
             ranks.on_first(lambda: held.enter_context(claimed_directory(run_dir)) and None)
-            if arguments.resume is not None and not resumes:
+            if not resumes:  # what was logged here came to no update
                 ranks.on_first(lambda: trainer.files.logs.cut({}))
             if resumes:
                 asked = {name for name, source in sources.items() if source == "--set"}

@@ -16,13 +16,16 @@ from mlx_grpo.run.text import clock, escaped, question_text, shortened, sparklin
 from mlx_grpo.run.trackers import Trackers, numbers
 
 ROOT = Path(__file__).resolve().parents[2]
+MOSTLY = 0.5  # share of completions cut while thinking above which it is warned of
 MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 
 def describe_evaluation(record: dict) -> str:
     low, high = (100 * x for x in record["em_strict_ci"])
     split = "held-out" if record["split"] == "test" else "training subset"
-    return f"{split} exact match {100 * record['em_strict']:.1f}% ({low:.1f}-{high:.1f}), lenient {100 * record['em_lenient']:.1f}%, n={record['n']}"
+    return f"{split} exact match {100 * record['em_strict']:.1f}% ({low:.1f}-{high:.1f}), lenient {100 * record['em_lenient']:.1f}%, n={record['n']}" + (
+        f", {record['cut_thinking']:.0%} cut while thinking" if record.get("cut_thinking") else ""
+    )
 
 
 def figures(record: dict) -> dict[str, str]:
@@ -33,6 +36,7 @@ def figures(record: dict) -> dict[str, str]:
     shown |= {
         "length": f"{record['completion_length_mean']:.0f}",
         "truncated": f"{record['truncated_fraction']:.0%}",
+        **({"thinking": f"{record['cut_thinking_fraction']:.0%}"} if record.get("cut_thinking_fraction") else {}),
         "no-signal": f"{record['zero_signal_fraction']:.0%}",
         "rollout": f"{record['rollout_tokens_per_s']:.0f} tok/s",
         "train": f"{record['train_tokens_per_s']:.0f} tok/s",
@@ -64,7 +68,7 @@ class Monitor:
         self.times = collections.deque(maxlen=20)  # (updates done, when), for the time that is left
         self.doing, self.since, self.note = "", 0.0, ""
         self.live = None
-        self.warned = False  # that the sampler has drifted too far from the policy to learn from: once is enough
+        self.warned = self.warned_of_thinking = False  # that the sampler has drifted too far from the policy to learn from: once is enough
 
     def __enter__(self):
         if self.console.file.isatty() and self.console.is_interactive:
@@ -122,6 +126,13 @@ class Monitor:
             print(
                 f"Warning: sampler and policy differ by {record['mismatch/kl']:.3f} nats a token; raise bits, lower sync_every, "
                 "or set top_p = 1, top_k = 0, min_p = 0, repetition_penalty = 1",
+                file=sys.stderr,
+            )
+        if record.get("cut_thinking_fraction", 0.0) > MOSTLY and not self.warned_of_thinking:
+            self.warned_of_thinking = True
+            print(
+                f"Warning: {record['cut_thinking_fraction']:.0%} of the completions were cut while thinking, before any answer; raise "
+                "max_completion_length, or set chat_template_kwargs = { enable_thinking = false } where the model's template takes it",
                 file=sys.stderr,
             )
         self.done = record["update"]
