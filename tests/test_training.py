@@ -227,7 +227,7 @@ def entry_of_the_page(heading):
     """Name and value of the table's line in a section of CONTRIBUTING.md, made as it says with the function before it."""
     section = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     function, line = (textwrap.dedent(block.split("   ```")[0]) for block in section.split("```python\n")[1:])
-    script = dict(vars(mlx_grpo))
+    script = dict(vars(mlx_grpo.script))
     exec(function, script)
     [(name, entry)] = eval("{" + line + "}", script).items()
     return name, entry
