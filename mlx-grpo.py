@@ -49,6 +49,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 from mlx_grpo.backends import use_fast_backend
@@ -63,8 +64,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy, save_model
-from mlx_grpo.answers import extract_hash_answer  # noqa: F401  a name that users import from here
-from mlx_grpo.answers import after_thinking, extract_xml_answer, grade, has_thought, is_thinking, last_number_is, parse_number
+from mlx_grpo.answers import after_thinking, has_thought, is_thinking, last_boxed, last_number, last_quantity, parse_number, read_quantity, same_answer, unwrapped
+from mlx_grpo.chat_templates import encode_chat, special_tokens, system_in_first_user_message, without_special_tokens
 from mlx_grpo.update.micro_batches import bucket, left_pad, micro_batches
 from mlx_grpo.backends.blas import blas_name
 from mlx_grpo.backends.cuda_kernels import attention_covers
@@ -72,7 +73,9 @@ from mlx_grpo.rollout.decoding import CompiledDecoder, Decoder, Row, decode
 from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
 from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
 from mlx_grpo.backends.streams import lane_count, lanes, spread
-from mlx_grpo.loading import ROOT, check_rows, is_quantized, open_dataset, open_model, prompt_key, read_model_config, resolve_model, warn_of_rows
+from mlx_grpo.loading import (
+    ROOT, DataRow, field_of, is_quantized, open_dataset, prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
+)  # fmt: skip
 from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
 from mlx_grpo.run.records import completion_records, machine_facts, time_facts, update_facts
 from mlx_grpo.run.terminal import Monitor, print_outcome, stopping_on_signals, write_report
@@ -85,7 +88,8 @@ from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.run.directory import RunLogs, choose_run_dir, file_digest, find_checkpoint, lock_directory, write_directory
 from mlx_grpo.scoring import load_rewards, name_of, reward_files, score
 from mlx_grpo.settings import CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record
-from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
+from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle
+from mlx_grpo.update.swiglu import use_swiglu
 
 SYSTEM_PROMPT = (
     "Think step by step between <reasoning> and </reasoning>, "
@@ -298,6 +302,115 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> ML
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class TiktokenTokenizerWrapper:
+    """The tokenizer of a directory that has only tokenizer.pkl, with what mlx-lm and this script use of a tokenizer.
+
+    Text is always ordinary text, as in nanochat: spelling a special token does not make one, and nothing is put in front.
+    Special tokens come from apply_chat_template(tokenize=True) alone; its text form is for reading.
+    For mlx-lm's generators: TokenizerWrapper(self, eos_token_ids=self.eos_token_ids)."""
+
+    chat_template = "nanochat"  # mlx-lm only asks whether there is one
+    clean_up_tokenization_spaces = False
+    # The chat tokens in the order of a conversation, and what stands for them in a vocabulary without them.
+    CHAT = {"<|bos|>": "", "<|user_start|>": "User: ", "<|user_end|>": "\n", "<|assistant_start|>": "Assistant: ", "<|assistant_end|>": "\n"}
+
+    def __init__(self, path):
+        """`path`: a tokenizer.pkl or its directory. Raises ValueError("Failed to load tiktoken tokenizer: REASON")."""
+        self.path = Path(path) / "tokenizer.pkl" if Path(path).is_dir() else Path(path)
+        try:
+            import tiktoken
+
+            state = read_tokenizer_pickle(self.path)  # which runs nothing of the pickle
+            if state["name"] in tiktoken.list_encoding_names():
+                raise ValueError(f"{state['name']!r} is the name of an encoding that tiktoken downloads")
+            self.encoding = tiktoken.Encoding(**state)  # ValueError where pat_str is no regular expression
+        except (ImportError, OSError, ValueError) as error:
+            raise ValueError(f"Failed to load tiktoken tokenizer: {error}") from error
+        self.name_or_path, self.special_tokens = str(self.path.parent), state["special_tokens"]
+        # Latin-1 names every byte by one character, so that distinct tokens have distinct names.
+        self.vocab = {token.decode("latin-1"): i for token, i in state["mergeable_ranks"].items()} | self.special_tokens
+        self.id_to_token = {i: token for token, i in self.vocab.items()}
+        self.id_to_bytes = {i: token for token, i in state["mergeable_ranks"].items()}
+        self.id_to_bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
+        self.vocab_size = max(self.id_to_bytes) + 1
+        self.all_special_tokens, self.all_special_ids = list(self.special_tokens), list(self.special_tokens.values())
+        # nanochat stops at the end of the assistant's turn, and where a new document would begin.
+        stops = [t for t in ("<|assistant_end|>", "<|endoftext|>", "<|bos|>") if t in self.special_tokens]
+        self.eos_token = self.pad_token = stops[0] if stops else None
+        self.bos_token = "<|bos|>" if "<|bos|>" in stops else None
+        self.eos_token_ids = {self.special_tokens[t] for t in stops}
+        self.eos_token_id = self.pad_token_id = self.special_tokens.get(self.eos_token)
+        self.bos_token_id = self.special_tokens.get(self.bos_token)
+
+    def __len__(self):
+        return self.vocab_size
+
+    def encode(self, text, add_special_tokens=True, **_):
+        """Text -> ids. add_special_tokens changes nothing: nanochat adds none."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids, skip_special_tokens=False, **_):
+        """Ids (list, array or one id) -> text; broken UTF-8 becomes U+FFFD, an id without a token (a padding row) nothing."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        skip = self.all_special_ids if skip_special_tokens else ()
+        kept = [i for i in ([ids] if isinstance(ids, int) else ids) if i not in skip]
+        return b"".join(self.id_to_bytes.get(i, b"") for i in kept).decode("utf-8", "replace")
+
+    def get_vocab(self):
+        return self.vocab
+
+    def convert_tokens_to_ids(self, tokens):
+        return self.vocab.get(tokens) if isinstance(tokens, str) else [self.vocab.get(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids):
+        return self.id_to_token.get(ids) if isinstance(ids, int) else [self.id_to_token.get(i) for i in ids]
+
+    def save_pretrained(self, directory, **_):
+        """Copies tokenizer.pkl into `directory`."""
+        target = Path(directory) / "tokenizer.pkl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.resolve() != self.path.resolve():
+            shutil.copyfile(self.path, target)
+        return (str(target),)
+
+    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=None, continue_final_message=False, **_):
+        """Messages -> ids (or text): <|bos|>, then <|user_start|>..<|user_end|><|assistant_start|>..<|assistant_end|> with a
+        system message joined to the first user message; plain "User: ..", "Assistant: .." lines where these tokens are missing.
+        add_generation_prompt: None means where the user spoke last. ValueError unless the roles alternate from user."""
+        messages = [dict(message) for message in messages]
+        if len(messages) > 1 and (messages[0]["role"], messages[1]["role"]) == ("system", "user"):
+            system = messages.pop(0)
+            messages[0]["content"] = system["content"] + "\n\n" + messages[0]["content"]
+        pieces = [("<|bos|>", True)]  # (text, whether it is a special token)
+        for i, message in enumerate(messages):
+            role, content = ("user", "assistant")[i % 2], message["content"]
+            if message["role"] != role:
+                raise ValueError(f"Message {i} is from {message['role']} but should be from {role}")
+            pieces.append((f"<|{role}_start|>", True))
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                tool = {"text": None, "python": "python", "python_output": "output"}[part["type"]]
+                text = (part["text"], False)
+                pieces += [(f"<|{tool}_start|>", True), text, (f"<|{tool}_end|>", True)] if tool else [text]
+            pieces.append((f"<|{role}_end|>", True))
+        if continue_final_message:
+            pieces.pop()
+        elif add_generation_prompt or (add_generation_prompt is None and messages and messages[-1]["role"] == "user"):
+            if not messages or messages[-1]["role"] != "user":
+                raise ValueError("A prompt for the assistant must end with a message from user")
+            pieces.append(("<|assistant_start|>", True))
+        if not self.CHAT.keys() <= self.special_tokens.keys():
+            text = "".join(self.CHAT.get(piece, "") if special else piece for piece, special in pieces)
+            return self.encode(text) if tokenize else text
+        if not tokenize:
+            return "".join(piece for piece, _ in pieces)
+        return [i for piece, special in pieces for i in ([self.special_tokens[piece]] if special else self.encode(piece))]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Prompts
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -348,48 +461,6 @@ def render_chat(tokenizer, messages: list[dict], options: dict, own_words: str =
     raise UserError(f"The model's chat template refuses the prompt: {reason}")
 
 
-def system_in_first_user_message(messages: list[dict]) -> list[dict]:
-    """The chat without its system message, which then stands at the head of what the user says first."""
-    system, rest = messages[0]["content"], [dict(message) for message in messages[1:]]
-    first = next((message for message in rest if message["role"] == "user"), None)
-    if first is None:
-        return messages
-    first["content"] = f"{system}\n\n{first['content']}"
-    return rest
-
-
-@functools.lru_cache(maxsize=8)
-def special_tokens(tokenizer) -> re.Pattern | None:
-    """What finds the tokenizer's special tokens in a text; None where a text cannot hold one."""
-    tokens = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
-
-
-def without_special_tokens(tokenizer, messages: list[dict], own_words: str) -> tuple[list[dict], dict[str, str]]:
-    """The chat with one private character for each special token that its texts spell, and what each stands for.
-
-    Spelling a special token makes none, as in nanochat: a question may speak of <|im_end|> and does not end there. What the
-    run's own words hold, such as a tag of the answer's form, stays a special token wherever it is written.
-    """
-    pattern = special_tokens(tokenizer)
-    contents = "".join(message["content"] for message in messages)
-    if pattern is None or not pattern.search(contents):
-        return messages, {}
-    unused = (chr(n) for n in range(0xF0000, 0xFFFFE) if chr(n) not in contents)
-    marks = {token: next(unused) for token in sorted({found[0] for found in pattern.finditer(contents)}) if token not in own_words}
-    neutral = lambda text: pattern.sub(lambda found: marks.get(found[0], found[0]), text)  # noqa: E731
-    return [{**m, "content": neutral(m["content"])} for m in messages], {mark: token for token, mark in marks.items()}
-
-
-def encode_chat(tokenizer, text: str, ordinary: dict[str, str]) -> list[int]:
-    """Ids of a rendered chat: its special tokens are such, and what the marks in `ordinary` stand for is ordinary text."""
-    if not ordinary:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    parts = re.split(f"([{''.join(ordinary)}])", text)
-    ids = [tokenizer.encode(ordinary.get(p, p), add_special_tokens=False, split_special_tokens=p in ordinary) for p in parts if p]
-    return [i for part in ids for i in part]
-
-
 def use_prompt_template(tokenizer, template: str) -> None:
     """Make a plain text with {prompt} in it the tokenizer's chat template, so that whatever reads the saved model prompts alike.
 
@@ -435,6 +506,43 @@ def primed_text(tokenizer, prompt: list[int], completion_prefix: str = "") -> st
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
+    """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
+
+    Raises UserError where the directory holds no model that fits its tokenizer.
+    """
+    from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
+
+    path = resolve_model(name)
+    if trust_remote_code:
+        print(f"trust_remote_code: Python files that come with {name} run on this machine with all your rights", file=sys.stderr)
+    try:
+        model_config = read_model_config(path)
+        own_code = path / model_config["model_file"] if "model_file" in model_config else None
+        # The one model file that needs no trust is the one this project ships, byte for byte.
+        known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "mlx_grpo" / "models" / "nanochat_2026.py").read_bytes()
+        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known)
+        if adapter_path:
+            load_adapters(model, adapter_path)
+            model.eval()
+        if (path / "tokenizer.pkl").is_file() and not (path / "tokenizer.json").is_file():
+            tokenizer = TiktokenTokenizerWrapper(path)
+            ends = model_config.get("eos_token_id")
+            tokenizer.eos_token_ids |= {ends} if isinstance(ends, int) else set(ends or ())
+        else:
+            tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=model_config.get("eos_token_id"))
+    except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        prefix = "" if reason.startswith("Failed to load tiktoken tokenizer") else f"Failed to load model {path}: "
+        raise UserError(prefix + reason) from error
+    rows = model_config.get("vocab_size") or model_config.get("text_config", {}).get("vocab_size")
+    largest = max(tokenizer.get_vocab().values())
+    if rows and largest >= rows:
+        raise UserError(f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}")
+    use_swiglu(model)
+    return model, tokenizer, model_config
+
+
 def load_model(config: MLXGRPOConfig):
     """The policy and its tokenizer, with exactly what `fine_tune_type` asks for left trainable.
 
@@ -475,6 +583,11 @@ def load_model(config: MLXGRPOConfig):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def get_gsm8k_questions(split: str = "train") -> list[dict]:
+    """GSM8K's rows of a split (arXiv 2110.14168), {"prompt", "answer"}: the default dataset. Raises RunError without a hub."""
+    return load_dataset_split(MLXGRPOConfig(), split)
+
+
 def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
     """The rows of split "train" or "test" as {"prompt", "answer", other columns}; max_train_samples is applied.
 
@@ -502,6 +615,51 @@ def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
             raise UserError(f"{training[0][1]} has too few rows ({len(rows)}) to set some aside; give an eval_dataset")
         rows = [row for row, key in zip(rows, keys) if (key in aside) == (split == "test")]
     return rows[: config.max_train_samples or None] if split == "train" else rows
+
+
+def check_rows(config, parts: list[tuple]) -> list[DataRow]:
+    """The rows of all (rows, source) parts, each with its columns, "prompt" and "answer".
+
+    Where at least half of the gold answers are numbers, however people write them, those come as plain numbers: "15 dollars" as
+    15. Raises UserError with file and row (counted from 1) where a field is missing, empty or of the wrong type.
+    """
+    checked = [check_row(config, row, f"{source}, row {number}") for rows, source in parts for number, row in enumerate(rows, 1)]
+    if not checked:
+        raise UserError(f"No rows in {parts[0][1]}")
+    quantities = [read_quantity(row["answer"]) for row in checked]
+    if 2 * sum(quantity is not None for quantity in quantities) >= len(checked):
+        for row, quantity in zip(checked, quantities):
+            if quantity and parse_number(row["answer"]) is None:
+                row["answer"] = quantity.text
+    return checked
+
+
+def check_row(config, row: dict, place: str) -> DataRow:
+    """A row with "prompt" and "answer", the gold one. Raises UserError with its place where a field is not what it must be."""
+    found = {}
+    for name in (config.prompt_field, config.answer_field):
+        try:
+            value = found[name] = field_of(row, name)
+        except KeyError:
+            raise UserError(f"{place}: no field {name!r}; it has {', '.join(row)}. Set prompt_field and answer_field") from None
+        if value is None or value == [] or value != value or not str(value).strip():
+            raise UserError(f"{place}: field {name!r} is empty")
+    question, answer = found[config.prompt_field], found[config.answer_field]
+    chat = isinstance(question, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
+    if not isinstance(question, str) and not chat:
+        raise UserError(f"{place}: field {config.prompt_field!r} is neither text nor chat messages")
+    try:
+        prompt = read_chat(question) if chat else question
+    except ValueError as error:
+        raise UserError(f"{place}: field {config.prompt_field!r}: {error}") from None
+    if not isinstance(answer, (str, int, float, Decimal)):
+        raise UserError(f"{place}: field {config.answer_field!r} is neither text nor a number")
+    gold = extract_gold_answer(str(answer))
+    if not gold:
+        raise UserError(f"{place}: field {config.answer_field!r} is empty")
+    checked = DataRow({**row, "prompt": prompt, "answer": gold})
+    checked.place, checked.cut = place, chat and len(prompt) < len(question)
+    return checked
 
 
 def context_length(model) -> float:
@@ -541,6 +699,54 @@ def draw_rows(rows: list[dict], seed: int, first: int, count: int) -> list[tuple
         order = np.random.default_rng([seed, 2, epoch]).permutation(len(rows))
         drawn.append((number, rows[order[place]]))
     return drawn
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------------------------------------------
+# How numbers are read as people write them is in mlx_grpo/answers.py.
+
+
+def extract_xml_answer(text: str) -> str:
+    """What stands in the last complete <answer>..</answer>, stripped; "" where there is none."""
+    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
+    return text[start + len("<answer>") : text.find("</answer>", start)].strip() if start >= 0 else ""
+
+
+def extract_hash_answer(text: str) -> str | None:
+    """What stands on the line of the last ####, as GSM8K writes its gold answers; None without a ####.
+
+    A number comes alone: "#### $1,080" and "#### 1080 dollars" are 1080.
+    """
+    if "####" not in text:
+        return None
+    line = text.rsplit("####", 1)[1].strip().partition("\n")[0].strip()
+    if parse_number(line) is not None:
+        return line.replace(",", "").replace("$", "")
+    quantity = read_quantity(line)
+    return quantity.text if quantity else unwrapped(line)
+
+
+def extract_gold_answer(text: str) -> str:
+    r"""The answer in a dataset's answer field: on the line of the last ####, else in the last \boxed{}, else all but its markup."""
+    hashed = extract_hash_answer(text)
+    return unwrapped(text) if hashed is None else hashed
+
+
+def last_number_is(text: str, gold: str) -> bool:
+    """Whether the last number of the text is the gold answer, also where it is written as a fraction or with spaces."""
+    return any(same_answer(found, gold) for found in (last_number(text), last_quantity(text)))
+
+
+def grade(text: str, gold: str) -> tuple[bool, bool]:
+    """Exact match of a completion, strict (the answer tags are required) and lenient (the last number or box counts).
+
+    What a model thinks, before </think>, is not graded.
+    """
+    text = after_thinking(text)
+    strict = same_answer(extract_xml_answer(text), gold)
+    lenient = strict or last_number_is(text, gold) or same_answer(last_boxed(text) or "", gold)
+    return strict, lenient
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -171,32 +171,6 @@ def same_answer(given: str, gold: str) -> bool:
 # --- Answers in a text ------------------------------------------------------------------------------------------
 
 
-def extract_xml_answer(text: str) -> str:
-    """What stands in the last complete <answer>..</answer>, stripped; "" where there is none."""
-    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
-    return text[start + len("<answer>") : text.find("</answer>", start)].strip() if start >= 0 else ""
-
-
-def extract_hash_answer(text: str) -> str | None:
-    """What stands on the line of the last ####, as GSM8K writes its gold answers; None without a ####.
-
-    A number comes alone: "#### $1,080" and "#### 1080 dollars" are 1080.
-    """
-    if "####" not in text:
-        return None
-    line = text.rsplit("####", 1)[1].strip().partition("\n")[0].strip()
-    if parse_number(line) is not None:
-        return line.replace(",", "").replace("$", "")
-    quantity = read_quantity(line)
-    return quantity.text if quantity else unwrapped(line)
-
-
-def extract_gold_answer(text: str) -> str:
-    r"""The answer in a dataset's answer field: on the line of the last ####, else in the last \boxed{}, else all but its markup."""
-    hashed = extract_hash_answer(text)
-    return unwrapped(text) if hashed is None else hashed
-
-
 def last_number(text: str) -> str:
     """The last number written in the text, or ""."""
     found = NUMBER.findall(text)
@@ -215,19 +189,3 @@ def last_quantity(text: str) -> str:
     end = ends[-1] + (text[ends[-1] : ends[-1] + 1] == "}")
     found = ENDING.search(text[max(0, end - BEFORE_LAST_NUMBER) : end].rstrip("."))
     return found[0] if found else ""
-
-
-def last_number_is(text: str, gold: str) -> bool:
-    """Whether the last number of the text is the gold answer, also where it is written as a fraction or with spaces."""
-    return any(same_answer(found, gold) for found in (last_number(text), last_quantity(text)))
-
-
-def grade(text: str, gold: str) -> tuple[bool, bool]:
-    """Exact match of a completion, strict (the answer tags are required) and lenient (the last number or box counts).
-
-    What a model thinks, before </think>, is not graded.
-    """
-    text = after_thinking(text)
-    strict = same_answer(extract_xml_answer(text), gold)
-    lenient = strict or last_number_is(text, gold) or same_answer(last_boxed(text) or "", gold)
-    return strict, lenient

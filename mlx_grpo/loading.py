@@ -7,15 +7,12 @@ import lzma
 import re
 import sys
 import zlib
-from decimal import Decimal
 from pathlib import Path
 
 import mlx.nn as nn
 
-from mlx_grpo.answers import extract_gold_answer, parse_number, read_quantity
+from mlx_grpo.answers import parse_number, read_quantity
 from mlx_grpo.errors import RunError, UserError
-from mlx_grpo.update.swiglu import use_swiglu
-from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK_HUB = "Check the name and the network, or give a local path"
@@ -85,43 +82,6 @@ def read_model_config(path: Path) -> dict:
     from mlx_lm.utils import load_config as read
 
     return flatten_rope_parameters(read(path))
-
-
-def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
-    """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
-
-    Raises UserError where the directory holds no model that fits its tokenizer.
-    """
-    from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
-
-    path = resolve_model(name)
-    if trust_remote_code:
-        print(f"trust_remote_code: Python files that come with {name} run on this machine with all your rights", file=sys.stderr)
-    try:
-        model_config = read_model_config(path)
-        own_code = path / model_config["model_file"] if "model_file" in model_config else None
-        # The one model file that needs no trust is the one this project ships, byte for byte.
-        known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "mlx_grpo" / "models" / "nanochat_2026.py").read_bytes()
-        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known)
-        if adapter_path:
-            load_adapters(model, adapter_path)
-            model.eval()
-        if (path / "tokenizer.pkl").is_file() and not (path / "tokenizer.json").is_file():
-            tokenizer = TiktokenTokenizerWrapper(path)
-            ends = model_config.get("eos_token_id")
-            tokenizer.eos_token_ids |= {ends} if isinstance(ends, int) else set(ends or ())
-        else:
-            tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=model_config.get("eos_token_id"))
-    except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        prefix = "" if reason.startswith("Failed to load tiktoken tokenizer") else f"Failed to load model {path}: "
-        raise UserError(prefix + reason) from error
-    rows = model_config.get("vocab_size") or model_config.get("text_config", {}).get("vocab_size")
-    largest = max(tokenizer.get_vocab().values())
-    if rows and largest >= rows:
-        raise UserError(f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}")
-    use_swiglu(model)
-    return model, tokenizer, model_config
 
 
 def is_quantized(model) -> bool:
@@ -335,51 +295,6 @@ def read_chat(messages: list[dict]) -> list[dict]:
     if not any(message["role"] == "user" for message in chat):
         raise ValueError("the chat has no message from the user to answer")
     return chat
-
-
-def check_row(config, row: dict, place: str) -> DataRow:
-    """A row with "prompt" and "answer", the gold one. Raises UserError with its place where a field is not what it must be."""
-    found = {}
-    for name in (config.prompt_field, config.answer_field):
-        try:
-            value = found[name] = field_of(row, name)
-        except KeyError:
-            raise UserError(f"{place}: no field {name!r}; it has {', '.join(row)}. Set prompt_field and answer_field") from None
-        if value is None or value == [] or value != value or not str(value).strip():
-            raise UserError(f"{place}: field {name!r} is empty")
-    question, answer = found[config.prompt_field], found[config.answer_field]
-    chat = isinstance(question, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
-    if not isinstance(question, str) and not chat:
-        raise UserError(f"{place}: field {config.prompt_field!r} is neither text nor chat messages")
-    try:
-        prompt = read_chat(question) if chat else question
-    except ValueError as error:
-        raise UserError(f"{place}: field {config.prompt_field!r}: {error}") from None
-    if not isinstance(answer, (str, int, float, Decimal)):
-        raise UserError(f"{place}: field {config.answer_field!r} is neither text nor a number")
-    gold = extract_gold_answer(str(answer))
-    if not gold:
-        raise UserError(f"{place}: field {config.answer_field!r} is empty")
-    checked = DataRow({**row, "prompt": prompt, "answer": gold})
-    checked.place, checked.cut = place, chat and len(prompt) < len(question)
-    return checked
-
-
-def check_rows(config, parts: list[tuple]) -> list[DataRow]:
-    """The rows of all (rows, source) parts, each with its columns, "prompt" and "answer".
-
-    Where at least half of the gold answers are numbers, however people write them, those come as plain numbers: "15 dollars" as
-    15. Raises UserError with file and row (counted from 1) where a field is missing, empty or of the wrong type.
-    """
-    checked = [check_row(config, row, f"{source}, row {number}") for rows, source in parts for number, row in enumerate(rows, 1)]
-    if not checked:
-        raise UserError(f"No rows in {parts[0][1]}")
-    quantities = [read_quantity(row["answer"]) for row in checked]
-    if 2 * sum(quantity is not None for quantity in quantities) >= len(checked):
-        for row, quantity in zip(checked, quantities):
-            if quantity and parse_number(row["answer"]) is None:
-                row["answer"] = quantity.text
-    return checked
 
 
 def prompt_key(prompt: str | list[dict]) -> str:

@@ -552,7 +552,7 @@ def test_built_in_rewards_are_linear_in_the_text(tmp_path):
     # 220 texts of 100,000 characters: linear work takes seconds; a single quadratic search in one of them would take minutes.
     lines = [
         f"import sys; sys.path.insert(0, {str(Path(mlx_grpo.script.__file__).parent)!r})",
-        "import mlx_grpo", "from mlx_grpo.answers import extract_gold_answer, extract_hash_answer, grade, last_number",
+        "import mlx_grpo", "from mlx_grpo import extract_gold_answer, extract_hash_answer, grade", "from mlx_grpo.answers import last_number",
         "functions = [f for n, f in mlx_grpo.script.BUILT_IN_REWARDS.items() if not hasattr(f, 'needs')]",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", "\n".join(lines) + ADVERSARIES], capture_output=True, text=True, timeout=240)
