@@ -14,23 +14,19 @@ There is no value network and no reward model: rewards are plain Python function
     uv run mlx-grpo.py --config configs/prod.toml --set learning_rate=2e-6
     uv run mlx-grpo.py --config configs/prod.toml --resume         carry on after a stop
 
-The file reads in the order data flows: config, prompts, model, data, rewards, rollout, objective, log-probs, optimizer,
-evaluation, trainer, command line. What is not the algorithm lies beside it:
+The file reads in the order data flows: config, tokenizer, prompts, model, data, answers, rewards, rollout, objective,
+log-probs, optimizer, evaluation, update, trainer, command line. What it stands on is the package mlx_grpo:
 
-    to begin     settings.py (TOML to typed values, and what is refused), loading.py (models and datasets, local or from
-                 the hub), tiktoken_wrapper.py (nanochat's tokenizer), adapters.py (LoRA layers, merged and saved)
-    rewards      answers.py (answers, found and compared), scoring.py (reward functions, found and called)
-    rollout      decoding.py (the next ids of a batch), kv_cache.py (prompts computed once, padded rows)
-    update       batching.py (its completions as padded arrays), fused_head.py (log-probs without the logits in memory),
-                 swiglu.py (a layer's product that keeps less)
-    a run        memory_plan.py (what it will hold), trial.py (tried before it starts), run_directory.py (its files, errors),
-                 resuming.py (a trainer's state on disk), monitoring.py (terminal, trackers), ranks.py (several processes)
-    hardware     fast_blas.py, cpu_kernels.py and lanes.py (MLX on CPUs), cuda_kernels.py (a position's layers on CUDA)
+    mlx_grpo/            settings from TOML, models and datasets by name, numbers as people write them, reward functions called
+    mlx_grpo/rollout/    KV caches, and rows decoded position by position
+    mlx_grpo/update/     micro-batches, the head in chunks, adapters
+    mlx_grpo/backends/   what differs by hardware
+    mlx_grpo/run/        a run's directory, checkpoints, memory plan, ranks, terminal, trackers
 
-Shapes are written where an array is born:
+Left out on purpose: a value network, a reward model, a second process that samples.
 
     B prompts a batch    G completions a prompt    N = B*G rows    P prompt positions    T completion positions
-    V vocabulary         D hidden width
+    V vocabulary         D hidden width            logps, old_logps, ref_logps, sampler_logps (N, T), in nats
 """
 
 import argparse
