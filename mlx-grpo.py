@@ -71,7 +71,7 @@ from mlx_grpo.backends.blas import blas_name
 from mlx_grpo.backends.cuda_kernels import attention_covers
 from mlx_grpo.rollout.decoding import CompiledDecoder, Decoder, Row, decode
 from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
-from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
+from mlx_grpo.rollout.kv_cache import can_pad, can_share_prompts, checkpointed, kv_bytes_per_token, prefill
 from mlx_grpo.backends.streams import lane_count, lanes, spread
 from mlx_grpo.loading import (
     ROOT, DataRow, field_of, is_quantized, open_dataset, prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
@@ -947,7 +947,7 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
 def make_decoder(model, sampling: Sampling, use_compile: bool = True) -> Decoder:
     """What draws the next ids, as is fastest on this device."""
     pays = mx.default_device() == mx.cpu and compile_works() or attention_covers(model)
-    kind = CompiledDecoder if use_compile and pays and can_pad(model) else Decoder
+    kind = CompiledDecoder if use_compile and pays and can_share_prompts(model) else Decoder
     return kind(model, lambda logits, uniforms, seen: sample(logits, uniforms, sampling, seen))
 
 
@@ -1600,7 +1600,7 @@ class CompletionLogProbs:
 
     def __init__(self, model, temperature: float, entropy_gradient=True, head_chunk=HEAD_CHUNK_LOGITS):
         self.model, self.temperature = model, temperature
-        self.share_prompts = can_pad(model)
+        self.share_prompts = can_share_prompts(model)
         # CUDA's fused attention takes no mask: there a padded prompt costs more than it saves.
         self.shares_padded = self.share_prompts and not on_cuda()
         self.split = split_head(model)
