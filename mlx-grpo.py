@@ -72,6 +72,7 @@ from mlx_grpo.backends.cuda_kernels import attention_covers
 from mlx_grpo.rollout.decoding import CompiledDecoder, Decoder, Row, decode
 from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
 from mlx_grpo.rollout.kv_cache import can_pad, can_share_prompts, checkpointed, kv_bytes_per_token, prefill
+from mlx_grpo.backends.precision import keep_exact, narrowed, widen, with_masters, without_masters
 from mlx_grpo.backends.streams import lane_count, lanes, spread
 from mlx_grpo.loading import (
     ROOT, DataRow, field_of, is_quantized, open_dataset, prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
@@ -509,6 +510,7 @@ def primed_text(tokenizer, prompt: list[int], completion_prefix: str = "") -> st
 def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
     """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
 
+    On a CPU a half-precision model is computed in float32, and says so (precision.py).
     Raises UserError where the directory holds no model that fits its tokenizer.
     """
     from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
@@ -521,10 +523,12 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
         own_code = path / model_config["model_file"] if "model_file" in model_config else None
         # The one model file that needs no trust is the one this project ships, byte for byte.
         known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "mlx_grpo" / "models" / "nanochat_2026.py").read_bytes()
-        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known)
+        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known, lazy=True)
         if adapter_path:
             load_adapters(model, adapter_path)
             model.eval()
+        half = widen(model)
+        mx.eval(model.parameters())
         if (path / "tokenizer.pkl").is_file() and not (path / "tokenizer.json").is_file():
             tokenizer = TiktokenTokenizerWrapper(path)
             ends = model_config.get("eos_token_id")
@@ -540,6 +544,11 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
     if rows and largest >= rows:
         raise UserError(f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}")
     use_swiglu(model)
+    if half:
+        print(
+            f"{name}: {half}, computed in float32 on this CPU, where MLX has no fast {half} product; what is saved stays {half}",
+            file=sys.stderr,
+        )
     return model, tokenizer, model_config
 
 
@@ -570,6 +579,8 @@ def load_model(config: MLXGRPOConfig):
             # add up to. DoRA's stay: it divides by norms of the merged weights.
             for _, layer in adapter_layers(model):
                 layer.update(tree_map(lambda p: p.astype(mx.bfloat16), layer.trainable_parameters()))
+        if kind == "dora":
+            keep_exact(model, dict(tree_flatten(model.trainable_parameters())))
     if config.grad_checkpoint:
         for kind_of_layer in {type(layer) for layer in model.layers}:
             kind_of_layer.__call__ = checkpointed(kind_of_layer.__call__)
@@ -1951,7 +1962,8 @@ def rows_digest(rows: list[dict]) -> str:
 def weights_digest(model) -> str:
     """A number that changes with any bit of what the model brings; of a model with adapters, beneath them."""
     own = {name for name, _ in tree_flatten(model.trainable_parameters())} if adapter_layers(model) else ()
-    parts = [f"{name} {digest(array)}" for name, array in tree_flatten(model.parameters()) if name not in own]
+    arrays = narrowed(model, dict(tree_flatten(model.parameters())))  # as in its files, on every device
+    parts = [f"{name} {digest(array)}" for name, array in arrays.items() if name not in own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -2070,7 +2082,7 @@ class RunFiles:
             logs = self.logs.sync()
             self.write_model(folder)
             settings = dataclasses.asdict(self.config)
-            parts = (self.learner.optimizer.state, self.old_policy.weights)
+            parts = (with_masters(self.learner.model, self.learner.optimizer.state), self.old_policy.weights)
             write_snapshot(folder, Snapshot(dataclasses.asdict(state), settings, logs, self.inputs, {}, *parts))
 
         self.ranks.on_first(lambda: self.checkpoints.write(state.update, state.best_update, write, may_fail))
@@ -2097,12 +2109,13 @@ class RunFiles:
             state = RunState.read(snapshot.state)
             if any(snapshot.weights[name].shape != now.shape for name, now in trainable.items()):
                 raise ValueError("a weight of another shape")
+            weights, optimizer = without_masters(self.learner.model, snapshot.weights, snapshot.optimizer)
         except (TypeError, ValueError, KeyError):
             raise UserError(not_resumable(folder)) from None
         changed = changed_settings(snapshot.config, dataclasses.asdict(self.config), asked, folder)
         changed |= changed_inputs(snapshot.inputs, self.inputs, accept_inputs, folder)
-        self.learner.model.load_weights(list(snapshot.weights.items()), strict=False)
-        self.learner.optimizer.state = snapshot.optimizer
+        self.learner.model.load_weights(list(weights.items()), strict=False)
+        self.learner.optimizer.state = optimizer
         self.old_policy.quantize = state.quantize_rollouts
         self.old_policy.refresh(snapshot.stale)
         self.checkpoints.set_aside_after(state.update, state.best_update)

@@ -14,6 +14,7 @@ from tiny import ARCHITECTURES, tiny_model
 
 from mlx_grpo.update import fused_head
 import mlx_grpo
+from mlx_grpo.backends import precision
 from mlx_grpo.update.adapters import save_model
 from mlx_grpo import Completion, CompletionLogProbs, Group, MLXGRPOTrainer, left_pad, load_config, trainable_arrays
 
@@ -367,16 +368,17 @@ def test_the_adapters_reference_is_the_base(tmp_path):
         assert train_on(trainer, groups)[0]["kl"] > 1e-6
 
 
-def test_the_adapters_of_a_half_precision_model_are_as_it_is_but_for_dora(tmp_path):
+def test_the_adapters_of_a_half_precision_model_are_as_it_is_but_for_dora(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "half_is_slow", lambda: False)  # as on a GPU
     model, tokenizer, config = mlx_grpo.open_model("starter/model")
     model.set_dtype(mx.bfloat16)
     folder = tmp_path / "half"
     folder.mkdir()
     save_model(folder, model, tokenizer, config, Path("starter/model"), load_config())
-    for kind, precision in (("lora", mx.bfloat16), ("dora", mx.float32)):
+    for kind, dtype in (("lora", mx.bfloat16), ("dora", mx.float32)):
         trainer = trainer_of(tmp_path, f"model_name={folder}", f"fine_tune_type={kind}", "learning_rate=1e-4")
         adapters = trainable_arrays(trainer.model)
-        assert {a.dtype for name, a in adapters.items() if "lora_" in name} == {precision}
+        assert {a.dtype for name, a in adapters.items() if "lora_" in name} == {dtype}
         assert trainer.model(mx.array([[1, 2]])).dtype == mx.bfloat16
         masters = [a for name, a in tree_flatten(trainer.learner.optimizer.state) if name.endswith("master")]
         assert len(masters) == (len(adapters) if kind == "lora" else 0) and all(a.dtype == mx.float32 for a in masters)
