@@ -154,17 +154,22 @@ def enter_vjp(primals, cotangents, outputs):
     return parameters, mx.depends([x], [gradient for _, gradient in tree_flatten(parameters)])[0]
 
 
+def own_copy(x):
+    """An attribute of a cache as one of its own: mlx-lm changes lists of states, and arrays of paddings, in place."""
+    return x + 0 if isinstance(x, mx.array) else list(x) if isinstance(x, list) else x
+
+
 def checkpointed(call):
     """A layer's `call`, but in training it keeps its input alone and computes the rest again in the backward pass.
 
-    What it adds to a KV cache is an output too, with a gradient: mlx-lm's grad_checkpoint has none there, and a group's
-    prompt could not be computed once.
+    What it leaves in its cache, keys and values or states, is an output too, with a gradient: mlx-lm's grad_checkpoint has none
+    there, and a group's prompt could not be computed once.
     """
 
     def call_checkpointed(layer, x, *args, **kwargs):
         if not layer.training:
             return call(layer, x, *args, **kwargs)
-        cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch")), None)
+        cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch") or hasattr(a, "advance")), None)
         # The graph keeps a twin, without what the layer adds: a cache that refers to a graph that refers to it is never freed.
         twin = copy.copy(cache)
         args = [twin if a is cache else a for a in args]
@@ -174,11 +179,11 @@ def checkpointed(call):
 
         def run(parameters, x, stored, args, kwargs):
             layer.update(parameters)
-            state.update(before | stored)  # as it was: the backward pass comes here a second time
+            state.update({name: own_copy(x) for name, x in (before | stored).items()})  # as it was: the backward pass comes here again
             out = call(layer, x, *args, **kwargs)
             return out, {name: state.pop(name) for name in stored}
 
-        stored = {name: before[name] for name in ("keys", "values") if name in before}
+        stored = {name: before[name] for name in ("keys", "values", "cache") if name in before}  # ArraysCache has its states in `cache`
         out, stored = mx.checkpoint(run)(*enter(layer.trainable_parameters(), x), stored, args, kwargs)
         if cache is not None:
             vars(cache).update(state | stored)
