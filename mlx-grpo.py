@@ -59,21 +59,26 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_grpo.update.compiled_shapes import CompiledShapes, compiling_pays, note_shapes
 from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy, save_model
 from mlx_grpo.answers import after_thinking, has_thought, is_thinking, last_boxed, last_number, last_quantity, parse_number, read_quantity, same_answer, unwrapped
 from mlx_grpo.chat_templates import encode_chat, special_tokens, system_in_first_user_message, without_special_tokens
-from mlx_grpo.update.micro_batches import bucket, left_pad, micro_batches
+from mlx_grpo.update.micro_batches import grid, left_pad, micro_batches
+from mlx_grpo.update import shared_prompts
+from mlx_grpo.update.shared_prompts import reason_not_to_share
 from mlx_grpo.backends.blas import blas_name
 from mlx_grpo.backends.cuda_kernels import attention_covers
 from mlx_grpo.rollout.decoding import CompiledDecoder, Decoder, Row, decode
 from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
-from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
+from mlx_grpo.rollout.kv_cache import can_pad, can_share_prompts, checkpointed, kv_bytes_per_token
+from mlx_grpo.backends.precision import keep_exact, narrowed, widen, with_masters, without_masters
 from mlx_grpo.backends.streams import lane_count, lanes, spread
 from mlx_grpo.loading import (
     ROOT, DataRow, field_of, is_quantized, open_dataset, prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
 )  # fmt: skip
 from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
 from mlx_grpo.run.records import completion_records, machine_facts, time_facts, update_facts
+from mlx_grpo.run.ways import compiled_shapes, plan_lines
 from mlx_grpo.run.terminal import Monitor, print_outcome, stopping_on_signals, write_report
 from mlx_grpo.run.trackers import check_trackers, start_trackers
 from mlx_grpo.run.distributed import ALONE, Ranks, digest, start_ranks
@@ -197,7 +202,7 @@ class MLXGRPOConfig:
     adam_beta2: float = 0.999
     weight_decay: float = 0.0  # decoupled, as in AdamW
     max_nan_updates: int = 3  # updates in a row with a non-finite gradient before the run stops
-    use_compile: bool = True  # mx.compile the training step and, on CPUs and CUDA, the rollout's
+    use_compile: bool = True  # mx.compile the optimizer's step, on GPUs an update's shapes that keep coming, on CPUs and CUDA the rollout's
     # Evaluation
     eval_steps: int = 50  # updates between evaluations on the held-out split; 0: only before and after
     eval_samples: int = 200  # rows of the held-out split, a fixed choice; 0 for all
@@ -505,6 +510,7 @@ def primed_text(tokenizer, prompt: list[int], completion_prefix: str = "") -> st
 def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
     """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
 
+    On a CPU a half-precision model is computed in float32, and says so (precision.py).
     Raises UserError where the directory holds no model that fits its tokenizer.
     """
     from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
@@ -517,10 +523,12 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
         own_code = path / model_config["model_file"] if "model_file" in model_config else None
         # The one model file that needs no trust is the one this project ships, byte for byte.
         known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "mlx_grpo" / "models" / "nanochat_2026.py").read_bytes()
-        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known)
+        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known, lazy=True)
         if adapter_path:
             load_adapters(model, adapter_path)
             model.eval()
+        half = widen(model)
+        mx.eval(model.parameters())
         if (path / "tokenizer.pkl").is_file() and not (path / "tokenizer.json").is_file():
             tokenizer = TiktokenTokenizerWrapper(path)
             ends = model_config.get("eos_token_id")
@@ -536,6 +544,11 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
     if rows and largest >= rows:
         raise UserError(f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}")
     use_swiglu(model)
+    if half:
+        print(
+            f"{name}: {half}, computed in float32 on this CPU, where MLX has no fast {half} product; what is saved stays {half}",
+            file=sys.stderr,
+        )
     return model, tokenizer, model_config
 
 
@@ -566,6 +579,8 @@ def load_model(config: MLXGRPOConfig):
             # add up to. DoRA's stay: it divides by norms of the merged weights.
             for _, layer in adapter_layers(model):
                 layer.update(tree_map(lambda p: p.astype(mx.bfloat16), layer.trainable_parameters()))
+        if kind == "dora":
+            keep_exact(model, dict(tree_flatten(model.trainable_parameters())))
     if config.grad_checkpoint:
         for kind_of_layer in {type(layer) for layer in model.layers}:
             kind_of_layer.__call__ = checkpointed(kind_of_layer.__call__)
@@ -943,7 +958,7 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
 def make_decoder(model, sampling: Sampling, use_compile: bool = True) -> Decoder:
     """What draws the next ids, as is fastest on this device."""
     pays = mx.default_device() == mx.cpu and compile_works() or attention_covers(model)
-    kind = CompiledDecoder if use_compile and pays and can_pad(model) else Decoder
+    kind = CompiledDecoder if use_compile and pays and can_share_prompts(model) else Decoder
     return kind(model, lambda logits, uniforms, seen: sample(logits, uniforms, sampling, seen))
 
 
@@ -1590,13 +1605,13 @@ def next_entropy_coef(coef: float, entropy: float, config: MLXGRPOConfig) -> flo
 class CompletionLogProbs:
     """Log-probs and entropies of given completions under a model, at the sampling temperature.
 
-    A group's prompt is computed once, forward and backward, and its KV repeated to the group's rows; models without
-    plain KV caches take whole sequences instead, with the same result.
+    A group's prompt is computed once, forward and backward, and what its caches keep repeated to the group's rows. Models that
+    do not allow that take whole sequences instead, with the same result.
     """
 
     def __init__(self, model, temperature: float, entropy_gradient=True, head_chunk=HEAD_CHUNK_LOGITS):
         self.model, self.temperature = model, temperature
-        self.share_prompts = can_pad(model)
+        self.share_prompts = not reason_not_to_share(model)
         # CUDA's fused attention takes no mask: there a padded prompt costs more than it saves.
         self.shares_padded = self.share_prompts and not on_cuda()
         self.split = split_head(model)
@@ -1611,7 +1626,7 @@ class CompletionLogProbs:
         repeats = ids.shape[0] // prompts.shape[0]
         run = self.split[0] if self.split else self.model
         if self.shares_padded or (self.share_prompts and pads is None):
-            cache = prefill(self.model, prompts, pads, repeats)
+            cache = shared_prompts.prefill(self.model, prompts, pads, repeats)
             # The last prompt id predicts the first of the completion, and so on: T inputs for T ids.
             inputs = mx.concatenate([mx.repeat(prompts[:, -1:], repeats, axis=0), ids[:, :-1]], axis=1)
             out = run(inputs, cache=cache)  # (N, T, D), or (N, T, V) from a model without a split head
@@ -1752,10 +1767,11 @@ class Learner:
             self.ref_log_probs = CompletionLogProbs(ref_model, config.temperature, head_chunk=self.head_chunk)
         self.optimizer = MasterAdamW(config)
         self.optimizer.init(model.trainable_parameters())
+        self.shapes = {}  # of micro-batches: what decides which are compiled (note_shapes)
         self.gradient, self.apply = self.build(loss)
 
     def build(self, loss):
-        """The two functions of a step, compiled once with the state they read and write."""
+        """The two functions of a step: a micro-batch's gradient, and the optimizer's part."""
         config = self.config
 
         def loss_and_stats(batch):
@@ -1769,24 +1785,37 @@ class Learner:
         if config.use_compile and not compile_works():
             print("use_compile is off: on Linux CPUs it needs g++, which is not installed")
         elif config.use_compile:
-            model = [self.model.state]
             both = [self.model.state, self.optimizer.state]
-            loss_and_gradient = mx.compile(loss_and_gradient, model, model)
-            apply = mx.compile(apply, both, both)
+            apply = mx.compile(apply, both, both)  # one shape, and many small operations: it pays from the start
+            if compiling_pays():
+                loss_and_gradient = CompiledShapes(loss_and_gradient, [self.model.state], lambda: self.shapes)
 
         def gradient(batch):
             (value, stats), grads = loss_and_gradient(batch)
             # Metrics are not compiled (on CUDA each kernel costs seconds), and leave padding rows out.
             rows = batch["rows"].item()
             real = {name: x[:rows] if name in ROW_ARRAYS else x for name, x in batch.items()}
-            return value, loss(real, *(x[:rows] for x in stats))[1], grads
+            metrics = loss(real, *(x[:rows] for x in stats))[1]
+            if "on_policy" in batch:  # for the steps that follow on this batch
+                batch["old_logps"] = mx.where(batch["on_policy"], stats[0], batch["old_logps"])
+                batch["on_policy"] = mx.array(False)
+            return value, metrics, grads
 
         return gradient, apply
+
+    def set_optimizer(self, state: dict) -> None:
+        """Take over an optimizer's state, in the tree that is there: what is compiled refers to it."""
+        held = self.optimizer.state
+        state = dict(state)  # it may be that tree itself
+        held.clear()
+        held.update(state)
+        self.optimizer.init(self.model.trainable_parameters())  # files have no places for what has no state
 
     def prepare(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
         """This rank's micro-batches, with ref_logps, old_logps and entropy_mask (N, T) where the objective needs them.
 
         advantages: (B, G). What is the policy's here is of the policy as it was before the first of num_iterations steps.
+        That step's own forward gives its log-probs; where they are needed before it, a forward of their own does.
         """
         config = self.config
         self.model.train()  # models with kernels for inference alone switch to what has a gradient
@@ -1795,7 +1824,10 @@ class Learner:
             for batch, (logps, _) in zip(batches, spread(self.ref_log_probs, batches)):
                 batch["ref_logps"] = logps
         entropies = []
-        if config.num_iterations > 1 or config.top_entropy_quantile < 1 or config.estimator.tokens:
+        needs_policy = config.top_entropy_quantile < 1 or config.estimator.tokens
+        for batch in batches if config.num_iterations > 1 or needs_policy else ():
+            batch["old_logps"], batch["on_policy"] = mx.zeros_like(batch["mask"]), mx.array(True)
+        if needs_policy:
             for batch, (logps, found) in zip(batches, spread(self.log_probs, batches)):
                 batch["old_logps"] = logps
                 entropies.append(found)
@@ -1825,7 +1857,8 @@ class Learner:
         """
         grads, parts = None, []
         if self.config.use_adaptive_entropy:
-            batches = [{**batch, "entropy_coef": mx.array(entropy_coef)} for batch in batches]
+            for batch in batches:
+                batch["entropy_coef"] = mx.array(entropy_coef)
         for batch, value, metrics, part in spread(lambda batch: (batch, *self.gradient(batch)), batches):
             # Parts are added in float32: in half precision small ones would be lost.
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
@@ -1877,7 +1910,7 @@ class Learner:
         longest: the ids of the longest prompt.
         """
         length = self.config.rollout_tokens
-        prompt = [0] * (bucket(len(longest)) - len(longest)) + longest  # as padded ones are
+        prompt = [0] * (grid(len(longest)) - len(longest)) + longest  # as padded ones are
         completion = Completion([0] * length, [0.0] * length, [1] * length, "eos", "")
         mx.eval(self.optimizer.state)
         # Said first: where memory is short, Linux ends the process without another word.
@@ -1947,7 +1980,8 @@ def rows_digest(rows: list[dict]) -> str:
 def weights_digest(model) -> str:
     """A number that changes with any bit of what the model brings; of a model with adapters, beneath them."""
     own = {name for name, _ in tree_flatten(model.trainable_parameters())} if adapter_layers(model) else ()
-    parts = [f"{name} {digest(array)}" for name, array in tree_flatten(model.parameters()) if name not in own]
+    arrays = narrowed(model, dict(tree_flatten(model.parameters())))  # as in its files, on every device
+    parts = [f"{name} {digest(array)}" for name, array in arrays.items() if name not in own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -1989,6 +2023,7 @@ class RunState:
     best: float = -1.0  # em_strict on held-out rows
     best_update: int = 0  # and when
     before: dict = field(default_factory=dict)  # the evaluations before the first update
+    shapes: dict = field(default_factory=dict)  # of micro-batches: which are compiled (note_shapes)
 
     def bonus(self, config: MLXGRPOConfig) -> float:
         """The entropy bonus's coefficient in the next step."""
@@ -2066,7 +2101,7 @@ class RunFiles:
             logs = self.logs.sync()
             self.write_model(folder)
             settings = dataclasses.asdict(self.config)
-            parts = (self.learner.optimizer.state, self.old_policy.weights)
+            parts = (with_masters(self.learner.model, self.learner.optimizer.state), self.old_policy.weights)
             write_snapshot(folder, Snapshot(dataclasses.asdict(state), settings, logs, self.inputs, {}, *parts))
 
         self.ranks.on_first(lambda: self.checkpoints.write(state.update, state.best_update, write, may_fail))
@@ -2081,7 +2116,7 @@ class RunFiles:
         if self.ranks.size > 1:
             model = self.learner.model
             model.load_weights(list(self.ranks.from_first(trainable_arrays(model)).items()), strict=False)
-            self.learner.optimizer.state = self.ranks.from_first(self.learner.optimizer.state)
+            self.learner.set_optimizer(self.ranks.from_first(self.learner.optimizer.state))
             self.old_policy.quantize = state.quantize_rollouts
             self.old_policy.refresh(self.ranks.from_first(self.old_policy.weights))
         return state
@@ -2093,12 +2128,13 @@ class RunFiles:
             state = RunState.read(snapshot.state)
             if any(snapshot.weights[name].shape != now.shape for name, now in trainable.items()):
                 raise ValueError("a weight of another shape")
+            weights, optimizer = without_masters(self.learner.model, snapshot.weights, snapshot.optimizer)
         except (TypeError, ValueError, KeyError):
             raise UserError(not_resumable(folder)) from None
         changed = changed_settings(snapshot.config, dataclasses.asdict(self.config), asked, folder)
         changed |= changed_inputs(snapshot.inputs, self.inputs, accept_inputs, folder)
-        self.learner.model.load_weights(list(snapshot.weights.items()), strict=False)
-        self.learner.optimizer.state = snapshot.optimizer
+        self.learner.model.load_weights(list(weights.items()), strict=False)
+        self.learner.set_optimizer(optimizer)
         self.old_policy.quantize = state.quantize_rollouts
         self.old_policy.refresh(snapshot.stale)
         self.checkpoints.set_aside_after(state.update, state.best_update)
@@ -2134,9 +2170,11 @@ class MLXGRPOTrainer:
         self.ref_model = reference_copy(self.model) if config.kl_coeff > 0 else None
         self.learner = Learner(self.model, self.ref_model, self.compute_grpo_loss, config, ranks, self.memory_limit)
         rows = math.ceil(config.prompts_per_update / ranks.size) * config.num_generations
-        self.work = work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows)
         self.old_policy = OldPolicy(self.model, config)
+        compiled = compiled_shapes(self.old_policy.decoder, config.use_compile, self.updates)
+        self.work = work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows, compiled)
         self.state = RunState(quantize_rollouts=config.quantize_for_rollouts, entropy_coef=config.entropy_coef)
+        self.learner.shapes = self.state.shapes
         write = functools.partial(
             save_model, model=self.model, tokenizer=self.tokenizer, model_config=read_model_config(source), source=source,
             config=config,
@@ -2231,6 +2269,7 @@ class MLXGRPOTrainer:
         config, state, metrics = self.config, self.state, []
         idle = not advantages.any() and config.estimator.tokens is None
         batches = [] if idle else self.learner.prepare(groups, advantages)
+        note_shapes(state.shapes, batches, state.update)
         for _ in range(config.num_iterations):
             rate = learning_rate(config, state.update, self.updates)
             metrics.append(self.learner.idle_step(rate) if idle else self.learner.step(batches, rate, state.bonus(config)))
@@ -2248,12 +2287,15 @@ class MLXGRPOTrainer:
             "sampler_correction": config.correction,
             "entropy_coef": batch.get("entropy_coef", config.entropy_coef),
         }
+        old_logps = batch.get("old_logps", mx.stop_gradient(logps))
+        if "on_policy" in batch:  # then they are this very forward's, rounded as it is: the ratio is exactly 1
+            old_logps = mx.where(batch["on_policy"], mx.stop_gradient(logps), old_logps)
         loss, metrics = grpo_loss(
-            logps, batch.get("old_logps"), batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
+            logps, old_logps, batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
             sampler_logps=batch["sampler_logps"], entropies=entropies, entropy_mask=batch.get("entropy_mask"),
             totals=batch["totals"], **options,
         )  # fmt: skip
-        return loss, metrics | mismatch_metrics(batch.get("old_logps", logps), batch["sampler_logps"], batch["mask"])
+        return loss, metrics | mismatch_metrics(old_logps, batch["sampler_logps"], batch["mask"])
 
     # The run
 
@@ -2369,6 +2411,7 @@ class MLXGRPOTrainer:
     def resume(self, folder: Path, asked: set[str] = frozenset(), accept_inputs: bool = False) -> None:
         """Continue from a checkpoint as if there had been no stop (RunFiles.resume)."""
         self.state = self.files.resume(folder, asked, accept_inputs)
+        self.learner.shapes = self.state.shapes
 
 
 OBJECTIVE_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name in FIELD_TYPES)
@@ -2435,7 +2478,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     gc.freeze()  # what is loaded stays: collections pass over it
     print_plan(
         trainer.work, config, training=len(trainer.rows), held_out=len(trainer.eval_rows["test"]),
-        updates=trainer.updates, ranks=ranks.size,
+        updates=trainer.updates, ranks=ranks.size, ways=plan_lines(trainer.learner, trainer.old_policy.model, trainer.old_policy.decoder),
     )  # fmt: skip
     if arguments.dry_run:
         trainer.dry_run()

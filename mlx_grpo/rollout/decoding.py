@@ -7,7 +7,7 @@ from mlx_grpo.answers import THINK, THINK_END
 from mlx_grpo.backends import cuda_kernels
 from mlx_grpo.update.micro_batches import bucket
 from mlx_grpo.update.fused_head import on_cuda
-from mlx_grpo.rollout.kv_cache import can_pad, map_rows, mapped_rows, prefill
+from mlx_grpo.rollout.kv_cache import has_plain_caches, map_rows, mapped_rows, prefill
 
 DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
 STEP_OF_ROWS = 0.75  # rows leave in steps to this share of them: few batch sizes are met
@@ -69,7 +69,7 @@ class Decoder:
 
     def __init__(self, model, draw):
         self.model, self.draw, self.launches = model, draw, cuda_kernels.launches(model)
-        self.attention = cuda_kernels.attention if can_pad(model) else mx.fast.scaled_dot_product_attention
+        self.attention = cuda_kernels.attention if has_plain_caches(model) else mx.fast.scaled_dot_product_attention
 
     def start(self, tokens, pads, repeats):
         """The KV cache of all ids but the last of the prompts (P, L), `repeats` rows each."""
