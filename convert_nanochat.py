@@ -26,7 +26,8 @@ if __name__ == "__main__":
     use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
 
 from mlx_grpo.run.directory import complete_or_absent
-from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper, read_tokenizer_pickle
+from mlx_grpo import TiktokenTokenizerWrapper
+from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle
 
 ROOT = Path(__file__).resolve().parent
 

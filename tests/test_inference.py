@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from nanochat_tokenizer import SPECIAL, make_encoding
 from tiny import ids_of, LetterTokenizer, texts_of, tiny_model
 from tokenizers import Tokenizer, decoders, models
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +63,7 @@ def sentencepiece_like():
     tokens = ["</s>", "▁", "▁the", "▁a", "x", "yz", ".", "\n", "ü", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"), len(tokens)
+    return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")), len(tokens)
 
 
 def with_clean_up():
@@ -70,7 +71,7 @@ def with_clean_up():
     tokens = ["</s>", "it", " ", " n", "'", "t", " '", "ve", ".", " .", "s", "d n't", " ,"]
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="it"))
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=True), len(tokens)
+    return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=True)), len(tokens)
 
 
 def nanochat(folder):
@@ -92,7 +93,7 @@ def test_streamed_pieces_join_to_the_text(kind, starter, tmp_path):
                 ids = [i for token in ids for i in ([token % 9] if token % 3 else emoji)]
             stream = inference.TextStream(tokenizer)
             pieces = [stream.add(i) for i in ids] + [stream.rest()]
-            assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+            assert "".join(pieces) == mlx_grpo.completion_text(tokenizer, ids)
 
 
 def test_stream_holds_back_no_more_than_it_must(starter):
@@ -412,3 +413,54 @@ def test_ctrl_c_without_chat_is_130(ask, monkeypatch):
 
     monkeypatch.setattr(inference.Session, "answer", interrupted)
     assert ask("--model", STARTER, "--prompt", "x")[0] == 130
+
+
+# Base models, and templates with settings
+
+
+PLAIN = "Question: {prompt}\nAnswer:"
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The starter without its chat template, as a base model is, in a run's folder."""
+    shutil.copytree(STARTER, tmp_path / "run" / "final")
+    path = tmp_path / "run" / "final" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["chat_template"]
+    path.write_text(json.dumps(settings))
+    return tmp_path / "run" / "final"
+
+
+def test_a_base_model_is_asked_by_a_prompt_template(ask, base, starter, monkeypatch):
+    seen = []
+    real = inference.Session.answer
+    monkeypatch.setattr(inference.Session, "answer", lambda self, prompt, *a: seen.append((prompt, self.stops)) or real(self, prompt, *a))
+    common = ["--model", str(base), "--prompt", QUESTION, "--max-tokens", "2"]
+    status, _, err = ask(*common)
+    assert status == 2 and "set prompt_template" in err
+    assert ask(*common, "--prompt-template", PLAIN)[0] == 0
+    (base.parent / "config.resolved.toml").write_text(f"prompt_template = {json.dumps(PLAIN)}\nsystem_prompt = ''\nstop_strings = ['</answer>']\n")
+    assert ask(*common)[0] == 0  # the run that trained it says how
+    assert seen == [(starter[1].encode(PLAIN.replace("{prompt}", QUESTION)), ["</answer>", "\nQuestion:"])] * 2
+
+
+def test_an_answer_ends_where_a_base_model_writes_the_next_question():
+    text = "It is 12.\nQuestion: What"
+    ids = [ord(c) for c in text]
+
+    class Characters:
+        eos_token_ids = {0}
+        decode = staticmethod(lambda ids, **_: "".join(map(chr, ids)))
+        convert_ids_to_tokens = staticmethod(chr)
+
+    session = inference.Session(tiny_model("llama"), Characters(), mlx_grpo.Sampling(), 100, ["\nQuestion:"])
+    session.reuse, session.tokens = lambda prompt: 0, lambda prompt, key, stopped: iter(ids)
+    assert session.answer([1], None, lambda piece: None).text == "It is 12.\nQuestion:"
+
+
+def test_chat_template_kwargs_are_a_json_object(ask):
+    status, _, err = ask("--model", STARTER, "--prompt", QUESTION, "--chat-template-kwargs", "true")
+    assert status == 2 and "true is no JSON object" in err
+    status, _, err = ask("--model", STARTER, "--prompt", QUESTION, "--max-tokens", "2", "--chat-template-kwargs", '{"enable_thinking": false}')
+    assert status == 0 and err == "Warning: the model's chat template does not read enable_thinking of chat_template_kwargs\n"

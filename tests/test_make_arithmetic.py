@@ -27,9 +27,10 @@ def parts(row):
 
 
 def test_the_command_writes_the_committed_bytes(tmp_path):
-    assert make_arithmetic.main(["--out", str(tmp_path / "new" / "folder")]) == 0
-    for split in ("train", "test"):
-        assert (tmp_path / "new" / "folder" / f"{split}.jsonl").read_bytes() == (DATA / f"{split}.jsonl").read_bytes()
+    folder = tmp_path / "new" / "folder"
+    assert make_arithmetic.main(["--out", str(folder)]) == 0
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (folder / name).read_bytes() == (DATA / name).read_bytes()
 
 
 def test_another_seed_makes_other_questions(tmp_path):
@@ -38,7 +39,10 @@ def test_another_seed_makes_other_questions(tmp_path):
     assert make_arithmetic.make_rows(0, 90, 18) != make_arithmetic.make_rows(1, 90, 18)
 
 
-@pytest.mark.parametrize("split, counts", [("train", {"+": 800, "-": 800, "*": 200}), ("test", {"+": 200, "-": 200, "*": 50})])
+COUNTS = {"train": {"+": 800, "-": 800, "*": 200}, "test": {"+": 200, "-": 200, "*": 50}}
+
+
+@pytest.mark.parametrize("split, counts", COUNTS.items())
 def test_answers_are_right_and_numbers_in_their_range(split, counts):
     rows = read(DATA, split)
     assert Counter(parts(row)[1] for row in rows) == counts

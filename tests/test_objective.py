@@ -711,11 +711,12 @@ def make_groups(config, seed=0):
     rng = np.random.default_rng(seed)
     groups = []
     for b in range(4):
-        lengths = rng.integers(1, 20, config.num_generations)
-        completions = [rng.integers(1, 50, n).tolist() for n in lengths]
-        reasons = ["length" if n > 15 else "eos" for n in lengths]
-        rewards = np.ones((1, config.num_generations)) if b == 2 else rng.random((1, config.num_generations))
-        groups.append(mlx_grpo.Group({}, rng.integers(1, 50, 3 + b).tolist(), completions, [[-1.0] * n for n in lengths], reasons, [], rewards))
+        completions = []
+        for n in rng.integers(1, 20, config.num_generations):
+            ids, reward = rng.integers(1, 50, n).tolist(), 1.0 if b == 2 else rng.random()
+            reason = "length" if n > 15 else "eos"
+            completions.append(mlx_grpo.Completion(ids, [-1.0] * n, [1] * n, reason, "", [reward]))
+        groups.append(mlx_grpo.Group({}, rng.integers(1, 50, 3 + b).tolist(), completions))
     return groups
 
 
@@ -736,8 +737,8 @@ def test_the_trainers_micro_batches_add_up_to_the_whole(loss_type, extra):
     whole_config = MLXGRPOConfig(num_generations=4, batch_size=4, loss_type=loss_type, max_completion_length=24, micro_batch_tokens=10**6, **extra)
     coefs = {"kl_coeff": whole_config.kl_coeff, "entropy_coef": whole_config.entropy_coef, "max_completion_length": 24}
     groups = make_groups(whole_config)
-    rewards = np.stack([group.rewards for group in groups], axis=1)
-    advantages = np.array(combine_rewards(rewards, [1.0], whole_config)[1])
+    rewards = np.array([[completion.rewards for completion in group.completions] for group in groups])  # (B, G, F)
+    advantages = np.array(combine_rewards(rewards.transpose(2, 0, 1), [1.0], whole_config)[1])
     policy = mx.array(np.random.default_rng(1).standard_normal(50) - 2)  # log-prob of each id: as good as a model
     shift = mx.array(np.random.default_rng(2).standard_normal(50) * 0.3)
 
@@ -758,12 +759,11 @@ def test_the_trainers_micro_batches_add_up_to_the_whole(loss_type, extra):
         return len(batches), *mx.value_and_grad(loss)(policy)
 
     # The whole, by the second implementation on all rows at once.
-    lengths = [len(c) for group in groups for c in group.completions]
-    reasons = [r for group in groups for r in group.finish_reasons]
-    ids = np.zeros((16, 24), int)
+    ids, mask = np.zeros((16, 24), int), np.zeros((16, 24))
     for row, completion in enumerate(c for group in groups for c in group.completions):
-        ids[row, : len(completion)] = completion
-    mask = (np.arange(24) < np.array(lengths)[:, None]) & ~np.array([whole_config.mask_truncated_completions and r == "length" for r in reasons])[:, None]
+        ids[row, : len(completion.ids)] = completion.ids
+        is_left_out = whole_config.mask_truncated_completions and completion.finish_reason == "length"
+        mask[row, : len(completion.ids)] = not is_left_out
     logps = np.array(policy, float)[ids]
     moved = np.array(shift, float)[ids]
     wanted = np.real(second_loss(logps + 0j, logps + moved, advantages.reshape(-1), mask, logps - moved, None, -logps, loss_type=loss_type, **coefs))

@@ -1,4 +1,4 @@
-"""Real pretrained models, at lengths as they end: what tiny random ones cannot show. Float32 on two CPU cores; few rows, short limits."""
+"""Real pretrained models: what tiny random ones cannot show. Few rows and short limits, for two CPU cores."""
 
 import json
 import re
@@ -14,18 +14,19 @@ from mlx.utils import tree_flatten
 from real_models import real_model
 
 import mlx_grpo
-from mlx_grpo import CompletionLogProbs, MLXGRPOTrainer, Sampling, build_prompt, generate, left_pad, load_config, random_key
+from mlx_grpo import CompletionLogProbs, MLXGRPOTrainer, Sampling, build_prompt, generate, left_pad
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "configs" / "arithmetic.toml"
 QUESTIONS = ["What is 41 + 19?", "Hi!", "Name three colours of the rainbow."]  # prompts of different length
-TEXTS = ["The capital of France is", "One, two, three,", "Once upon a time there was a small"]  # for a model without chat template
+TEXTS = ["The capital of France is", "One, two, three,", "Once upon a time there was a small"]
 G = 2
 UPDATES, SAVED = 4, 2
 
 
-# --- The sampler and the training forward -----------------------------------------------------------------------
+# --- The sampler and the training forward -------------------------------------------------------------------
 
 
 def opened(name: str, dtype: mx.Dtype):
@@ -35,38 +36,39 @@ def opened(name: str, dtype: mx.Dtype):
     return model, tokenizer
 
 
-def rollout_of(model, tokenizer, prompts: list[list[int]], tokens: int):
-    keys = [random_key(0, tuple(prompt)) for prompt in prompts]
-    decoder = mlx_grpo.make_decoder(model, Sampling(), use_compile=False)
-    return generate(model, tokenizer, prompts, max_new_tokens=tokens, num_generations=G, keys=keys, decoder=decoder)
-
-
 def forward_logps(model, prompt: list[int], completion: list[int]) -> np.ndarray:
-    """Log-probs (T,) of a completion from one forward of the whole sequence alone, without cache and padding."""
+    """Log-probs (T,) of a completion from one forward of the whole sequence alone: no cache, no padding."""
     logits = model(mx.array([prompt + completion]))[0, len(prompt) - 1 : -1].astype(mx.float32)
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     return np.array(mx.take_along_axis(logps, mx.array(completion)[:, None], axis=-1)[:, 0])
 
 
-def gaps(model, rollout) -> np.ndarray:
-    """The rollout's log-prob less the forward's, of each id that was sampled."""
-    found = [
-        np.array(logps) - forward_logps(model, rollout.prompts[n // G], ids)
-        for n, (ids, logps) in enumerate(zip(rollout.completions, rollout.sampler_logps))
-    ]
-    return np.concatenate(found)
+def rollout_gaps(model, tokenizer, prompts: list[list[int]], tokens: int = 6) -> np.ndarray:
+    """The rollout's log-prob less one forward's, of each id sampled for these prompts in one batch."""
+    rows = generate(
+        model, tokenizer, prompts, max_new_tokens=tokens, num_generations=G,
+        keys=[mlx_grpo.random_key(0, tuple(prompt)) for prompt in prompts],
+        decoder=mlx_grpo.make_decoder(model, Sampling(), use_compile=False),
+    )  # fmt: skip
+    assert len(rows) == G * len(prompts)
+    gaps = []
+    for number, row in enumerate(rows):
+        gaps.append(np.array(row.sampler_logps) - forward_logps(model, prompts[number // G], row.ids))
+    return np.concatenate(gaps)
 
 
-# bfloat16 keeps 8 bits of a number: what two orders of the same sums differ by is a few hundredths of a nat in a token's log-prob.
-@pytest.mark.parametrize("dtype, largest, kl", [(mx.float32, 2e-3, 1e-6), (mx.bfloat16, 0.5, 0.02)], ids=["float32", "bfloat16"])
-def test_the_rollouts_log_probs_are_one_forwards_padded_and_alone(dtype, largest, kl):
-    model, tokenizer = opened("smollm2", dtype)
-    prompts = [build_prompt(tokenizer, question) for question in QUESTIONS]
-    assert len({len(prompt) for prompt in prompts}) == len(prompts)
-    padded = rollout_of(model, tokenizer, prompts, 6)
-    alone = [rollout_of(model, tokenizer, [prompt], 6) for prompt in prompts[:2]]
-    for rollout in (padded, *alone):
-        gap = gaps(model, rollout)
+# bfloat16 keeps 8 bits: two orders of the same sums differ by hundredths of a nat in a token's log-prob.
+BOUNDS = {"float32": (2e-3, 1e-6), "bfloat16": (0.5, 0.02)}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_the_rollouts_log_probs_are_one_forwards_padded_and_alone(dtype):
+    largest, kl = BOUNDS[dtype]
+    model, tokenizer = opened("smollm2", getattr(mx, dtype))
+    prompts = [build_prompt(tokenizer, question) for question in QUESTIONS[:2]]
+    assert len(prompts[0]) != len(prompts[1])
+    for batch in (prompts, prompts[1:]):
+        gap = rollout_gaps(model, tokenizer, batch)
         assert np.abs(gap).max() < largest
         assert np.mean(np.exp(-gap) + gap - 1) < kl
 
@@ -74,16 +76,17 @@ def test_the_rollouts_log_probs_are_one_forwards_padded_and_alone(dtype, largest
 def test_the_training_forwards_log_probs_are_one_forwards():
     model, tokenizer = opened("smollm2", mx.float32)
     prompts = [build_prompt(tokenizer, question) for question in QUESTIONS[:2]]
-    completions = [tokenizer.encode(text) for text in ("41 + 19 = 60.", "It is 60.", "Hello! How can I help you?", "Hi.")]
-    check_training_forward(model, prompts, completions)
+    answers = ("41 + 19 = 60.", "It is 60.", "Hello! How can I help you?", "Hi.")
+    check_training_forward(model, prompts, [tokenizer.encode(text) for text in answers])
 
 
 def test_a_sliding_window_models_log_probs_are_one_forwards():
     model, tokenizer = opened("gemma3", mx.float32)
     prompts = [tokenizer.encode(text) for text in TEXTS]
     assert len({len(prompt) for prompt in prompts}) > 1
-    assert np.abs(gaps(model, rollout_of(model, tokenizer, prompts, 6))).max() < 2e-3
-    completions = [tokenizer.encode(text, add_special_tokens=False) for text in (" Paris.", " the city of light", " four", " five, six and seven")]
+    assert np.abs(rollout_gaps(model, tokenizer, prompts)).max() < 2e-3
+    endings = (" Paris.", " the city of light", " four", " five, six and seven")
+    completions = [tokenizer.encode(text, add_special_tokens=False) for text in endings]
     check_training_forward(model, prompts[:2], completions)
 
 
@@ -99,7 +102,7 @@ def check_training_forward(model, prompts: list[list[int]], completions: list[li
         np.testing.assert_allclose(np.array(logps[n, : len(completion)]), expected, atol=2e-3)
 
 
-# --- One short run and what it leaves ---------------------------------------------------------------------------
+# --- One short run and what it leaves -----------------------------------------------------------------------
 
 
 REWARD = '''
@@ -117,14 +120,28 @@ def script(*words) -> str:
     return done.stdout
 
 
+def convert(*flags) -> None:
+    script("utils/convert_model.py", *flags)
+
+
+def train(folder: Path, **changes) -> None:
+    """A run of the trainer's command line."""
+    line = ["--config", str(RECIPE)]
+    for setting in overrides(folder, **changes):
+        line += ["--set", setting]
+    assert mlx_grpo.main(line) == 0
+
+
 def overrides(folder: Path, **changes) -> list[str]:
     """The settings of the run as key=value: the arithmetic recipe, with a reward that a few updates raise."""
     settings = {
-        "model_name": folder / "float32", "output_dir": folder, "dataset": folder / "data", "reward_funcs": [f"{folder / 'reward.py'}:digits"],
-        "batch_size": 4, "num_generations": 4, "max_completion_length": 12, "num_epochs": 1, "learning_rate": 5e-5,
-        "lr_scheduler_type": "constant", "warmup_ratio": 0, "eval_steps": 0, "save_steps": SAVED, "use_compile": "false", "seed": 0,
+        "model_name": folder / "float32", "output_dir": folder, "dataset": folder / "data",
+        "reward_funcs": json.dumps([f"{folder / 'reward.py'}:digits"]),
+        "batch_size": 4, "num_generations": 4, "max_completion_length": 12, "num_epochs": 1,
+        "learning_rate": 5e-5, "lr_scheduler_type": "constant", "warmup_ratio": 0,
+        "eval_steps": 0, "save_steps": SAVED, "use_compile": "false", "seed": 0,
     }  # fmt: skip
-    return [f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in {**settings, **changes}.items()]
+    return [f"{name}={value}" for name, value in {**settings, **changes}.items()]
 
 
 def records(run: Path, event: str | None = None) -> list[dict]:
@@ -134,25 +151,22 @@ def records(run: Path, event: str | None = None) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with float32/ (the model), data/, reward.py and run/, a short run of the arithmetic recipe with them."""
+    """A folder with float32/ (the model), data/, reward.py and run/, a short run of the recipe with them."""
     folder = tmp_path_factory.mktemp("real")
-    script("utils/convert_model.py", "--hf-path", real_model("smollm2"), "--dtype", "float32", "--output-dir", folder / "float32")
+    convert("--hf-path", real_model("smollm2"), "--dtype", "float32", "--output-dir", folder / "float32")
     (folder / "reward.py").write_text(REWARD)
     (folder / "data").mkdir()
     for split, rows in (("train", 4 * UPDATES), ("test", 4)):
         lines = (ROOT / "starter" / "arithmetic" / f"{split}.jsonl").read_text().splitlines()
         (folder / "data" / f"{split}.jsonl").write_text("\n".join(lines[:rows]) + "\n")
-    line = ["--config", str(ROOT / "configs" / "arithmetic.toml")]
-    for setting in overrides(folder, run_name="run"):
-        line += ["--set", setting]
-    assert mlx_grpo.main(line) == 0
+    train(folder, run_name="run")
     yield folder
     shutil.rmtree(folder)  # gigabytes, of which pytest would keep three sessions
 
 
 @pytest.fixture(scope="module")
 def four_bits(folder):
-    script("utils/convert_model.py", "--hf-path", folder / "run" / "final", "--quantize", "--output-dir", folder / "four-bits")
+    convert("--hf-path", folder / "run" / "final", "--quantize", "--output-dir", folder / "four-bits")
     return folder / "four-bits"
 
 
@@ -165,11 +179,11 @@ def test_a_few_updates_raise_the_reward(folder):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(folder):
-    config = load_config(ROOT / "configs" / "arithmetic.toml", overrides(folder, run_name="resumed"))
+    config = mlx_grpo.load_config(RECIPE, overrides(folder, run_name="resumed"))
     resumed = MLXGRPOTrainer(config, folder / "resumed")
     resumed.run_dir.mkdir()
     resumed.resume(folder / "run" / f"checkpoint-{SAVED}")
-    assert resumed.update == SAVED
+    assert resumed.state.update == SAVED
     resumed.train()
     whole = mx.load(str(folder / "run" / "final" / "model.safetensors"))
     weights = dict(tree_flatten(resumed.model.parameters()))
@@ -190,8 +204,11 @@ def test_evaluate_says_what_the_runs_last_evaluation_said(folder):
 def next_ids(path: Path, prompts: list[str]) -> list[mx.array]:
     """Log-probs (V,) of the id that follows each question."""
     model, tokenizer, _ = mlx_grpo.open_model(str(path))
-    logits = [model(mx.array([build_prompt(tokenizer, prompt)]))[0, -1].astype(mx.float32) for prompt in prompts]
-    return [x - mx.logsumexp(x) for x in logits]
+    found = []
+    for prompt in prompts:
+        logits = model(mx.array([build_prompt(tokenizer, prompt)]))[0, -1].astype(mx.float32)
+        found.append(logits - mx.logsumexp(logits))
+    return found
 
 
 def test_a_model_quantised_and_loaded_back_predicts_nearly_what_it_did(folder, four_bits):
@@ -203,11 +220,11 @@ def test_a_model_quantised_and_loaded_back_predicts_nearly_what_it_did(folder, f
 
 
 def test_a_four_bit_copy_trains_through_adapters(folder, four_bits):
-    line = ["--config", str(ROOT / "configs" / "arithmetic.toml")]
-    changes = dict(run_name="lora", model_name=four_bits, fine_tune_type="auto", learning_rate=1e-3, max_train_samples=4, save_steps=0)
-    for setting in overrides(folder, **changes):
-        line += ["--set", setting]
-    assert mlx_grpo.main(line) == 0
+    # 4-bit layers are slow on CPUs: one update of two prompts.
+    train(
+        folder, run_name="lora", model_name=four_bits, fine_tune_type="auto", learning_rate=1e-3,
+        batch_size=2, max_train_samples=2, max_completion_length=8, eval_samples=1, save_steps=0,
+    )  # fmt: skip
     assert all(record["grad_norm"] > 0 for record in records(folder / "lora"))
     adapters = mx.load(str(folder / "lora" / "final" / "adapters.safetensors"))
     assert all(re.search(r"lora_[ab]$", name) for name in adapters)

@@ -3,9 +3,14 @@
 import asyncio
 import functools
 import math
+import signal
+import subprocess
+import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,7 +19,7 @@ import pytest
 
 import mlx_grpo
 from mlx_grpo import scoring
-from mlx_grpo.answers import answers_equal, last_number
+from mlx_grpo.answers import answers_equal, last_number, same_answer
 from mlx_grpo import (
     MLXGRPOConfig, RunError, UserError, correctness_reward_func, extract_hash_answer, extract_xml_answer, grade,
     int_reward_func, last_number_reward_func, parse_number, repetition_reward_func, score, soft_format_reward_func,
@@ -476,6 +481,197 @@ def test_scoring_works_where_no_function_is_async_and_where_all_are(reward_file)
 
 
 def test_every_built_in_is_found_by_its_name():
-    names = [name for name in dir(mlx_grpo) if name.endswith("_reward_func")]
+    names = [name for name in dir(mlx_grpo.script) if name.endswith("_reward_func") and not hasattr(getattr(mlx_grpo, name), "needs")]
     assert {"correctness_reward_func", "int_reward_func", "strict_format_reward_func", "soft_format_reward_func", "xmlcount_reward_func"} <= set(names)
     assert len(load_rewards(MLXGRPOConfig(reward_funcs=names))[0]) == len(names)
+
+
+# Answers as people write them
+
+
+@pytest.mark.parametrize(
+    "given, gold, same",
+    [
+        (r"\boxed{12}", "12", True), ("$12$", "12", True), (r"\(12\)", "12", True), ("**12**", "12", True), ("15 dollars", "15", True), ("x = 12", "12", True),
+        ("12 000", "12000", True), ("12\u202f000", "12,000", True), (r"12\,000", "12000", True), (r"1{,}080", "1080", True), ("−12", "-12", True), ("–12", "-12", True),
+        ("1/2", "0.5", True), (r"\frac{1}{2}", "0.5", True), (r"-\dfrac{1}{3}", "-1/3", True), ("3 1/2", "3.5", True), ("2/4", "1/2", True), ("1/3", "0.333", False),
+        ("50%", "50", True), ("50%", "0.5", True), (r"50\%", "50 percent", True), ("0.5%", "50", False), ("5%", "50", False),
+        ("12 km/h", "12", True), ("12 km", "12 km", True), ("12 km", "12 miles", False), ("5 square feet", "5 square foot", False), ("12 m^2", "12", True), ("€12", "12 dollars", True),
+        ("3 million", "3000000", True), ("3 million", "3", False), ("2 dozen eggs", "24", True), (r"12^\circ", "12", True), (r"12 \text{ cm}", "12", True),
+        ("12", "120", False), ("12 or 13", "12", False), ("12x", "12", False), ("12 and a half", "12", False), (r"2\sqrt{3}", "2", False), (r"5\pi", "5", False),
+        ("1/0", "1", False), ("1,08", "108", False), ("12 Angry Men", "12 Monkeys", False), (r"\boxed{Paris}", "paris", True), ("**Paris**", "Paris", True), ("$", "$$", False),
+    ],
+)  # fmt: skip
+def test_answers_are_compared_however_people_write_them(given, gold, same):
+    assert same_answer(given, gold) is same
+    assert same_answer(gold, given) is same
+    assert grade(f"<answer>{given}</answer>", gold)[0] is same
+    assert correctness_reward_func(chats(f"<answer>\n{given}\n</answer>"), answer=[gold]) == [2.0 * same]
+
+
+@pytest.mark.parametrize(
+    "text, gold, lenient",
+    [
+        ("It is 3/4.", "0.75", True), (r"It is $\frac{3}{4}$.", "3/4", True), ("That makes 12 000.", "12000", True), (r"So \boxed{7}, not 8.", "7", True),
+        ("He has 3 of 4.", "0.75", False), ("Of 3 000 he has 4.", "3000", False), ("It is 50%.", "0.5", True), ("<think>9</think>It is 8.", "9", False),
+    ],
+)  # fmt: skip
+def test_the_last_number_may_be_a_fraction_or_have_spaces(text, gold, lenient):
+    assert grade(text, gold) == (False, lenient)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(st.text(alphabet="0123456789 ,./-−%$xab{}\\^frac", max_size=30), st.text(alphabet="0123456789 ,./-%$", max_size=12))
+def test_no_text_at_all_breaks_the_comparison(one, other):
+    assert same_answer(one, other) is same_answer(other, one)
+    grade(f"{one}<answer>{other}</answer>", one), grade(one, other)
+
+
+# Texts of any length
+
+
+ADVERSARIES = """
+texts = {
+    "a loop of the form": "<reasoning>\\nr\\n</reasoning>\\n<answer>\\n1\\n</answer>\\n",
+    "openings": "<reasoning>\\n", "closings": "</reasoning> ", "joins": "</reasoning>\\n<answer>\\n", "ends": "\\n</answer>", "answers": "<answer>",
+    "boxes": "\\\\boxed{", "fractions": "\\\\frac{1}{", "digits": "1", "groups": "1,000", "spaced groups": " 111", "slashes": "1/ ", "signs": "-$ ", "spaces": " ", "hashes": "####",
+    "dots": "1.", "thoughts": "<think>", "thoughts ended": "</think>", "stars": "**", "dollars": "$", "words": "a b ", "exponents": "1e9",
+}
+for text in texts.values():
+    long = (text * (100_000 // len(text) + 1))[:100_000]
+    for whole in (long, "<reasoning>" + long, f"<answer>{long}</answer>", f"<reasoning>\\n{long}\\n</reasoning>\\n<answer>\\n1\\n</answer>", f"<think>{long}</think>1"):
+        for function in functions:
+            for gold in ("1", long):
+                function([[{"role": "assistant", "content": whole}]], answer=[gold], prompts=["?"], completion_ids=[[1]], max_completion_length=100)
+        grade(whole, "1"), extract_hash_answer(whole), extract_gold_answer(whole), last_number(whole)
+print("done", len(functions))
+"""
+
+
+def test_built_in_rewards_are_linear_in_the_text(tmp_path):
+    # 220 texts of 100,000 characters: linear work takes seconds; a single quadratic search in one of them would take minutes.
+    lines = [
+        f"import sys; sys.path.insert(0, {str(Path(mlx_grpo.script.__file__).parent)!r})",
+        "import mlx_grpo", "from mlx_grpo import extract_gold_answer, extract_hash_answer, grade", "from mlx_grpo.answers import last_number",
+        "functions = [f for n, f in mlx_grpo.script.BUILT_IN_REWARDS.items() if not hasattr(f, 'needs')]",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines) + ADVERSARIES], capture_output=True, text=True, timeout=240)
+    assert done.stdout.startswith("done "), done.stderr
+
+
+# A guard that user code cannot disarm
+
+
+DISARMED = {
+    "alarm cleared": "signal.alarm(0); signal.setitimer(signal.ITIMER_REAL, 0)", "handler replaced": "signal.signal(signal.SIGALRM, signal.SIG_IGN); signal.alarm(1)",
+    "exceptions swallowed": "\n        try: time.sleep(1)\n        except Exception: pass",
+}  # fmt: skip
+HANGS = {"sleep": "time.sleep(4)", "loop": "until = time.monotonic() + 4\n    while time.monotonic() < until: pass"}
+
+
+@pytest.mark.parametrize("kind", ["", "async "])
+@pytest.mark.parametrize("hang", HANGS)
+@pytest.mark.parametrize("disarm", ["alarm cleared", "handler replaced"])
+def test_a_function_that_clears_alarms_is_stopped(reward_file, kind, hang, disarm):
+    functions, _ = reward_file(f"import signal, time\n{kind}def hangs(completions, **kwargs):\n    {DISARMED[disarm]}\n    {HANGS[hang]}\n    return [0.0] * 3", "hangs")
+    with pytest.raises(RunError, match=r"^Reward function hangs took longer than reward_timeout = 0\.2 s$"):
+        scored(functions, timeout=0.2)
+
+
+def test_an_async_function_that_clears_alarms_and_waits_is_stopped(reward_file):
+    functions, _ = reward_file("import asyncio, signal\nasync def hangs(completions, **kwargs):\n    signal.alarm(0)\n    await asyncio.sleep(60)", "hangs")
+    with pytest.raises(RunError, match="hangs took longer than reward_timeout"):
+        scored(functions, timeout=0.2)
+
+
+def test_an_async_function_that_will_not_be_cancelled_is_stopped(reward_file):
+    source = """
+        import asyncio
+        async def hangs(completions, **kwargs):
+            for _ in range(5):
+                try: await asyncio.sleep(60)
+                except asyncio.CancelledError: pass
+    """
+    functions, _ = reward_file(source, "hangs")
+    with pytest.raises(RunError, match="hangs took longer than reward_timeout"):
+        scored(functions, timeout=0.2)
+
+
+def test_a_regular_expression_that_backtracks_without_end_is_stopped(reward_file):
+    functions, _ = reward_file("import re\ndef hangs(completions, **kwargs): return [float(bool(re.match('(a+)+$', 'a' * 60 + 'b')))] * 3", "hangs")
+    with pytest.raises(RunError, match="hangs took longer than reward_timeout"):
+        scored(functions, timeout=0.2)
+
+
+def test_a_function_that_swallows_the_end_and_returns_is_out_of_time_all_the_same(reward_file):
+    source = "import time\ndef hangs(completions, **kwargs):\n    try: time.sleep(60)\n    except BaseException: pass\n    return [1.0] * 3"
+    with pytest.raises(RunError, match="hangs took longer than reward_timeout"):
+        scored(reward_file(source, "hangs")[0], timeout=0.2)
+
+
+@pytest.mark.parametrize(
+    "body, line",
+    [
+        ("while True:\n        try: time.sleep(60)\n        except BaseException: pass", "Reward function hangs took longer than reward_timeout = 0.2 s and cannot be stopped: the process ends here. --resume"),
+        ("ctypes.PyDLL(None).sleep(60)", "Timeout (0:00:02"),
+    ],
+    ids=["swallows all", "native code that holds the interpreter"],
+)  # fmt: skip
+def test_what_cannot_be_stopped_ends_the_process_with_status_1(tmp_path, body, line):
+    lines = [
+        f"import sys; sys.path.insert(0, {str(Path(mlx_grpo.script.__file__).parent)!r})", "import ctypes, time", "from mlx_grpo import scoring", "scoring.GRACE = 1",
+        f"def hangs(completions, **kwargs):\n    {body}", "scoring.score([hangs], 0.2, ['a'], {})",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and done.stderr.startswith(line), done.stderr
+
+
+def test_handlers_and_alarms_of_a_function_do_not_outlive_it(reward_file):
+    source = """
+        import signal
+        def rude(completions, **kwargs):
+            for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            signal.alarm(1)
+            return [0.0] * 3
+    """
+    functions, _ = reward_file(source, "rude")
+    before = [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM)]
+    scored(functions)
+    assert [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+def test_functions_are_watched_in_other_threads_too(reward_file):
+    functions, _ = reward_file("import time\ndef hangs(completions, **kwargs):\n    while True: time.sleep(0.01)", "hangs")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RunError, match="hangs took longer than reward_timeout"):
+        pool.submit(scored, functions, timeout=0.2).result()
+
+
+def test_an_async_function_that_exits_is_named(reward_file):
+    functions, _ = reward_file("async def quits(completions, **kwargs): raise SystemExit(3)", "quits")
+    with pytest.raises(RunError, match="^Reward function quits raised SystemExit"):
+        scored(functions)
+
+
+# Mathematics
+
+
+def test_without_math_verify_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.setattr(scoring.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="^math_verify_reward_func needs the package math_verify, which is not installed: uv sync --extra math$"):
+        load_rewards(MLXGRPOConfig(reward_funcs=["math_verify_reward_func"]))
+
+
+@pytest.mark.parametrize(
+    "text, gold, reward",
+    [
+        (r"<answer>\frac{1}{2}</answer>", "0.5", 2.0), (r"<answer>x^2 + 2x + 1</answer>", "(x+1)^2", 2.0), (r"So it is \boxed{\sqrt{8}}.", r"2\sqrt{2}", 2.0),
+        ("<answer>3</answer>", "4", 0.0), ("nothing", "4", 0.0), ("<think>4</think><answer>5</answer>", "4", 0.0),
+    ],
+)  # fmt: skip
+def test_math_verify_compares_as_mathematics(text, gold, reward):
+    pytest.importorskip("math_verify", reason="needs the extra math")
+    functions, _ = load_rewards(MLXGRPOConfig(reward_funcs=["math_verify_reward_func"]))
+    assert score(functions, 60, [text], {"answer": [gold]}).tolist() == [[reward]]

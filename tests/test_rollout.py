@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny import ARCHITECTURES, ids_of, LetterTokenizer, logps_of, reasons_of, texts_of, tiny_model
 
@@ -14,7 +14,7 @@ from mlx_grpo.backends import streams as lanes
 import mlx_grpo
 from mlx_grpo import Sampling, generate, random_key
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33, 34], [40, 41, 42]]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33, 34], [40, 41, 42]]  # gemma3_text's window is 6
 
 
 def roll(model, prompts=PROMPTS, g=3, tokens=12, seed=0, **options):
@@ -56,6 +56,58 @@ def test_a_prompts_completions_do_not_depend_on_its_company(name):
 def test_a_small_kv_budget_decodes_in_several_batches_with_the_same_result(name):
     model = tiny_model(name)
     assert ids_of(roll(model, kv_budget=1)) == ids_of(roll(model))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_what_can_be_padded_does_not_depend_on_the_precision(name, dtype, monkeypatch):
+    monkeypatch.setattr(kv_cache, "TRIED", {})
+    model = tiny_model(name)
+    model.set_dtype(dtype)
+    assert kv_cache.can_pad(model) == (name != "gemma2")  # whose attention has a mask of another shape
+    assert all(p.dtype in (dtype, mx.float32) for _, p in tree_flatten(model.parameters()))
+
+
+def test_the_trial_of_padding_is_in_float32_and_leaves_the_weights(monkeypatch):
+    monkeypatch.setattr(kv_cache, "TRIED", {})
+    model, seen = tiny_model("qwen2"), []
+    model.set_dtype(mx.bfloat16)
+    before, call = model.model.embed_tokens.weight, type(model).__call__
+    monkeypatch.setattr(type(model), "__call__", lambda self, *a, **k: (seen.append(self.model.embed_tokens.weight.dtype), call(self, *a, **k))[1])
+    assert kv_cache.can_pad(model) and model.model.embed_tokens.weight is before
+    assert set(seen) == {mx.float32}
+
+
+def masks(change):
+    """mlx-lm's function that asks a cache for its mask, with `change` applied to one that is an array."""
+    from mlx_lm.models.base import create_attention_mask
+
+    def changed(*args, **kwargs):
+        mask = create_attention_mask(*args, **kwargs)
+        return change(mask) if isinstance(mask, mx.array) else mask
+
+    return changed
+
+
+@pytest.mark.parametrize("make_mask,reason", [
+    (lambda h, cache, **kwargs: "causal" if h.shape[1] > 1 else None, "asks for no mask"),  # as without padding
+    (masks(lambda mask: mask | True), "padding changes"), (masks(lambda mask: mask[..., None]), "takes no mask"),
+])  # fmt: skip
+def test_a_model_whose_code_takes_no_mask_is_not_padded_and_says_why(make_mask, reason, monkeypatch):
+    import mlx_lm.models.qwen2
+
+    monkeypatch.setattr(kv_cache, "TRIED", {})
+    monkeypatch.setattr(mlx_lm.models.qwen2, "create_attention_mask", make_mask)
+    model = tiny_model("qwen2")
+    assert reason in kv_cache.reason_not_to_pad(model) and not kv_cache.can_pad(model)
+
+
+def test_a_cache_without_a_batched_form_is_not_padded_and_says_which(monkeypatch):
+    from mlx_lm.models.cache import ChunkedKVCache
+
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model), "make_cache", lambda self: [ChunkedKVCache(8) for _ in self.layers])
+    assert kv_cache.reason_not_to_pad(model) == "mlx-lm has no batched form of this model's ChunkedKVCache"
 
 
 def test_no_more_rows_than_asked_for_are_decoded_at_a_time(monkeypatch):

@@ -33,7 +33,7 @@ import mlx.core as mx  # noqa: E402
 from mlx_grpo.loading import flatten_rope_parameters, is_quantized  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from mlx_grpo.run.directory import complete_or_absent  # noqa: E402
-from mlx_grpo.tiktoken_wrapper import read_tokenizer_pickle  # noqa: E402
+from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/convert_model.py --hf-path Qwen/Qwen2.5-0.5B-Instruct --quantize --output-dir qwen-4bit

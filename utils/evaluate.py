@@ -25,11 +25,11 @@ from mlx_grpo.backends import use_fast_backend  # noqa: E402
 if __name__ == "__main__":
     use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
 
-from inference import Parser, exit_status  # noqa: E402
+from inference import Parser, exit_status, json_object  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 import mlx_grpo  # noqa: E402
-from mlx_grpo.answers import answers_equal, last_number  # noqa: E402
+from mlx_grpo.answers import has_thought, is_thinking, last_number, same_answer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -59,7 +59,7 @@ def maj_at_k(answers: list[str], gold: str, k: int) -> float:
     for start in range(0, len(answers) - k + 1, k):
         votes = [(mlx_grpo.parse_number(a), a) for a in answers[start : start + k] if a]
         common = Counter(a.lower() if number is None else str(number.normalize()) for number, a in votes).most_common(1)
-        wins.append(bool(common) and answers_equal(common[0][0], gold))
+        wins.append(bool(common) and same_answer(common[0][0], gold))
     return fmean(wins)
 
 
@@ -112,12 +112,12 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
     """
     sampling = config.sampling if samples else mlx_grpo.Sampling(temperature=0.0)
     decoder = mlx_grpo.make_decoder(model, sampling, config.use_compile)
-    prompts = [mlx_grpo.build_prompt(tokenizer, row["prompt"], config.system_prompt, config.completion_prefix) for row in rows]
+    prompts = [mlx_grpo.build_prompt(tokenizer, row["prompt"], *config.prompting) for row in rows]
     each, limit = samples or 1, config.eval_max_new_tokens or config.max_completion_length
     for start in range(0, len(rows), BATCH):
         part = range(start, min(start + BATCH, len(rows)))
         completions = mlx_grpo.generate(
-            model, tokenizer, [prompts[i] for i in part], num_generations=each, stop_strings=config.stop_strings,
+            model, tokenizer, [prompts[i] for i in part], num_generations=each, stop_strings=config.stops,
             sampling=sampling, decoder=decoder, prefix=config.completion_prefix,
             max_new_tokens=limit,
             keys=[mlx_grpo.random_key("evaluate", config.seed, i) for i in part],
@@ -128,11 +128,12 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
             mlx_grpo.score_groups(groups, list(rewards.values()), config.reward_timeout, limit)
         for n, completion in enumerate(completions):
             row, text = rows[part[n // each]], completion.text
-            tagged, gold = mlx_grpo.extract_xml_answer(text), row["answer"]
+            answer, gold = mlx_grpo.after_thinking(text), row["answer"]
+            tagged = mlx_grpo.extract_xml_answer(answer)
             strict, lenient = (None, None) if gold is None else mlx_grpo.grade(text, gold)
             yield {
                 "index": part[n // each], "sample": n % each if samples else None, "question": row["prompt"], "gold": gold,
-                "text": text, "answer_strict": tagged, "answer_lenient": tagged or last_number(text),
+                "text": text, "answer_strict": tagged, "answer_lenient": tagged or last_number(answer),
                 "strict": strict, "lenient": lenient, "tokens": len(completion.ids), "finish_reason": completion.finish_reason,
                 **({"rewards": {k: None if math.isnan(r) else r for k, r in zip(rewards, completion.rewards)}} if rewards else {}),
             }  # fmt: skip
@@ -169,6 +170,7 @@ def evaluate_model(
 ) -> tuple[dict, list[dict]]:
     """One model's result and its records, which go to `output` as they come."""
     model, tokenizer, _ = mlx_grpo.open_model(name, adapter, args.trust_remote_code)
+    mlx_grpo.set_template(tokenizer, config)
     records, start = [], time.perf_counter()
     for samples in (0, args.samples) if args.samples else (0,):
         with progress_bar(f"{label}, {'samples' if samples else 'greedy'}", len(rows)) as progress:
@@ -181,6 +183,7 @@ def evaluate_model(
         "model": label, "n": sum(row["answer"] is not None for row in rows), "questions": len(rows),
         **reward_means(records), **summarise(records, args.k),
         "tokens_per_answer": tokens / len(records), "cut": fmean(r["finish_reason"] == "length" for r in records),
+        **({"cut_thinking": fmean(is_thinking(r["text"]) for r in records)} if any(has_thought(r["text"]) for r in records) else {}),
         "tokens_per_second": tokens / seconds, "seconds": seconds,
     }, records  # fmt: skip
 
@@ -255,6 +258,8 @@ def print_scores(results: list[dict], console: Console) -> None:
         table.add_row(label, *(score_text(metric, r[metric]) for r in results))
     table.add_row("tokens an answer", *(f"{r['tokens_per_answer']:.1f}" for r in results))
     table.add_row("cut at the limit", *(f"{100 * r['cut']:.1f}%" for r in results))
+    if any("cut_thinking" in r for r in results):
+        table.add_row("cut while thinking", *(f"{100 * r.get('cut_thinking', 0.0):.1f}%" for r in results))
     table.add_row("tokens/s", *(f"{r['tokens_per_second']:.1f}" for r in results))
     console.print(table)
 
@@ -283,6 +288,8 @@ FLAGS = (  # flag, the setting of mlx-grpo.py that it replaces, its type, help
     ("--answer-field", "answer_field", str, "column with the gold answer (default: answer)"),
     ("--system", "system_prompt", str, "system prompt (default: the trainer's, which asks for the answer tags)"),
     ("--completion-prefix", "completion_prefix", str, "text that starts every answer, part of what is graded (default: none)"),
+    ("--prompt-template", "prompt_template", str, "plain text with {prompt}, in the place of the chat template, for base models (default: none)"),
+    ("--chat-template-kwargs", "chat_template_kwargs", json_object, "values for the chat template, as a JSON object (default: none)"),
     ("--max-tokens", "eval_max_new_tokens", int, "longest answer (default: 512)"),
     ("--temperature", "temperature", float, "of --samples; exact match is always greedy (default: 1)"),
     ("--top-p", "top_p", float, "of --samples (default: 1)"),

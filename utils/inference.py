@@ -52,7 +52,7 @@ class TextStream:
         self.ids, self.sent = [], 0  # the window, and how many characters of its text are out
 
     def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return mlx_grpo.completion_text(self.tokenizer, ids)
 
     def add(self, token: int) -> str:
         """The text that has become certain with this id; often "" or several characters."""
@@ -102,8 +102,8 @@ def peak_memory() -> str:
 class Session:
     """A model that answers one prompt at a time and keeps the KV cache for what the next prompt shares with it."""
 
-    def __init__(self, model, tokenizer, sampling, max_tokens: int):
-        self.model, self.tokenizer, self.sampling, self.max_tokens = model, tokenizer, sampling, max_tokens
+    def __init__(self, model, tokenizer, sampling, max_tokens: int, stops: list[str] = ()):
+        self.model, self.tokenizer, self.sampling, self.max_tokens, self.stops = model, tokenizer, sampling, max_tokens, stops
         self.cache, self.held = None, []  # the KV cache, and the ids at its positions
 
     def reuse(self, prompt: list[int]) -> int:
@@ -162,16 +162,18 @@ class Session:
 
         start, first, ids, stream = time.perf_counter(), 0.0, [], TextStream(self.tokenizer)
         reused = self.reuse(prompt)
+        row = mlx_grpo.Row(self.tokenizer, self.stops, self.max_tokens, mlx_grpo.primed_text(self.tokenizer, prompt))
         with wired_limit(self.model):  # on Metal large models stay in memory; elsewhere nothing
             for token in self.tokens(prompt, key, stopped):
                 first = first or time.perf_counter() - start
                 ids.append(token)
                 write(stream.add(token))
-                if token in self.tokenizer.eos_token_ids or stopped():
+                row.take((token,), (0.0,))
+                if row.finish_reason or stopped():
                     break
         write(stream.rest())
         seconds = time.perf_counter() - start
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = mlx_grpo.completion_text(self.tokenizer, ids)
         return Answer(ids, text, len(prompt), reused, first or seconds, seconds)
 
 
@@ -186,7 +188,7 @@ def write_out(piece: str) -> None:
 def prompt_ids(tokenizer, prompt: str, args) -> list[int]:
     """Ids of a prompt, in the chat template unless --raw. Raises UserError where there are none."""
     try:
-        ids = list(tokenizer.encode(prompt)) if args.raw else mlx_grpo.build_prompt(tokenizer, prompt, args.system)
+        ids = list(tokenizer.encode(prompt)) if args.raw else mlx_grpo.build_prompt(tokenizer, prompt, args.system, **args.template)
     except mlx_grpo.UserError as error:
         raise mlx_grpo.UserError(f"{error}, or use --raw") from None
     if not ids:
@@ -242,14 +244,15 @@ def chat(session: Session, args) -> None:
 def take_turn(session: Session, messages: list[dict], question: str, args) -> list[dict]:
     """Answer as the text is written; the conversation with question and answer, or as it was if nothing was answered."""
     asked = [*messages, {"role": "user", "content": question}]
-    prompt = mlx_grpo.build_prompt(session.tokenizer, asked, args.system)
+    prompt = mlx_grpo.build_prompt(session.tokenizer, asked, args.system, **args.template)
     key = mlx_grpo.random_key("inference", args.seed, len(messages) // 2)
     with ctrl_c_noted() as stopped:
         answer = session.answer(prompt, key, write_out, stopped)
     write_out("\n")
     if args.verbose:
         print(answer.describe(), file=sys.stderr)
-    return [*asked, {"role": "assistant", "content": answer.text}] if answer.text else messages
+    said = next((answer.text.removesuffix(stop) for stop in session.stops if answer.text.endswith(stop)), answer.text)
+    return [*asked, {"role": "assistant", "content": said}] if said.strip() else messages
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -282,7 +285,7 @@ def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
         part = range(first, min(first + FILE_BATCH, len(rows)))
         completions = mlx_grpo.generate(
             model, tokenizer, [prompts[i] for i in part], sampling=sampling, max_new_tokens=args.max_tokens,
-            keys=[mlx_grpo.random_key("inference", args.seed, i) for i in part], decoder=decoder,
+            keys=[mlx_grpo.random_key("inference", args.seed, i) for i in part], decoder=decoder, stop_strings=args.stops,
         )  # fmt: skip
         for i, completion in zip(part, completions):
             facts = {"completion": completion.text, "tokens": len(completion.ids), "finish_reason": completion.finish_reason}
@@ -320,6 +323,17 @@ def number(kind, low, high=math.inf):
     return convert
 
 
+def json_object(text: str) -> dict:
+    """An argparse type."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    return found
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -333,6 +347,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--stream", action="store_true", help="print the answer as it is written, as --chat always does")
     add("--raw", action="store_true", help="give the prompt to the model as it is, without the chat template")
     add("--system", "--system-prompt", metavar="TEXT", help="system prompt (default: that of the run which trained the model, or none)")
+    add("--prompt-template", metavar="TEXT", help=r"plain text with {prompt} in the place of the chat template, for base models (default: that run's)")
+    add("--chat-template-kwargs", metavar="JSON", type=json_object, help='values for the chat template, such as {"enable_thinking": false} (default: that run\'s)')
     add("--max-tokens", metavar="N", type=number(int, 1), default=512, help="longest answer (default: 512)")
     add("--temperature", metavar="T", type=number(float, 0), default=0.0, help="0 takes the likeliest token (default: 0)")
     add("--top-p", metavar="P", type=number(float, 0, 1), default=1.0, help="keep the likeliest tokens of this share (default: 1, all)")
@@ -353,27 +369,43 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def trained_with(model: str) -> str:
-    """The system prompt of the run that wrote the directory `model`, from the settings beside it; "" where no run did."""
+def trained_with(model: str) -> dict:
+    """The settings of the run that wrote the directory `model`, which lie beside it; {} where no run did."""
     settings = Path(model).resolve().parent / "config.resolved.toml"
-    return tomllib.loads(settings.read_text(encoding="utf-8")).get("system_prompt", "") if settings.is_file() else ""
+    return tomllib.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+
+
+def choose_prompting(args: argparse.Namespace, tokenizer) -> None:
+    """How the model is asked: as the flags say, else as in the run that trained it. Raises UserError."""
+    args.template, args.stops = {}, []
+    if args.raw:
+        return
+    trained = trained_with(args.model or DEFAULT_MODEL)
+    if args.system is None:
+        args.system = trained.get("system_prompt", "")
+        if args.system:
+            print(f"With the system prompt of its training (--system '' for none): {args.system}", file=sys.stderr)
+    plain = trained.get("prompt_template", "") if args.prompt_template is None else args.prompt_template
+    values = trained.get("chat_template_kwargs", {}) if args.chat_template_kwargs is None else args.chat_template_kwargs
+    stops = {"stop_strings": trained["stop_strings"]} if "stop_strings" in trained else {}
+    config = mlx_grpo.MLXGRPOConfig(prompt_template=plain, chat_template_kwargs=values, **stops)
+    mlx_grpo.set_template(tokenizer, config)
+    args.template = {"chat_template_kwargs": values} if values else {}
+    args.stops = config.stops if plain else []  # other models end by themselves
 
 
 def run(args: argparse.Namespace) -> None:
     rows = read_prompts(args.prompts_file) if args.prompts_file else None
     model, tokenizer, _ = mlx_grpo.open_model(args.model or DEFAULT_MODEL, args.adapter_path, args.trust_remote_code)
-    if args.system is None and not args.raw:
-        args.system = trained_with(args.model or DEFAULT_MODEL)
-        if args.system:
-            print(f"With the system prompt of its training (--system '' for none): {args.system}", file=sys.stderr)
+    choose_prompting(args, tokenizer)
     top_k = args.top_k if args.top_k < len(tokenizer.get_vocab()) else 0  # mlx-lm's filter refuses the whole vocabulary
     sampling = mlx_grpo.Sampling(args.temperature, args.top_p, top_k, args.min_p, args.repetition_penalty)
     if rows:
         answer_file(model, tokenizer, rows, sampling, args)
     elif args.chat:
-        chat(Session(model, tokenizer, sampling, args.max_tokens), args)
+        chat(Session(model, tokenizer, sampling, args.max_tokens, args.stops), args)
     else:
-        answer_one(Session(model, tokenizer, sampling, args.max_tokens), args)
+        answer_one(Session(model, tokenizer, sampling, args.max_tokens, args.stops), args)
 
 
 def exit_status(script) -> int:

@@ -4,9 +4,10 @@ examples:
   uv run python utils/make_arithmetic.py --out starter/arithmetic
   uv run python utils/make_arithmetic.py --out problems --seed 1 --train 500 --test 100
 
-Sums and differences are of two numbers from 10 to 99, the first of a difference being the larger; products are below 100, of two
-numbers from 2 on. Four of nine questions are sums, four are differences, one is a product. No pair of numbers that is asked for in
-train.jsonl is asked for in test.jsonl, in neither order. The same seed gives the same bytes anywhere.
+Sums and differences are of two numbers from 10 to 99, the first of a difference being the larger; products
+are below 100, of two numbers from 2 on. Four of nine questions are sums, four differences, one is a product.
+A pair of numbers that one split asks for is not in the other, in either order. The same seed gives the same
+bytes anywhere.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def all_problems() -> dict[str, list[tuple[int, int]]]:
 
 
 def split_pairs(pairs: list[tuple[int, int]], test: int, generator: random.Random) -> tuple[list, list]:
-    """The pairs in random order as (training, held-out), at least `test` of them held out; (a, b) and (b, a) stay together."""
+    """The pairs in random order as (training, held-out), `test` or more held out; (a, b) goes with (b, a)."""
     together = {}
     for a, b in pairs:
         together.setdefault((min(a, b), max(a, b)), []).append((a, b))
@@ -50,7 +51,7 @@ def as_row(a: int, sign: str, b: int) -> dict:
 
 
 def make_rows(seed: int, train: int, test: int) -> tuple[list[dict], list[dict]]:
-    """The rows of both splits, in random order. Raises ValueError where there are not so many questions of a kind."""
+    """The rows of both splits, in random order. Raises ValueError where a kind has fewer questions."""
     generator = random.Random(seed)
     splits = {"train": [], "test": []}
     for sign, pairs in all_problems().items():
@@ -58,7 +59,8 @@ def make_rows(seed: int, train: int, test: int) -> tuple[list[dict], list[dict]]
         wanted_test = test * SHARES[sign] // sum(SHARES.values())
         training, held_out = split_pairs(pairs, wanted_test, generator)
         if wanted_train > len(training) or wanted_test > len(held_out):
-            raise ValueError(f"There are {len(pairs)} questions with {sign}; {wanted_train} + {wanted_test} are too many: lower --train or --test")
+            wanted = f"{wanted_train} + {wanted_test} are too many: lower --train or --test"
+            raise ValueError(f"There are {len(pairs)} questions with {sign}; {wanted}")
         splits["train"] += [as_row(a, sign, b) for a, b in training[:wanted_train]]
         splits["test"] += [as_row(a, sign, b) for a, b in held_out[:wanted_test]]
     for rows in splits.values():
@@ -72,11 +74,13 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write train.jsonl and test.jsonl into")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice and the order (default: 0)")
-    parser.add_argument("--train", type=int, default=1800, help="training questions, about (default: 1800)")
-    parser.add_argument("--test", type=int, default=450, help="held-out questions, about (default: 450)")
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write train.jsonl and test.jsonl into")
+    add("--seed", type=int, default=0, help="of the choice and the order (default: 0)")
+    add("--train", type=int, default=1800, help="training questions, about (default: 1800)")
+    add("--test", type=int, default=450, help="held-out questions, about (default: 450)")
     args = parser.parse_args(argv)
     try:
         train, test = make_rows(args.seed, args.train, args.test)

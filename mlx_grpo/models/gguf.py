@@ -1,7 +1,7 @@
-"""GGUF files as Hugging Face model directories: what llama.cpp renames, reorders and quantises is turned back.
+"""GGUF files as Hugging Face model directories: undo what llama.cpp renames, reorders and quantises.
 
-Weights come dequantised, so they are as exact as the file is. Sources: llama.cpp's convert_hf_to_gguf.py (names and layouts) and
-the GGUF specification (ggml, docs/gguf.md).
+Weights come dequantised, so they are as exact as the file is. Sources: llama.cpp's convert_hf_to_gguf.py
+(names and layouts) and the GGUF specification (ggml, docs/gguf.md).
 """
 
 import json
@@ -55,10 +55,11 @@ ARCHITECTURES = {
         norm_offset=1.0,
     ),
 }  # fmt: skip
-SETTINGS = {  # an architecture's settings that model_config understands; another one would change the model unseen
-    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window", "attention.value_length", "block_count", "context_length", "embedding_length",
-    "feed_forward_length", "rope.dimension_count", "rope.freq_base", "vocab_size",
+# The settings that model_config understands. Others are refused: they would change the model unseen.
+SETTINGS = {
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "block_count", "context_length",
+    "embedding_length", "feed_forward_length", "rope.dimension_count", "rope.freq_base", "vocab_size",
 }  # fmt: skip
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types
 
@@ -72,7 +73,8 @@ def write_model_directory(path: Path, folder: Path, dtype: mx.Dtype = mx.bfloat1
     fields = {name: field.contents() for name, field in reader.fields.items()}
     name = fields["general.architecture"]
     if name not in ARCHITECTURES:
-        raise UserError(f"GGUF architecture not known: {name} in {path}; known are {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"GGUF architecture not known: {name} in {path}; known are {known}")
     own = {key.removeprefix(f"{name}."): value for key, value in fields.items() if key.startswith(f"{name}.")}
     if unknown := sorted(set(own) - SETTINGS):
         raise UserError(f"GGUF settings not known: {', '.join(unknown)} in {path}")
@@ -86,13 +88,17 @@ def write_model_directory(path: Path, folder: Path, dtype: mx.Dtype = mx.bfloat1
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     make_tokenizer(fields).save(str(folder / "tokenizer.json"))
     ends = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
-    files = {"config.json": config, "generation_config.json": ends, "tokenizer_config.json": tokenizer_config(fields)}
-    for file_name, content in files.items():
-        (folder / file_name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", ends)
+    write_json(folder / "tokenizer_config.json", tokenizer_config(fields))
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def open_gguf(path: Path):
-    """The gguf package's reader of a file. Raises UserError where the package is missing or the file is no GGUF."""
+    """The gguf package's reader of a file. Raises UserError without the package, or if it is no GGUF."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -103,7 +109,7 @@ def open_gguf(path: Path):
         raise UserError(f"Failed to read GGUF file {path}: {error}") from None
 
 
-# --- Weights ----------------------------------------------------------------------------------------------------
+# --- Weights ------------------------------------------------------------------------------------------------
 
 
 def read_weights(reader, architecture: Architecture, own: dict) -> dict[str, np.ndarray]:
@@ -129,7 +135,7 @@ def read_weights(reader, architecture: Architecture, own: dict) -> dict[str, np.
 
 
 def split_name(name: str) -> tuple[int | None, str, str]:
-    """The block's number (None outside the blocks), the tensor's kind and its suffix: blk.3.attn_q.weight -> 3, attn_q, weight."""
+    """(block or None, kind, suffix) of a tensor's name: blk.3.attn_q.weight -> 3, attn_q, weight."""
     parts = name.split(".")
     block = int(parts[1]) if parts[0] == "blk" and len(parts) > 3 else None
     kind = ".".join(parts[:-1] if block is None else parts[2:-1])
@@ -137,13 +143,13 @@ def split_name(name: str) -> tuple[int | None, str, str]:
 
 
 def halves_apart(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (heads * D, in) whose rotary pairs are neighbours, 2i and 2i + 1 -> pairs i and i + D/2, as transformers has them."""
+    """Rows (heads * D, in) with rotary pairs (2i, 2i + 1) -> with pairs (i, i + D/2), as in transformers."""
     width = values.shape[0] // heads
     pairs = values.reshape(heads, width // 2, 2, -1)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 
 
-# --- Settings ---------------------------------------------------------------------------------------------------
+# --- Settings -----------------------------------------------------------------------------------------------
 
 
 def model_config(architecture: Architecture, own: dict, fields: dict, tied: bool) -> dict:
@@ -171,13 +177,15 @@ def model_config(architecture: Architecture, own: dict, fields: dict, tied: bool
     if architecture.model_type == "gemma3_text":
         # Not in the file: every sixth layer sees everything, the others rotate by a base of their own.
         config |= {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}
-        config |= {"sliding_window": own["attention.sliding_window"], "hidden_activation": architecture.activation}
+        config["sliding_window"] = own["attention.sliding_window"]
+        config["hidden_activation"] = architecture.activation
         # llama.cpp knows the 27B model, whose attention is scaled otherwise, by its 62 layers.
-        config["query_pre_attn_scalar"] = own["embedding_length"] // heads if own["block_count"] == 62 else head_dim
+        is_27b = own["block_count"] == 62
+        config["query_pre_attn_scalar"] = own["embedding_length"] // heads if is_27b else head_dim
     return config
 
 
-# --- Tokenizer --------------------------------------------------------------------------------------------------
+# --- Tokenizer ----------------------------------------------------------------------------------------------
 
 
 def make_tokenizer(fields: dict):
@@ -191,24 +199,26 @@ def make_tokenizer(fields: dict):
     if kind not in makers:
         raise UserError(f"GGUF tokenizer not known: {kind}; known are {', '.join(makers)}")
     tokenizer = makers[kind](fields)
-    control = [AddedToken(t, special=True, normalized=False) for t, type in zip(tokens, types) if type == CONTROL]
-    defined = [AddedToken(t, normalized=False) for t, type in zip(tokens, types) if type == USER_DEFINED]
-    tokenizer.add_special_tokens(control)
-    tokenizer.add_tokens(defined)
+    control = [token for token, type in zip(tokens, types) if type == CONTROL]
+    defined = [token for token, type in zip(tokens, types) if type == USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in defined])
     if fields.get("tokenizer.ggml.add_bos_token"):
-        bos = fields["tokenizer.ggml.bos_token_id"]
+        begin = fields["tokenizer.ggml.bos_token_id"]
+        bos = tokens[begin]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A {tokens[bos]} $B", special_tokens=[(tokens[bos], bos)]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, begin)]
         )
     return tokenizer
 
 
 def byte_level_bpe(fields: dict):
-    """A byte-level BPE. How text is cut into words is a name in the file, whose meaning llama.cpp holds in its source."""
+    """A byte-level BPE. Of how text is cut into words the file has but a name that llama.cpp knows."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     cut = fields.get("tokenizer.ggml.pre", "default")
-    words = {"smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]}
+    single_digits = pre_tokenizers.Digits(individual_digits=True)
+    words = {"smollm": [single_digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]}
     if cut not in words:
         raise UserError(f"GGUF pre-tokenizer not known: {cut}; known are {', '.join(words)}")
     vocabulary = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
@@ -220,7 +230,7 @@ def byte_level_bpe(fields: dict):
 
 
 def sentencepiece_bpe(fields: dict):
-    """A SentencePiece BPE, which has scores in the place of merges: a merge is a pair whose join is a token, best score first."""
+    """A SentencePiece BPE: its merges are the pairs whose join is a token, in the order of the scores."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokens = fields["tokenizer.ggml.tokens"]
@@ -235,21 +245,28 @@ def sentencepiece_bpe(fields: dict):
                 ranked.append((-score, left, right))
     merges = [(tokens[left], tokens[right]) for _, left, right in sorted(ranked)]
     unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    bpe = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    spaces = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
 def tokenizer_config(fields: dict) -> dict:
-    """tokenizer_config.json: the tokens that begin, end and pad a text, and the chat template where there is one."""
+    """tokenizer_config.json: the tokens that begin, end and pad a text, and the chat template if any."""
     tokens = fields["tokenizer.ggml.tokens"]
     ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
     begin, end, pad = (None if i is None else tokens[i] for i in ids.values())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end, "pad_token": pad or end}
-    config["clean_up_tokenization_spaces"] = False
-    config["model_max_length"] = fields[f"{fields['general.architecture']}.context_length"]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": begin,
+        "eos_token": end,
+        "pad_token": pad or end,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": fields[f"{fields['general.architecture']}.context_length"],
+    }
     if template := fields.get("tokenizer.chat_template"):
         config["chat_template"] = template
     return config

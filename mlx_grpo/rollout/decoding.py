@@ -3,10 +3,11 @@
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from mlx_grpo.answers import THINK, THINK_END
 from mlx_grpo.backends import cuda_kernels
 from mlx_grpo.update.micro_batches import bucket
 from mlx_grpo.update.fused_head import on_cuda
-from mlx_grpo.rollout.kv_cache import can_pad, map_rows, mapped_rows, prefill
+from mlx_grpo.rollout.kv_cache import has_plain_caches, map_rows, mapped_rows, prefill
 
 DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
 STEP_OF_ROWS = 0.75  # rows leave in steps to this share of them: few batch sizes are met
@@ -16,8 +17,10 @@ STEP_OF_POSITIONS = 64  # by which buffers of fixed length grow, at the least
 class Row:
     """One completion while it is being decoded."""
 
-    def __init__(self, tokenizer, stop_strings, max_tokens):
-        self.tokenizer, self.stop_strings, self.max_tokens = tokenizer, stop_strings, max_tokens
+    def __init__(self, tokenizer, stop_strings, max_tokens, primed=""):
+        """primed: the text that the prompt ends with and the completion begins with, as far as it is scored."""
+        self.tokenizer, self.stop_strings, self.max_tokens, self.primed = tokenizer, stop_strings, max_tokens, primed
+        self.awake = None  # the ids after which stop strings count; None until it is known whether, or how long, the model thinks
         self.ids, self.logps, self.finish_reason = [], [], ""
 
     def take(self, ids: tuple[int, ...], logps: tuple[float, ...]) -> None:
@@ -28,15 +31,34 @@ class Row:
         taken = ends[0] + 1 if ends else min(len(ids), room)
         self.finish_reason = "eos" if ends else "length" if taken == room else ""
         self.ids += ids[:taken]
-        tail = max(0, before - 16)  # a stop string may have begun in the block before
-        if any(stop in self.tokenizer.decode(self.ids[tail:]) for stop in self.stop_strings):
-            end = next(
-                n for n in range(before + 1, len(self.ids) + 1)
-                if any(stop in self.tokenizer.decode(self.ids[tail:n]) for stop in self.stop_strings)
-            )
-            taken, self.finish_reason = end - before, "stop"
-            del self.ids[end:]
         self.logps += logps[:taken]
+        if end := self.stop(before):
+            self.finish_reason = "stop"
+            del self.ids[end:], self.logps[end:]
+
+    def stop(self, before: int) -> int | None:
+        """How many ids there are where a stop string is complete that was not among the first `before`; None without one.
+
+        Stop strings sleep while the model thinks: from a <think> at the beginning to </think>.
+        """
+        if self.awake is None:
+            begun = (self.primed + self.tokenizer.decode(self.ids[:16])).lstrip()
+            if begun.startswith(THINK) and THINK_END not in self.primed:
+                self.awake = self.first([THINK_END], 0, before)
+                if self.awake is None:
+                    return None
+                before = self.awake
+            elif len(begun) >= len(THINK):
+                self.awake = 0
+        return self.first(self.stop_strings, self.awake or 0, before)
+
+    def first(self, strings: list[str], start: int, before: int) -> int | None:
+        """The least n > before such that ids[start:n] hold one of the strings, which ids[start:before] do not."""
+        # An id is a byte at the least, so that a string that began before it lies within this many ids.
+        tail = max([start, before - max((len(s.encode()) for s in strings), default=0)])
+        holds = lambda n: any(s in self.tokenizer.decode(self.ids[tail:n]) for s in strings)  # noqa: E731
+        found = strings and holds(len(self.ids))
+        return next(n for n in range(before + 1, len(self.ids) + 1) if holds(n)) if found else None
 
 
 class Decoder:
@@ -47,7 +69,7 @@ class Decoder:
 
     def __init__(self, model, draw):
         self.model, self.draw, self.launches = model, draw, cuda_kernels.launches(model)
-        self.attention = cuda_kernels.attention if can_pad(model) else mx.fast.scaled_dot_product_attention
+        self.attention = cuda_kernels.attention if has_plain_caches(model) else mx.fast.scaled_dot_product_attention
 
     def start(self, tokens, pads, repeats):
         """The KV cache of all ids but the last of the prompts (P, L), `repeats` rows each."""

@@ -1,4 +1,4 @@
-"""KV caches: prompts computed once for their groups, padded rows, and gradients through both."""
+"""Caches of keys, values and states: prompts computed once for their groups, and gradients through them."""
 
 import copy
 
@@ -6,29 +6,94 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 PREFILL_CHUNK = 2048  # prompt positions in one forward
-PADDING_WORKS = {}  # by model class
+TRIAL_GAP = 0.01  # of the logits' spread, in float32: rounding is a hundredth of this, a mask that is not taken many times as much
+TRIED = {}  # what try_padding said, by model class and kinds of cache
+
+
+def cache_layers(cache: list) -> list:
+    """The caches of a model one by one, also those that a layer keeps in a CacheList."""
+    return [part for layer in cache for part in getattr(layer, "caches", [layer])]
+
+
+def reason_not_to_pad(model) -> str:
+    """Why prompts of different length cannot share a batch, as one sentence; empty where they can.
+
+    Decided by the kinds of the model's caches, which need a batched form, by whether its code asks each kind for a mask,
+    and by one small trial a class in float32: some models have positions or states that padding changes.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from mlx_grpo.rollout.padded_caches import has_padded_form
+
+    layers = cache_layers(make_prompt_cache(model))
+    unknown = {type(layer).__name__ for layer in layers if not has_padded_form(layer)}
+    if unknown:
+        return f"mlx-lm has no batched form of this model's {', '.join(sorted(unknown))}"
+    key = (type(model), *(type(layer) for layer in layers))
+    if key not in TRIED:
+        TRIED[key] = try_padding(model)
+    return TRIED[key]
 
 
 def can_pad(model) -> bool:
-    """Whether rows of different length may share a batch: every layer keeps a plain KV cache and masks its padding.
+    """Whether rows of different length may share a batch in a rollout."""
+    return not reason_not_to_pad(model)
 
-    Sliding-window and recurrent caches may not be padded, and some models' attention takes no mask of its own for each
-    row; that is found out by trying, once a class.
-    """
+
+def has_plain_caches(model) -> bool:
+    """Whether every layer keeps the keys and values of all positions: no window, no state."""
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-    if any(type(c) is not KVCache for c in make_prompt_cache(model)):
-        return False
-    if type(model) not in PADDING_WORKS:
-        tokens, pads, last = mx.array([[0, 0, 1, 2, 3], [1, 2, 3, 4, 3]]), mx.array([2, 0]), mx.array([[3], [3]])
-        try:
-            padded = model(last, cache=prefill(model, tokens, pads, 1))[:1]
-            alone = model(last[:1], cache=prefill(model, tokens[:1, 2:], None, 1))
-            gap, spread = mx.abs(padded - alone).max(), alone.max() - alone.min()
-            PADDING_WORKS[type(model)] = (gap < 0.03 * spread).item()  # half precision differs by a little
-        except ValueError:  # the shapes of mask and scores do not match
-            PADDING_WORKS[type(model)] = False
-    return PADDING_WORKS[type(model)]
+    return all(type(layer) is KVCache for layer in make_prompt_cache(model))
+
+
+def can_share_prompts(model) -> bool:
+    """Whether training may compute a group's prompt once, with gradients through the cache, padded or not."""
+    return has_plain_caches(model) and can_pad(model)
+
+
+def in_float32(model, run):
+    """What `run()` computes with the model, evaluated in float32; each weight is cast when its turn comes, and freed again."""
+    own = model.parameters()
+    half = (mx.bfloat16, mx.float16)
+    model.update(tree_map(lambda x: x.astype(mx.float32) if x.dtype in half else x, own))
+    try:
+        result = run()
+    finally:
+        model.update(own)
+    mx.eval([layer.state for layer in cache_layers(result)] if isinstance(result, list) else result)
+    return result
+
+
+def try_padding(model) -> str:
+    """Why a padded row does not get the logits that it has alone, in float32; empty where it does."""
+    tokens = mx.array([[0, 0, 0, 0, 0, 1, 2, 3, 4], [9, 8, 7, 6, 5, 4, 3, 2, 1]])  # (2, 9)
+    pads = mx.array([5, 0])
+    cache = new_cache(model, pads)
+    unmasked = {type(layer): type(layer).__name__ for layer in cache_layers(cache)}
+    for layer in cache_layers(cache):
+        layer.make_mask = recording(layer.make_mask, lambda kind=type(layer): unmasked.pop(kind, None))
+    try:
+        in_float32(model, lambda: fill(model, cache, tokens, pads))
+        if unmasked:
+            return f"this model's code asks for no mask of its {', '.join(sorted(unmasked.values()))}"
+        steps = [in_float32(model, lambda: model(last, cache=cache)) for last in (tokens[:, -1:], mx.array([[5], [6]]))]
+    except (TypeError, ValueError) as error:
+        return f"this model's code takes no mask or position of each row: {' '.join(str(error).split())[:100]}"
+    padded = mx.concatenate([logits[0] for logits in steps])  # (2, V): of the prompt's last id, and of one id more
+    alone = in_float32(model, lambda: model(mx.array([[1, 2, 3, 4, 5]])))[0, -2:]
+    equal = mx.abs(padded - alone).max() <= TRIAL_GAP * (alone.max() - alone.min())
+    return "" if equal.item() else "padding changes what this model computes for a row"
+
+
+def recording(function, note):
+    """`function`, but each call is noted first."""
+
+    def call(*args, **kwargs):
+        note()
+        return function(*args, **kwargs)
+
+    return call
 
 
 def mapped_rows(state, change):
@@ -37,53 +102,40 @@ def mapped_rows(state, change):
 
 
 def map_rows(cache: list, change) -> None:
-    for layer in cache:
+    for layer in cache_layers(cache):
         layer.state = mapped_rows(layer.state, change)
 
 
-def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> list:
-    """Run P prompts once and return a KV cache of P*repeats rows that holds all but their last ids.
+def new_cache(model, pads: mx.array | None) -> list:
+    """An empty cache for rows padded on the left by pads (P,), or by nothing."""
+    from mlx_lm.models.cache import make_prompt_cache
 
-    tokens: (P, L) left-padded by pads: (P,), or None where no row is padded. The head is never evaluated.
-    """
-    from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+    from mlx_grpo.rollout.padded_caches import batched
 
-    class Joining:
-        """A block joins what is there; only single positions fill a buffer that grows by steps, which costs a gradient dear."""
+    return [batched(layer, pads) for layer in make_prompt_cache(model)]
 
-        def update_and_fetch(self, keys, values):
-            if keys.shape[2] == 1:
-                return super().update_and_fetch(keys, values)
-            self.offset = self.offset + keys.shape[2]
-            if self.keys is not None:
-                keys, values = (mx.concatenate(pair, axis=2) for pair in zip(self.keys_and_values(), (keys, values)))
-            self.keys, self.values, self._idx = keys, values, keys.shape[2]
-            return keys, values
 
-    class PlainKVCache(Joining, KVCache):
-        pass
-
-    class PaddedKVCache(Joining, BatchKVCache):
-        """Padding sees itself: an attention row with nothing to see has a NaN gradient on CUDA."""
-
-        def make_mask(self, N, return_array=False, **kwargs):
-            mask = super().make_mask(N, return_array, **kwargs)
-            itself = self._idx + mx.arange(N)[:, None] == mx.arange(self._idx + N)
-            return mask | itself if N > 1 else mask
-
-    cache = [PlainKVCache() if type(layer) is KVCache else layer for layer in make_prompt_cache(model)]
-    if pads is not None:
-        cache = [PaddedKVCache([0]) for _ in cache]
-        for layer in cache:
-            layer.left_padding, layer.offset = pads, -pads
+def fill(model, cache: list, tokens: mx.array, pads: mx.array | None) -> list:
+    """The cache with all but the last ids of `tokens` (P, L) run through the model. The head is never evaluated."""
+    states = [layer for layer in cache_layers(cache) if hasattr(layer, "advance")]  # mlx-lm's ArraysCache
     length = tokens.shape[1] - 1
     for start in range(0, length, PREFILL_CHUNK):
+        for layer in states if pads is not None else ():
+            layer.left_padding = pads - start
         model(tokens[:, start : min(start + PREFILL_CHUNK, length)], cache=cache)
-    if length and repeats > 1:
+    for layer in states:
+        layer.left_padding = None  # what follows is no padding
+    return cache
+
+
+def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> list:
+    """Run P prompts once and return a cache of P*repeats rows that holds all but their last ids.
+
+    tokens: (P, L) left-padded by pads: (P,), or None where no row is padded.
+    """
+    cache = fill(model, new_cache(model, pads), tokens, pads)
+    if repeats > 1:
         map_rows(cache, lambda x: mx.repeat(x, repeats, axis=0))
-    elif repeats > 1 and pads is not None:  # one-id prompts: nothing is cached yet but the padding
-        for layer in cache:
-            layer.left_padding, layer.offset = (mx.repeat(x, repeats) for x in (layer.left_padding, layer.offset))
     return cache
 
 
@@ -102,17 +154,22 @@ def enter_vjp(primals, cotangents, outputs):
     return parameters, mx.depends([x], [gradient for _, gradient in tree_flatten(parameters)])[0]
 
 
+def own_copy(x):
+    """An attribute of a cache as one of its own: mlx-lm changes lists of states, and arrays of paddings, in place."""
+    return x + 0 if isinstance(x, mx.array) else list(x) if isinstance(x, list) else x
+
+
 def checkpointed(call):
     """A layer's `call`, but in training it keeps its input alone and computes the rest again in the backward pass.
 
-    What it adds to a KV cache is an output too, with a gradient: mlx-lm's grad_checkpoint has none there, and a group's
-    prompt could not be computed once.
+    What it leaves in its cache, keys and values or states, is an output too, with a gradient: mlx-lm's grad_checkpoint has none
+    there, and a group's prompt could not be computed once.
     """
 
     def call_checkpointed(layer, x, *args, **kwargs):
         if not layer.training:
             return call(layer, x, *args, **kwargs)
-        cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch")), None)
+        cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch") or hasattr(a, "advance")), None)
         # The graph keeps a twin, without what the layer adds: a cache that refers to a graph that refers to it is never freed.
         twin = copy.copy(cache)
         args = [twin if a is cache else a for a in args]
@@ -122,11 +179,11 @@ def checkpointed(call):
 
         def run(parameters, x, stored, args, kwargs):
             layer.update(parameters)
-            state.update(before | stored)  # as it was: the backward pass comes here a second time
+            state.update({name: own_copy(x) for name, x in (before | stored).items()})  # as it was: the backward pass comes here again
             out = call(layer, x, *args, **kwargs)
             return out, {name: state.pop(name) for name in stored}
 
-        stored = {name: before[name] for name in ("keys", "values") if name in before}
+        stored = {name: before[name] for name in ("keys", "values", "cache") if name in before}  # ArraysCache has its states in `cache`
         out, stored = mx.checkpoint(run)(*enter(layer.trainable_parameters(), x), stored, args, kwargs)
         if cache is not None:
             vars(cache).update(state | stored)

@@ -6,6 +6,7 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -112,7 +113,7 @@ def find_checkpoint(run_dir: Path, given: str) -> Path | None:
     None for a run that was stopped before its first one: it starts again, and its seed makes it the same run.
     """
     if given:
-        folder = Path(given)
+        folder = Path(given).expanduser()
         if not folder.is_dir():
             raise UserError(f"Checkpoint not found: {folder}")
         if fault := damage(folder):
@@ -128,21 +129,39 @@ def find_checkpoint(run_dir: Path, given: str) -> Path | None:
     raise UserError(f"Checkpoint not found: {run_dir} has none to resume from")
 
 
+def holds_update(run_dir: Path) -> bool:
+    """Whether a run got as far as an update here. Where it failed before, its directory is free again."""
+    if any(run_dir.glob("checkpoint-*")) or (run_dir / "final").exists():
+        return True
+    log = run_dir / "training_log.jsonl"
+    lines = log.read_bytes().splitlines() if log.is_file() else []
+    return any(b'"update": ' in line and b'"event": ' not in line for line in lines)
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether another process is at work in a directory."""
+    try:
+        with open(run_dir / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # none there, or none of ours
+        return False
+    return False
+
+
 def choose_run_dir(output_dir: Path, run_name: str, name: str, resume: str | None) -> Path:
     """The run's directory: the one to resume, a given run_name that is still free, or the next free number of `name`."""
     if resume:
-        return Path(resume).resolve().parent
-    base = output_dir / (run_name or name)
-    taken = lambda path: any(path.glob("*.jsonl")) or any(path.glob("checkpoint-*")) or (path / "final").exists()  # noqa: E731
+        return Path(resume).expanduser().resolve().parent
+    base = output_dir.expanduser() / (run_name or name)
     numbered = [base] + [base.with_name(f"{base.name}-{n}") for n in range(2, 10000)]
-    free = next(i for i, path in enumerate(numbered) if not taken(path))
     if resume is not None:
-        if run_name or not free:
-            return base
-        return numbered[free - 1]
-    if run_name and free:
+        begun = [path for path in itertools.takewhile(lambda path: any(path.glob("*.jsonl")) or holds_update(path), numbered)]
+        return base if run_name or not begun else begun[-1]
+    if run_name and holds_update(base):
         raise UserError(f"Run directory holds a run already: {base}. Continue it with --resume, or choose another run_name")
-    return numbered[free]
+    return base if run_name else next(path for path in numbered if not holds_update(path) and not is_locked(path))
 
 
 def lock_directory(path: Path):

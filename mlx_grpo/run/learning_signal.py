@@ -7,7 +7,7 @@ looks before its first update, watches while it trains, and says so at the end, 
 
 import numpy as np
 
-from mlx_grpo.answers import extract_xml_answer, parse_number
+from mlx_grpo.answers import read_quantity
 from mlx_grpo.run.records import nan_mean
 from mlx_grpo.run.text import shortened
 
@@ -17,7 +17,7 @@ IN_TAGS = {  # built-in rewards that want the answer tags
     "correctness_reward_func", "int_reward_func", "strict_format_reward_func", "soft_format_reward_func", "xmlcount_reward_func",
 }  # fmt: skip
 WANT_NUMBERS = {"correctness_reward_func", "last_number_reward_func"}  # built-in rewards that compare with the gold answer
-MOST_PAID = {"correctness_reward_func": 2.0, "last_number_reward_func": 1.0}
+MOST_PAID = {"correctness_reward_func": 2.0, "last_number_reward_func": 1.0, "math_verify_reward_func": 2.0}
 
 
 def check_record(groups: list, rewards: np.ndarray, advantages: np.ndarray, names: list[str]) -> dict:
@@ -90,7 +90,7 @@ def likely_cures(groups: list, rewards: np.ndarray, names: list[str], golds: lis
     if all_right(completions, names):
         return ["every answer is right already: take harder prompts"]
     cures = []
-    no_numbers = [gold for gold in golds if parse_number(str(gold)) is None]
+    no_numbers = [gold for gold in golds if read_quantity(str(gold)) is None]
     if WANT_NUMBERS & set(names) and 2 * len(no_numbers) >= len(golds):
         cures.append(
             f"the gold answers do not parse as numbers ({len(no_numbers)} of {len(golds)}; one is "
@@ -103,7 +103,7 @@ def likely_cures(groups: list, rewards: np.ndarray, names: list[str], golds: lis
         cures.append("the completions of a prompt are all the same text: raise temperature")
     if known.min() == known.max() and known[0] > 0:
         cures.append(f"if {known[0]:.3g} is all there is to earn, take harder prompts")
-    if not any(extract_xml_answer(completion.text) for completion in completions):
+    if not any("</answer>" in completion.text.partition("<answer>")[2] for completion in completions):
         asks = "no completion has an <answer>" if IN_TAGS & set(names) else "the form that the reward asks for may never be met"
         cures.append(
             f"{asks}: ask for a shorter form in system_prompt, begin it by completion_prefix, or show an example in the prompt"

@@ -7,13 +7,15 @@ import itertools
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_grpo.update.adapters import adapter_layers
-from mlx_grpo.update.micro_batches import bucket
+from mlx_grpo.update.micro_batches import grid
+from mlx_grpo.update.compiled_shapes import HOST_BYTES_A_LAYER
 from mlx_grpo.update.fused_head import on_cuda
 from mlx_grpo.rollout.kv_cache import kv_bytes_per_token
 from mlx_grpo.backends.streams import lane_count
@@ -60,6 +62,7 @@ class Work:
     kv_budget: int
     ahead: int  # what a host may have handed over to its GPU, and must hold
     memory_limit: int  # from here on the host waits for its GPU instead
+    compiled: int = 0  # shapes that are compiled at once, at most
 
 
 def plan(work: Work) -> dict[str, int]:
@@ -116,7 +119,7 @@ def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[s
     lines = []
     for size in sizes:
         fits = {"kv_budget": min(work.kv_budget, size * GB // 4), "memory_limit": min(work.memory_limit, size * GB // 2)}
-        peaks = [plan(replace(step, **fits))["peak"] for step in ladder]
+        peaks = [plan(replace(step, **fits))["peak"] + host_bytes(step) for step in ladder]
         step, peak = next(((step, peak) for step, peak in zip(ladder, peaks) if peak <= share * size * GB), (None, 0))
         if step is None:
             lines.append(f"{size} GB: too small for this model; quantise it (utils/convert_model.py --quantize), or take a smaller one")
@@ -131,8 +134,16 @@ def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[s
     return lines
 
 
-def work_of(learner, lengths: set[int], rows: int) -> Work:
-    """What the memory plan counts with. lengths: of all prompts, in tokens; rows: completions an update on this rank."""
+def host_bytes(work: Work) -> int:
+    """What compiled shapes take of the host's memory: not MLX's, and so not in its peak."""
+    return work.compiled * work.layers * HOST_BYTES_A_LAYER
+
+
+def work_of(learner, lengths: set[int], rows: int, compiled: int = 0) -> Work:
+    """What the memory plan counts with.
+
+    lengths: of all prompts, in tokens; rows: completions an update on this rank; compiled: shapes at once, at most.
+    """
     config, model, args = learner.config, learner.model, learner.model.args
     arrays = [p for _, p in tree_flatten(model.parameters())]
     hidden = getattr(args, "hidden_size", 1024)
@@ -144,25 +155,28 @@ def work_of(learner, lengths: set[int], rows: int) -> Work:
         layers=len(model.layers), vocabulary=getattr(args, "vocab_size", 1), kv_per_token=kv_bytes_per_token(model),
         rows=rows, generations=config.num_generations,
         shares_prompts=learner.log_probs.shares_padded or learner.log_probs.share_prompts and len(lengths) == 1,
-        shares_padded=learner.log_probs.shares_padded, prompt=bucket(max(lengths)), completion=bucket(config.rollout_tokens),
+        shares_padded=learner.log_probs.shares_padded, prompt=grid(max(lengths)), completion=grid(config.rollout_tokens),
         has_reference=learner.ref_log_probs is not None and not adapter_layers(model),
         micro_batch_tokens=config.micro_batch_tokens, grad_checkpoint=config.grad_checkpoint, head_chunk=learner.head_chunk, lanes=lane_count(),
         kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4, ahead=AHEAD, memory_limit=learner.memory_limit,
+        compiled=compiled,
     )  # fmt: skip
 
 
-def print_plan(work: Work, config, training: int, held_out: int, updates: int, ranks: int) -> None:
-    """What the run will do, and hold. Raises UserError where several ranks cannot hold it."""
+def print_plan(work: Work, config, training: int, held_out: int, updates: int, ranks: int, ways: Sequence[str] = ()) -> None:
+    """What the run will do, and hold. ways: lines that say how (ways.py). Raises UserError where several ranks cannot hold it."""
     prompts = config.prompts_per_update
     rows = prompts * config.num_generations
     print(f"model      {config.model_name}: {work.trained / 1e6:.2f}M trainable parameters, on {mx.default_device()}")
+    for line in ways:
+        print(line)
     print(f"data       {training} training prompts, {held_out} held-out")
     print(f"updates    {updates} of {prompts} prompts x {config.num_generations} completions")
     print(f"tokens     at most {rows * config.rollout_tokens * updates // config.num_iterations:,} sampled")
     if ranks > 1:
         print(f"ranks      {ranks}, each with the whole model and its share of the prompts: the memory below is one rank's")
     held = {name: size / GB for name, size in plan(work).items()}
-    if held["peak"] * GB > memory_bytes():
+    if held["peak"] * GB + (0 if on_cuda() else host_bytes(work)) > memory_bytes():
         print(f"Warning: memory may not suffice: about {held['peak']:.1f} GB at the peak of {memory_bytes() / GB:.1f} GB. {LESS_MEMORY}", file=sys.stderr)
     if ranks > 1 and held["weights"] + held["optimizer"] > memory_bytes() / GB:
         raise UserError(
@@ -172,3 +186,5 @@ def print_plan(work: Work, config, training: int, held_out: int, updates: int, r
     for doubt in doubts(config):
         print(f"Warning: {doubt}", file=sys.stderr)
     print(f"memory     about {held.pop('peak'):.2f} GB at the peak: " + ", ".join(f"{n} {v:.2f}" for n, v in held.items() if v > 0.005))
+    if work.compiled:
+        print(f"host       about {host_bytes(work) / GB:.2f} GB more, of the host's, for at most {work.compiled} compiled shapes")

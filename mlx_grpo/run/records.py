@@ -10,6 +10,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_grpo.answers import has_thought, is_thinking
+
+
+def end_of(completion) -> str:
+    """How a completion ended, for a reader."""
+    cut_thinking = completion.finish_reason == "length" and is_thinking(completion.text)
+    return completion.finish_reason + ", while thinking" * cut_thinking
+
+
+def thinking_facts(texts: list[str]) -> dict:
+    """The share of completions that were cut while thinking, where the model thinks at all."""
+    return {"cut_thinking_fraction": float(np.mean([is_thinking(t) for t in texts]))} if any(map(has_thought, texts)) else {}
+
 
 def completion_records(update: int, groups: list, names: list[str]) -> list[dict]:
     """The lines of completions.jsonl for an update's groups. names: of the reward functions, in the order of their rewards."""
@@ -17,7 +30,7 @@ def completion_records(update: int, groups: list, names: list[str]) -> list[dict
         {
             "update": update, "prompt": group.row["prompt"], "answer": group.row["answer"], "completion": completion.text,
             "rewards": {name: None if np.isnan(r) else r for name, r in zip(names, completion.rewards)},
-            "finish_reason": completion.finish_reason, "length": len(completion.ids),
+            "finish_reason": end_of(completion), "length": len(completion.ids),
         }
         for group in groups
         for completion in group.completions
@@ -42,22 +55,24 @@ def update_facts(groups: list, rewards: np.ndarray, advantages: np.ndarray, name
         "completion_length_mean": float(lengths.mean()),
         "completion_length_max": int(lengths.max()),
         "truncated_fraction": float(np.mean([completion.finish_reason == "length" for completion in completions])),
+        **thinking_facts([completion.text for completion in completions]),
         "zero_signal_fraction": float(np.mean(~advantages.any(axis=1))),
     }
 
 
-def time_facts(groups: list, seconds: dict, prompts_drawn: int, trained_updates: int) -> dict:
+def time_facts(groups: list, seconds: dict, prompts_drawn: int, metrics: list[dict]) -> dict:
     """What the log says of a batch's time and memory.
 
-    prompts_drawn: those of replaced groups included; trained_updates: those on this batch that were not skipped.
+    prompts_drawn: those of replaced groups included; metrics: of each update on the batch, of which some may be skipped.
     """
+    updates = sum("skipped" not in one for one in metrics)
     tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
     sampled = int(tokens * prompts_drawn / len(groups))  # replaced groups cost the same each
     return {
         "sampled": sampled,
         "prompts_drawn": prompts_drawn,
         "rollout_tokens_per_s": sampled / seconds["rollout"],
-        "train_tokens_per_s": tokens * trained_updates / seconds["train"] if trained_updates else None,
+        "train_tokens_per_s": tokens * updates / seconds["train"] if updates else None,
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
         "peak_memory_gb": mx.get_peak_memory() / 2**30,
     }

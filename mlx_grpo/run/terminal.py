@@ -16,6 +16,7 @@ from mlx_grpo.run.text import clock, escaped, question_text, shortened, sparklin
 from mlx_grpo.run.trackers import Trackers, numbers
 
 ROOT = Path(__file__).resolve().parents[2]
+MOSTLY = 0.5  # share of completions cut while thinking above which it is warned of
 MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 
@@ -54,6 +55,8 @@ def describe_evaluation(record: dict) -> str:
         parts += [f"exact match {score_text(record, 'em_strict')}", f"lenient {score_text(record, 'em_lenient', False)}"]
     split = "held-out" if record["split"] == "test" else "training subset"
     parts.append(f"n={record['n']}")
+    if record.get("cut_thinking"):
+        parts.append(f"{record['cut_thinking']:.0%} cut while thinking")
     return f"{split} {', '.join(parts)}"
 
 
@@ -65,6 +68,7 @@ def figures(record: dict) -> dict[str, str]:
     shown |= {
         "length": f"{record['completion_length_mean']:.0f}",
         "truncated": f"{record['truncated_fraction']:.0%}",
+        **({"thinking": f"{record['cut_thinking_fraction']:.0%}"} if record.get("cut_thinking_fraction") else {}),
         "no-signal": f"{record['zero_signal_fraction']:.0%}",
         "rollout": f"{record['rollout_tokens_per_s']:.0f} tok/s",
         "train": "none" if record["train_tokens_per_s"] is None else f"{record['train_tokens_per_s']:.0f} tok/s",
@@ -96,7 +100,7 @@ class Monitor:
         self.times = collections.deque(maxlen=20)  # (updates done, when), for the time that is left
         self.doing, self.since, self.note = "", 0.0, ""
         self.live = None
-        self.warned = False  # that the sampler has drifted too far from the policy to learn from: once is enough
+        self.warned = self.warned_of_thinking = False  # that the sampler has drifted too far from the policy to learn from: once is enough
 
     def __enter__(self):
         if self.console.file.isatty() and self.console.is_interactive:
@@ -154,6 +158,13 @@ class Monitor:
             print(
                 f"Warning: sampler and policy differ by {record['mismatch/kl']:.3f} nats a token; raise bits, lower sync_every, "
                 "or set top_p = 1, top_k = 0, min_p = 0, repetition_penalty = 1",
+                file=sys.stderr,
+            )
+        if record.get("cut_thinking_fraction", 0.0) > MOSTLY and not self.warned_of_thinking:
+            self.warned_of_thinking = True
+            print(
+                f"Warning: {record['cut_thinking_fraction']:.0%} of the completions were cut while thinking, before any answer; raise "
+                "max_completion_length, or set chat_template_kwargs = { enable_thinking = false } where the model's template takes it",
                 file=sys.stderr,
             )
         self.done = record["update"]

@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_grpo.backends.precision import narrow, narrowed
+
 
 def adapter_layers(model) -> list[tuple[str, nn.Module]]:
     """The (name, module) of each LoRA or DoRA layer."""
@@ -41,13 +43,14 @@ def fused(model):
 
 
 def save_model(folder: Path, model, tokenizer, model_config: dict, source: Path, config) -> None:
-    """Write a model directory that mlx_lm.load opens; adapters are merged, and kept beside in mlx-lm's own format."""
+    """Write a model directory that mlx_lm.load opens, in the model's own precision; adapters are merged, and kept beside in
+    mlx-lm's own format."""
     from mlx_lm.utils import save_config, save_model as save_weights
 
     model_config = copy.deepcopy(model_config)
     adapters = adapter_layers(model)
     if adapters:
-        weights = {name: w for name, w in tree_flatten(model.trainable_parameters())}
+        weights = narrowed(model, dict(tree_flatten(model.trainable_parameters())))
         mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
         kind = "dora" if any("m" in layer for _, layer in adapters) else "lora"
         blocks = len(model.layers) if config.num_layers < 0 else config.num_layers
@@ -56,7 +59,7 @@ def save_model(folder: Path, model, tokenizer, model_config: dict, source: Path,
         for name, _ in adapters:  # merged layers are in full precision, also where their base was quantised
             for key in ("quantization", "quantization_config"):
                 model_config.get(key, {}).pop(name, None)
-    save_weights(folder, fused(model) if adapters else model)
+    save_weights(folder, narrow(fused(model) if adapters else shared_copy(model)))
     save_config(model_config, folder / "config.json")
     tokenizer.save_pretrained(folder)
     for name in ("generation_config.json", "tokenizer.pkl", model_config.get("model_file") or ""):

@@ -14,8 +14,20 @@ LANE_POSITIONS = 256  # that a lane must have to train on to be worth it
 
 
 def bucket(n: int, least: int = 8) -> int:
-    """The length n is padded to: steps of a quarter of its power of two, so that few shapes are ever compiled."""
+    """The length n of a rollout is padded to: steps of a quarter of its power of two, so that few shapes are ever compiled."""
     step = max(least, 2 ** max(0, (n - 1).bit_length() - 3))
+    return -(-n // step) * step
+
+
+def grid(n: int, least: int = 8) -> int:
+    """What a length, or a number of groups, of an update is padded to: 8, 16, 24, 32, 48, 64, 96 and so on.
+
+    On GPUs a new shape costs time, and a shape that comes again is compiled: 90 updates with sampled lengths, 8 x 8 up to 256
+    tokens, meet 23 shapes in place of 36 in steps of quarters, for 3% more positions. CPUs take every length as it is.
+    """
+    if mx.default_device() == mx.cpu:
+        return n
+    step = max(least, 2 ** max(0, (n - 1).bit_length() - 2))
     return -(-n // step) * step
 
 
@@ -37,7 +49,7 @@ def micro_batches(groups: list, advantages: np.ndarray, config, ranks, shares_pa
 
     def cost(count: int, prompt: int, longest: int, rows: int) -> int:
         """Positions of `count` groups, padded: `rows` rows each, of prompts and completions up to these lengths."""
-        return bucket(count, 1) * ((1 if shares_padded else rows) * bucket(prompt) + rows * bucket(longest))
+        return grid(count, 1) * ((1 if shares_padded else rows) * grid(prompt) + rows * grid(longest))
 
     def whole(b: int) -> int:
         return cost(1, len(groups[b].prompt), longest_completion(groups[b]), g)
@@ -97,15 +109,15 @@ def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[l
 
 
 def collate(groups: list, advantages: np.ndarray, unit: list, k: int, config, shares_padded: bool) -> dict:
-    """The arrays of a unit, padded to bucketed shapes."""
+    """The arrays of a unit, padded to shapes of the grid."""
     rows = [(b, i) for b, first in unit for i in range(first, first + k)]
-    count = bucket(len(unit), 1)
-    width = bucket(max(len(groups[b].completions[i].ids) for b, i in rows))
+    count = grid(len(unit), 1)
+    width = grid(max(len(groups[b].completions[i].ids) for b, i in rows))
     prompts = [groups[b].prompt for b, _ in unit]
     prompts += prompts[:1] * (count - len(unit))
     # Where a padded prompt cannot be shared, one of exact length can; elsewhere few shapes are worth more.
     equal = len(set(map(len, prompts))) == 1 and not shares_padded
-    tokens, pads = left_pad(prompts, len(prompts[0]) if equal else bucket(max(map(len, prompts))))
+    tokens, pads = left_pad(prompts, len(prompts[0]) if equal else grid(max(map(len, prompts))))
     arrays = {name: np.zeros((count * k, width), kind) for name, kind in
               (("ids", np.int32), ("mask", np.float32), ("sampler_logps", np.float32))}  # fmt: skip
     for n, (b, i) in enumerate(rows):

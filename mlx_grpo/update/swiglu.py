@@ -15,7 +15,7 @@ def swiglu(gate, x):
     return gate * sigmoid(gate) * x
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def gradients(gate, x, cotangent):
     share = sigmoid(gate)
     scaled = cotangent * share

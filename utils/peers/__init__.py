@@ -26,7 +26,10 @@ def cache_folder() -> Path:
 
 
 def peer_python(peer: str) -> str:
-    """The Python of the peer's own environment, made at its first use in the cache folder. Raises RunError."""
+    """The Python of the peer's own environment, made at its first use in the cache folder.
+
+    Raises RunError.
+    """
     packages = list(PEERS[peer][0])
     # MLX's compute library is a package of its own: the peer gets the one that this environment has.
     here = {d.name for d in distributions()} & {"mlx-cpu", "mlx-cuda-12", "mlx-cuda-13"}
@@ -39,9 +42,15 @@ def peer_python(peer: str) -> str:
         return str(python)
     uv = shutil.which("uv")
     if uv:
-        steps = [uv, "venv", "--clear", str(folder), "--python", sys.executable], [uv, "pip", "install", "--python", str(python), *packages]
+        steps = (
+            [uv, "venv", "--clear", str(folder), "--python", sys.executable],
+            [uv, "pip", "install", "--python", str(python), *packages],
+        )
     else:
-        steps = [sys.executable, "-m", "venv", "--clear", str(folder)], [str(python), "-m", "pip", "install", *packages]
+        steps = (
+            [sys.executable, "-m", "venv", "--clear", str(folder)],
+            [str(python), "-m", "pip", "install", *packages],
+        )
     print(f"Installing {', '.join(packages)} into {folder}", flush=True)
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True, check=False)
@@ -69,16 +78,33 @@ class Peer:
     def __init__(self, args, config, folder: Path, **work):
         python = args.peer_python or peer_python(args.peer)
         self.name, self.log = args.peer, folder / "peer.log"
-        work = {"settings": {}, "prompts": config.batch_size * config.gradient_accumulation_steps, **work}
-        work |= {"completions": config.num_generations, "tokens": config.max_completion_length, "folder": str(folder)}
-        work |= {"model": str(mlx_grpo.resolve_model(config.model_name)), "gpu": mx.default_device() == mx.gpu, "blas": blas_name()}
+        work = {"settings": {}, "prompts": config.prompts_per_update, **work}
+        work |= {
+            "completions": config.num_generations,
+            "tokens": config.max_completion_length,
+            "folder": str(folder),
+        }
+        work |= {
+            "model": str(mlx_grpo.resolve_model(config.model_name)),
+            "gpu": mx.default_device() == mx.gpu,
+            "blas": blas_name(),
+        }
         command = [python, str(Path(__file__).with_name("drivers.py")), args.peer]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         try:
             with open(self.log, "w") as log:
-                self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=environment,
+                )
         except OSError as error:
-            raise mlx_grpo.UserError(f"Cannot run {python}: {error.strerror}; --peer-python takes an interpreter") from None
+            raise mlx_grpo.UserError(
+                f"Cannot run {python}: {error.strerror}; --peer-python takes an interpreter"
+            ) from None
         self.send(work)
 
     def send(self, message) -> None:

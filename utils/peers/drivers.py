@@ -1,7 +1,8 @@
-"""What a peer's own environment runs: the benchmark's work by that program. Started by the benchmark, `python drivers.py PEER`.
+"""What a peer's own environment runs, `python drivers.py PEER`: the benchmark's work by that program.
 
-The first line of stdin is the work, as JSON. Each further line is one turn (one update, or one rollout), answered by a line with its
-seconds. While it learns, the driver also asks for rewards and says what it has saved; peers/__init__.py has the other side.
+The first line of stdin is the work, as JSON. Each further line is one turn (an update or a rollout), answered by
+a line with its seconds. While it learns, the driver also asks for rewards and says what it has saved;
+peers/__init__.py has the other side.
 """
 
 import json
@@ -77,18 +78,30 @@ class Session:
     def report(self, peak: int) -> None:
         """Answer the turn: seconds by phase, peak memory in bytes, completion tokens."""
         step = time.perf_counter() - self.start
-        self.say({"rollout": self.rollout, "train": step - self.rollout, "step": step, "peak": peak, "tokens": self.tokens})
+        self.say(
+            {
+                "rollout": self.rollout,
+                "train": step - self.rollout,
+                "step": step,
+                "peak": peak,
+                "tokens": self.tokens,
+            }
+        )
 
 
 def alternate(completions, **columns) -> list[float]:
     return [float(i % 2) for i in range(len(completions))]
 
 
-# --- mlx-lm, mlx-lm-lora ----------------------------------------------------------------------------------------
+# --- mlx-lm, mlx-lm-lora
+# ----------------------------------------------------------------------------------------
 
 
 def load_mlx(session: Session):
-    """MLX, the model and its tokenizer, for which nothing ends a text; on CPUs in float32, which MLX multiplies much faster."""
+    """MLX, the model and its tokenizer, for which nothing ends a text.
+
+    On CPUs in float32, which MLX multiplies much faster.
+    """
     if session.work["blas"]:
         import ctypes
 
@@ -143,7 +156,12 @@ def mlx_lm_lora(session: Session) -> None:
         while True:
             session.wait()
             prompts = session.of_turn("ids")
-            fixed = [[[1]] * len(prompts), session.of_turn("texts"), ["1"] * len(prompts), [None] * len(prompts)]
+            fixed = [
+                [[1]] * len(prompts),
+                session.of_turn("texts"),
+                ["1"] * len(prompts),
+                [None] * len(prompts),
+            ]
             yield prompts, *fixed
             session.report(mx.get_peak_memory())
 
@@ -160,13 +178,15 @@ def mlx_lm_lora(session: Session) -> None:
     )  # fmt: skip
 
 
-# --- TRL --------------------------------------------------------------------------------------------------------
+# --- TRL
+# --------------------------------------------------------------------------------------------------------
 
 
 def without_padding(ids: list[int], pad: int, stop_strings: list[str], decode) -> list[int]:
     """A completion as TRL cut it, without the padding that follows a stop string.
 
-    TRL cuts after the first end id and knows of no other end. A row that a stop string ended is padded instead, and TRL would train on
+    TRL cuts after the first end id and knows of no other end. A row that a stop string ended is padded
+    instead, and TRL would train on
     that. Other rows keep their last id: where the pad id is the end id, it is the end that the model wrote.
     """
     if any(stop in decode(ids) for stop in stop_strings):
@@ -178,7 +198,8 @@ def without_padding(ids: list[int], pad: int, stop_strings: list[str], decode) -
 class EndingAt:
     """A logits processor that ends each row at its length and nowhere else.
 
-    start: positions before the completions; ends: the end ids, of which the first is written; limit: the length at which generate stops.
+    start: positions before the completions; ends: the end ids, of which the first is written; limit: the
+    length at which generate stops.
     """
 
     def __init__(self, start: int, lengths: list[int], ends: list[int], limit: int):
@@ -215,11 +236,18 @@ def trl(session: Session) -> None:
         _generate_and_score_completions = session.timed(GRPOTrainer._generate_and_score_completions)
 
         def _tokenize_prompts(self, prompts):
-            return [work["ids"][int(number)] for number in prompts], None, {}  # the ids that the other program has
+            return (
+                [work["ids"][int(number)] for number in prompts],
+                None,
+                {},
+            )  # the ids that the other program has
 
         def _generate_single_turn(self, *args, **kwargs):
             completions, logps = super()._generate_single_turn(*args, **kwargs)
-            completions = [without_padding(ids, self._tokenizer.pad_token_id, stop_strings, self._tokenizer.decode) for ids in completions]
+            completions = [
+                without_padding(ids, self._tokenizer.pad_token_id, stop_strings, self._tokenizer.decode)
+                for ids in completions
+            ]
             session.tokens += sum(map(len, completions))
             return completions, logps
 
@@ -229,7 +257,11 @@ def trl(session: Session) -> None:
 
         def on_step_end(self, args, state, control, **kwargs):
             session.sync()
-            session.report(torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            session.report(
+                torch.cuda.max_memory_allocated()
+                if cuda
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            )
             if state.global_step in work.get("save_at", ()):
                 save(state.global_step)
 
@@ -239,13 +271,18 @@ def trl(session: Session) -> None:
         file = os.path.join(work["folder"], f"peer-{update}.safetensors")
         dtype = torch.bfloat16 if cuda else torch.float32
         # Parameters by name, each once: tied ones would be refused.
-        save_file({name: p.detach().to(dtype).cpu().contiguous() for name, p in model.named_parameters()}, file)
+        save_file(
+            {name: p.detach().to(dtype).cpu().contiguous() for name, p in model.named_parameters()}, file
+        )
         session.say({"saved": file})
 
     scored = []
 
     def reward_function(place: int):
-        """The function at this place of the benchmark's list; all are scored there when the first is asked."""
+        """The function at this place of the benchmark's list.
+
+        All are scored there when the first is asked.
+        """
 
         def reward(prompts, completion_ids, **columns):
             if place == 0:
@@ -260,14 +297,18 @@ def trl(session: Session) -> None:
 
     def generate_with(**kwargs):
         if "lengths" in work:
-            ending = EndingAt(kwargs["input_ids"].shape[1], session.lengths(), trainer.eos_token_ids, work["tokens"])
+            ending = EndingAt(
+                kwargs["input_ids"].shape[1], session.lengths(), trainer.eos_token_ids, work["tokens"]
+            )
             kwargs["logits_processor"] = LogitsProcessorList([ending])
-        return generate(tokenizer=tokenizer, **kwargs)  # TRL leaves out the tokenizer, without which stop strings are refused
+        # TRL leaves out the tokenizer, without which stop strings are refused.
+        return generate(tokenizer=tokenizer, **kwargs)
 
     model.generate = generate_with
     settings = {
         "per_device_train_batch_size": session.rows, "max_completion_length": work["tokens"], "num_generations": session.completions,
-        "bf16": cuda, "gradient_checkpointing": False, "use_cpu": not cuda, "report_to": "none", "logging_steps": 10**6,
+        "bf16": cuda, "gradient_checkpointing": False, "use_cpu": not cuda, "report_to": "none",
+        "logging_steps": 10**6,
         "save_strategy": "no", "disable_tqdm": True, "shuffle_dataset": False,
     }  # fmt: skip
     trainer = Trainer(

@@ -1,4 +1,4 @@
-"""`benchmark.py learn`: this trainer and a peer from the same start, on the same prompts, scored by the same functions."""
+"""`benchmark.py learn`: this trainer and a peer from one start, on the same prompts, by the same rewards."""
 
 import argparse
 import dataclasses
@@ -16,18 +16,29 @@ from mlx.utils import tree_flatten
 
 from peers import Peer, PeerCrashed
 
-SAME = """temperature top_p top_k repetition_penalty max_completion_length num_generations num_iterations gradient_accumulation_steps
-loss_type importance_sampling_level scale_rewards multi_objective_aggregation mask_truncated_completions delta use_bias_correction_kl
-top_entropy_quantile entropy_coef use_adaptive_entropy entropy_target entropy_coef_delta entropy_coef_min entropy_coef_max vespo_k_pos
-vespo_lambda_pos vespo_k_neg vespo_lambda_neg off_policy_mask_threshold sapo_temperature_pos sapo_temperature_neg learning_rate lr_scheduler_type
-adam_beta1 adam_beta2 weight_decay max_grad_norm"""
-BOTH_HAVE = {**{name: name for name in SAME.split()}, "clip_eps": "epsilon", "clip_eps_high": "epsilon_high", "kl_coeff": "beta"}
+SAME = """
+temperature top_p top_k repetition_penalty max_completion_length num_generations num_iterations
+gradient_accumulation_steps loss_type importance_sampling_level scale_rewards multi_objective_aggregation
+mask_truncated_completions delta use_bias_correction_kl top_entropy_quantile entropy_coef
+use_adaptive_entropy entropy_target entropy_coef_delta entropy_coef_min entropy_coef_max vespo_k_pos
+vespo_lambda_pos vespo_k_neg vespo_lambda_neg off_policy_mask_threshold sapo_temperature_pos
+sapo_temperature_neg learning_rate lr_scheduler_type adam_beta1 adam_beta2 weight_decay max_grad_norm
+"""
+BOTH_HAVE = {
+    **{name: name for name in SAME.split()},
+    "clip_eps": "epsilon",
+    "clip_eps_high": "epsilon_high",
+    "kl_coeff": "beta",
+}
 # Settings that reach the peer another way, or that do not change what is learnt.
-HANDLED = """model_name trust_remote_code fine_tune_type dataset dataset_config eval_dataset eval_fraction prompt_field answer_field
-max_train_samples max_prompt_length system_prompt completion_prefix reward_funcs reward_weights reward_timeout batch_size min_p stop_strings
-memory_limit_gb kv_budget_gb warmup_ratio num_epochs micro_batch_tokens grad_checkpoint max_nan_updates use_compile eval_steps eval_samples
-eval_every_updates eval_subset_size eval_max_new_tokens output_dir run_name logging_steps log_jsonl log_completions_steps report_to
-save_steps save_total_limit seed distributed_timeout check_weights_steps""".split()
+HANDLED = """
+model_name trust_remote_code fine_tune_type dataset dataset_config eval_dataset eval_fraction prompt_field
+answer_field max_train_samples max_prompt_length system_prompt completion_prefix reward_funcs reward_weights
+reward_timeout batch_size min_p stop_strings memory_limit_gb kv_budget_gb warmup_ratio num_epochs
+micro_batch_tokens grad_checkpoint max_nan_updates use_compile eval_steps eval_samples eval_every_updates
+eval_subset_size eval_max_new_tokens output_dir run_name logging_steps log_jsonl log_completions_steps
+report_to save_steps save_total_limit seed distributed_timeout check_weights_steps
+""".split()
 
 
 @dataclass
@@ -61,9 +72,14 @@ class HeldOut:
     def rewards(self, rows: list[dict], ids: list[list[int]]) -> np.ndarray:
         """Rewards (F, N) of N completions of these rows' prompts, NaN where a function abstained."""
         config = self.config
-        texts = [config.completion_prefix + self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        texts = [
+            config.completion_prefix + self.tokenizer.decode(row, skip_special_tokens=True) for row in ids
+        ]
         flat = [
-            (mlx_grpo.Group(row, row["prompt_ids"], []), mlx_grpo.Completion(one, [], [1] * len(one), "", text))
+            (
+                mlx_grpo.Group(row, row["prompt_ids"], []),
+                mlx_grpo.Completion(one, [], [1] * len(one), "", text),
+            )
             for row, one, text in zip(rows, ids, texts)
         ]
         columns = mlx_grpo.reward_columns(flat) | {"max_completion_length": config.max_completion_length}
@@ -71,9 +87,13 @@ class HeldOut:
 
     def open(self) -> None:
         """The model as both programs start from it."""
-        self.model = mlx_grpo.open_model(self.config.model_name, trust_remote_code=self.config.trust_remote_code)[0]
+        self.model = mlx_grpo.open_model(
+            self.config.model_name, trust_remote_code=self.config.trust_remote_code
+        )[0]
         self.model.eval()
-        self.decoder = mlx_grpo.make_decoder(self.model, mlx_grpo.Sampling(temperature=0.0), self.config.use_compile)
+        self.decoder = mlx_grpo.make_decoder(
+            self.model, mlx_grpo.Sampling(temperature=0.0), self.config.use_compile
+        )
 
     def load(self, file: Path, is_peers: bool) -> None:
         """Take over saved weights, rounded to the precision of the model's own."""
@@ -111,12 +131,15 @@ def learner(args: argparse.Namespace, seed: int, folder: Path):
     settings = ["log_completions_steps=0", "log_jsonl=false", *args.set, f"seed={seed}"]
     config = mlx_grpo.load_config(args.config, settings)
     if config.fine_tune_type not in ("auto", "full"):
-        raise mlx_grpo.UserError(f"learn trains every weight, in the peer too; set fine_tune_type to full instead of {config.fine_tune_type}")
+        raise mlx_grpo.UserError(
+            f"learn trains every weight, in the peer too; set fine_tune_type to full instead of "
+            f"{config.fine_tune_type}"
+        )
     if args.updates and args.updates % config.num_iterations:
         raise mlx_grpo.UserError(f"--updates must be a multiple of num_iterations ({config.num_iterations})")
     trainer = mlx_grpo.MLXGRPOTrainer(config, folder)
     trainer.updates = args.updates or trainer.updates
-    count = trainer.updates // config.num_iterations * trainer.prompts_per_update
+    count = trainer.updates // config.num_iterations * config.prompts_per_update
     return trainer, [row for _, row in mlx_grpo.draw_rows(trainer.rows, config.seed, 0, count)]
 
 
@@ -127,7 +150,11 @@ def evaluation_turns(config, turns: int) -> list[int]:
 
 
 def show_progress(program: str, turn: int, turns: int, seconds: list[float]) -> None:
-    print(f"{program}: rollout {turn} of {turns} and its updates done, {sum(seconds):.1f} s", file=sys.stderr, flush=True)
+    print(
+        f"{program}: rollout {turn} of {turns} and its updates done, {sum(seconds):.1f} s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def learn_here(trainer, folder: Path) -> Course:
@@ -158,8 +185,14 @@ def peer_settings(config, updates: int) -> dict:
 def not_in_peer(config) -> list[str]:
     """The settings in force that the peer has no counterpart of."""
     fields = dataclasses.fields(config)
-    defaults = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields}
-    return [name for name, value in defaults.items() if getattr(config, name) != value and name not in BOTH_HAVE and name not in HANDLED]
+    defaults = {
+        f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields
+    }
+    return [
+        name
+        for name, value in defaults.items()
+        if getattr(config, name) != value and name not in BOTH_HAVE and name not in HANDLED
+    ]
 
 
 def answer(peer: Peer, held_out: HeldOut, rows: list[dict], message: dict) -> dict:
@@ -170,12 +203,18 @@ def answer(peer: Peer, held_out: HeldOut, rows: list[dict], message: dict) -> di
     return message
 
 
-def learn_there(args: argparse.Namespace, held_out: HeldOut, rows: list[dict], updates: int, folder: Path) -> Course:
+def learn_there(
+    args: argparse.Namespace, held_out: HeldOut, rows: list[dict], updates: int, folder: Path
+) -> Course:
     """The peer's course, on the same `rows` in the same order, with the trainer's settings and reward functions."""
     config, course = held_out.config, Course()
     mu = config.num_iterations
     keep = evaluation_turns(config, updates // mu)
-    work = {"ids": [row["prompt_ids"] for row in rows], "rewards": len(held_out.functions), "save_at": [mu * turn for turn in keep]}
+    work = {
+        "ids": [row["prompt_ids"] for row in rows],
+        "rewards": len(held_out.functions),
+        "save_at": [mu * turn for turn in keep],
+    }
     settings = peer_settings(config, updates) | {"reward_weights": held_out.weights}
     peer = Peer(args, config, folder, settings=settings, **work)
     try:
@@ -197,7 +236,10 @@ def learn_once(args: argparse.Namespace, seed: int, folder: Path) -> tuple[Cours
     trainer, rows = learner(args, seed, folder)
     updates, held_out = trainer.updates, HeldOut(trainer)
     if missing := not_in_peer(trainer.config):
-        print(f"{args.peer} has no counterpart of {', '.join(missing)}: only this trainer uses them", file=sys.stderr)
+        print(
+            f"{args.peer} has no counterpart of {', '.join(missing)}: only this trainer uses them",
+            file=sys.stderr,
+        )
     own = learn_here(trainer, folder)
     del trainer
     gc.collect()  # a trainer and its compiled step refer to each other
