@@ -90,7 +90,7 @@ from mlx_grpo.run.checkpoints import (
 )  # fmt: skip
 from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.run.directory import RunLogs, choose_run_dir, file_digest, find_checkpoint, lock_directory, write_directory
-from mlx_grpo.scoring import load_rewards, name_of, reward_files, score
+from mlx_grpo.scoring import load_rewards, name_of, names_of, reward_files, score
 from mlx_grpo.settings import CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record
 from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle
 from mlx_grpo.update.swiglu import use_swiglu
@@ -1852,7 +1852,7 @@ def evaluate(
         answers = error
     texts, lengths, scores = zip(*ranks.merge(answers))
     return {
-        **reward_scores(np.array(scores).T, [name_of(function) for function in functions], weights),
+        **reward_scores(np.array(scores).T, names_of(functions), weights),
         **exact_match(texts, [row["answer"] for row in rows]),
         "n": len(rows), "completion_length": float(np.mean(lengths)), "texts": list(texts),
         **({"cut_thinking": float(np.mean([is_thinking(text) for text in texts]))} if any(map(has_thought, texts)) else {}),
@@ -2362,7 +2362,6 @@ class MLXGRPOTrainer:
     def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
         self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
         self.reward_functions, self.reward_weights = load_rewards(config, BUILT_IN_REWARDS)
-        self.reward_names = [name_of(function) for function in self.reward_functions]
         source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
         splits = {split: load_dataset_split(config, split) for split in ("train", "test")}  # a wrong path is met before a model is loaded
         self.model, self.tokenizer = load_model(config)
@@ -2388,7 +2387,7 @@ class MLXGRPOTrainer:
         inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
         self.files = RunFiles(self.run_dir, self.learner, self.old_policy, write, inputs)
         self.monitor = Monitor(self.updates, config.logging_steps, metric=config.best_metric)
-        self.signal = SignalWatch(config, self.reward_names, self.rows, self.monitor.say, self.files.logs)
+        self.signal = SignalWatch(config, self.rows, self.monitor.say, self.files.logs)
         self.after_evaluation = lambda run_dir: None  # the command line puts the report here
         self.stop_signal = 0
         ranks.must_agree(settings=dataclasses.asdict(config), data=list(inputs.items())[:2])
@@ -2489,7 +2488,7 @@ class MLXGRPOTrainer:
         """Sample a few prompts by keys of their own, and say what they earn: the groups, and a log record where it is nothing."""
         rows = fixed_subset(self.rows, min(CHECKED_PROMPTS, self.config.prompts_per_update), self.config.seed)
         groups = self.sample_groups([(f"check {i}", row) for i, row in enumerate(rows)], Stopwatch())
-        return groups, self.signal.check(groups, *self.advantages(groups))
+        return groups, self.signal.check(names_of(self.reward_functions), groups, *self.advantages(groups))
 
     def dry_run(self) -> None:
         """The check before the first update and one backward pass; nothing is written and no weight changes."""
@@ -2580,7 +2579,7 @@ class MLXGRPOTrainer:
 
     def report(self, groups, rewards, advantages, metrics, watch: Stopwatch, drawn: dict[str, int]) -> list[dict]:
         """The log records of the updates just made, and samples where they are due. drawn: as of RunState.drawn_since."""
-        config, state, names = self.config, self.state, self.reward_names
+        config, state, names = self.config, self.state, names_of(self.reward_functions)
         previous = state.update - len(metrics)
         every = config.log_completions_steps
         if every and (not previous or is_due(previous, state.update, every)):
@@ -2591,7 +2590,7 @@ class MLXGRPOTrainer:
         facts = update_facts(groups, rewards, advantages, names) | time_facts(groups, seconds, drawn["prompts_drawn"], metrics)
         state.tokens += facts.pop("sampled")
         facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens, **drawn, **exchanges}
-        self.signal.after_updates(state, groups, rewards)
+        self.signal.after_updates(state, names, groups, rewards)
         return [{"update": previous + i, "kl": 0.0, **one, **facts} for i, one in enumerate(metrics, 1)]
 
     def save_checkpoint(self) -> None:

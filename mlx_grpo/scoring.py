@@ -187,6 +187,10 @@ def name_of(function) -> str:
     return getattr(getattr(function, "func", function), "__name__", type(function).__name__)
 
 
+def names_of(functions) -> list[str]:
+    return [name_of(function) for function in functions]
+
+
 def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndarray:
     """Rewards (F, N) of N texts by F functions, NaN where a function abstained. `columns` hold N values each.
 

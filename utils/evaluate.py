@@ -35,8 +35,7 @@ from rich.table import Table  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/evaluate.py --model starter/model outputs/quickstart/final --dataset starter/data
-  uv run python utils/evaluate.py --model outputs/run/final --config configs/prod.toml --samples 8 --output answers.jsonl
-  uv run python utils/evaluate.py --model starter/model --dataset starter/data --reward soft_format_reward_func xmlcount_reward_func"""
+  uv run python utils/evaluate.py --model outputs/run/final --config configs/prod.toml --samples 8 --output answers.jsonl"""
 BATCH = 256  # questions between two writes of --output
 KINDS = ("strict", "lenient")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the models, in the tables
