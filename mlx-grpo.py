@@ -90,7 +90,7 @@ from mlx_grpo.run.checkpoints import (
 )  # fmt: skip
 from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.run.directory import RunLogs, choose_run_dir, file_digest, find_checkpoint, lock_directory, write_directory
-from mlx_grpo.scoring import load_rewards, name_of, names_of, reward_files, score
+from mlx_grpo.scoring import load_rewards, names_of, reward_files, score
 from mlx_grpo.settings import CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record
 from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle
 from mlx_grpo.update.swiglu import use_swiglu

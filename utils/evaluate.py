@@ -342,7 +342,7 @@ def read_rewards(config, names: list[str]) -> dict:
         return {}
     config = dataclasses.replace(config, reward_funcs=names, reward_weights=[], metric_for_best_model="")
     functions, _ = mlx_grpo.load_rewards(config, mlx_grpo.BUILT_IN_REWARDS)
-    return {mlx_grpo.name_of(function): function for function in functions}
+    return dict(zip(mlx_grpo.names_of(functions), functions))
 
 
 def run(args: argparse.Namespace) -> None:

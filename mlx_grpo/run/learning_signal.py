@@ -159,36 +159,33 @@ def nothing_learnt(state) -> str:
 class SignalWatch:
     """Says to the user and to the log whether a run has anything to learn from.
 
-    names: of the reward functions; rows: the training data; say(text); logs: RunLogs. The counts are the
-    RunState's: a resumed run says no more and no less.
+    rows: the training data; say(text); logs: RunLogs. The counts are the RunState's: a resumed run says no more and no
+    less. Its methods take the names of the reward functions, groups, and rewards and advantages (B, G).
     """
 
-    def __init__(self, config, names: list[str], rows: list[dict], say, logs):
-        self.config, self.names, self.say, self.logs = config, names, say, logs
+    def __init__(self, config, rows: list[dict], say, logs):
+        self.config, self.say, self.logs = config, say, logs
         self.golds = [row["answer"] for row in rows]
 
-    def no_signal(self, groups: list, rewards: np.ndarray) -> str:
-        return no_signal(groups, rewards, self.names, self.golds, self.config.rollout_tokens)
+    def no_signal(self, names: list[str], groups: list, rewards: np.ndarray) -> str:
+        return no_signal(groups, rewards, names, self.golds, self.config.rollout_tokens)
 
-    def check(self, groups: list, rewards: np.ndarray, advantages: np.ndarray) -> dict:
-        """Before the first update: say what a few groups earn; the log record where there is no signal, else {}.
-
-        rewards, advantages: (B, G).
-        """
-        record = check_record(groups, rewards, advantages, self.names)
-        lines = check_lines(record, groups, rewards, self.names)
+    def check(self, names: list[str], groups: list, rewards: np.ndarray, advantages: np.ndarray) -> dict:
+        """Before the first update: say what a few groups earn; the log record where there is no signal, else {}."""
+        record = check_record(groups, rewards, advantages, names)
+        lines = check_lines(record, groups, rewards, names)
         if not advantages.any():
-            record["message"] = self.no_signal(groups, rewards)
+            record["message"] = self.no_signal(names, groups, rewards)
             lines.append(record["message"])
         for line in lines:
             self.say(line)
         return record if "message" in record else {}
 
-    def after_updates(self, state, groups: list, rewards: np.ndarray) -> None:
+    def after_updates(self, state, names: list[str], groups: list, rewards: np.ndarray) -> None:
         """After the updates on these groups, where the run has long had no signal."""
         if should_say(state, self.config.max_flat_updates):
             state.said_no_signal = state.update
-            message = self.no_signal(groups, rewards)
+            message = self.no_signal(names, groups, rewards)
             self.say(message)
             self.logs.add("training_log", {"event": "no_signal", "update": state.update, "message": message})
 
