@@ -2268,8 +2268,9 @@ def keeping_what_is_learnt(state: RunState, save):
     try:
         yield
     except RunError:
-        vars(state).update(vars(start))
-        if start.update:
+        if state.update == start.update:  # it was while sampling, and no weight has changed
+            vars(state).update(vars(start))
+        if state.update:
             save()
         raise
 

@@ -268,7 +268,7 @@ def print_pairs(pairs: list[dict], console: Console) -> None:
     what, columns = ("score", ("first higher", "second higher")) if by_reward else ("exact match", ("only first right", "only second"))
     table = Table(title=f"Greedy answers to the same questions ({'sign test' if by_reward else 'McNemar'}, exact)")
     for column in ("pair", what, *columns, "second - first", "p"):
-        table.add_column(column, justify="left" if column in ("pair", what) else "right")
+        table.add_column(column, justify="left" if column in ("pair", what) else "right", overflow="fold")
     for pair in pairs:
         gain = f"{pair['gain']:+.3f}" if pair["kind"].startswith("rewards/") else f"{100 * pair['gain']:+.1f} points"
         p = f"{pair['p']:.4f}" if pair["p"] >= 0.0001 else f"{pair['p']:.1e}"
