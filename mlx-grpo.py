@@ -68,13 +68,13 @@ from mlx_grpo.update.micro_batches import grid, left_pad, micro_batches
 from mlx_grpo.update import shared_prompts
 from mlx_grpo.update.shared_prompts import reason_not_to_share
 from mlx_grpo.backends.blas import blas_name
-from mlx_grpo.backends.cuda_kernels import attention_covers
-from mlx_grpo.rollout.decoding import CompiledDecoder, Decoder, Row, decode
+from mlx_grpo.backends.cuda_decoding import FAST_AFTER, fast_decoder
+from mlx_grpo.rollout.decoding import Decoder, Row, decode
 from mlx_grpo.rollout.difficulty import lately, outcome, remembered
 from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
-from mlx_grpo.rollout.kv_cache import can_pad, can_share_prompts, checkpointed, kv_bytes_per_token
+from mlx_grpo.rollout.kv_cache import cache_bytes, can_pad, checkpointed
 from mlx_grpo.backends.precision import keep_exact, narrowed, widen, with_masters, without_masters
-from mlx_grpo.backends.streams import lane_count, lanes, spread
+from mlx_grpo.backends.streams import evaluate_by_turns, lane_count, lanes, spread
 from mlx_grpo.loading import (
     ROOT, DataRow, field_of, is_quantized, open_dataset, prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
 )  # fmt: skip
@@ -209,7 +209,7 @@ class MLXGRPOConfig:
     weight_decay: float = 0.0  # decoupled, as in AdamW
     max_nan_updates: int = 3  # updates in a row with a non-finite gradient before the run stops
     max_flat_updates: int = 50  # updates in a row without signal before the run saves and ends with status 1; 0: never
-    use_compile: bool = True  # mx.compile the optimizer's step, on GPUs an update's shapes that keep coming, on CPUs and CUDA the rollout's
+    use_compile: bool = True  # mx.compile the optimizer's step, on GPUs an update's shapes that keep coming, on CUDA a long run's rollouts
     # Evaluation
     eval_steps: int = 50  # updates between evaluations on the held-out split; 0: only before and after
     eval_samples: int = 200  # rows of the held-out split, a fixed choice; 0 for all
@@ -1005,11 +1005,10 @@ def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.ar
     return ids, mx.log(mx.take_along_axis(probs, ids[:, None], axis=-1)[:, 0])
 
 
-def make_decoder(model, sampling: Sampling, use_compile: bool = True) -> Decoder:
-    """What draws the next ids, as is fastest on this device."""
-    pays = mx.default_device() == mx.cpu and compile_works() or attention_covers(model)
-    kind = CompiledDecoder if use_compile and pays and can_share_prompts(model) else Decoder
-    return kind(model, lambda logits, uniforms, seen: sample(logits, uniforms, sampling, seen))
+def row_uniforms(keys: list[mx.array], generations: int, length: int) -> mx.array:
+    """The random numbers (P*G, T) in [0, 1) of each prompt's rows, from the prompt's key."""
+    row_keys = mx.concatenate([mx.random.split(key, generations) for key in keys])
+    return mx.vmap(lambda key: mx.random.uniform(shape=(length,), key=key))(row_keys)
 
 
 def generate(
@@ -1020,16 +1019,18 @@ def generate(
 
     keys: (B, 2) random keys, one a prompt; a prompt's completions depend on its key and not on its company. Not
     needed at temperature 0. kv_budget: bytes of KV cache, most_rows: completions at a time; prompts beyond them wait for
-    the next batch. progress: called with the number of prompts done. decoder: make_decoder's for this model and sampling,
-    where it is kept from call to call. Models whose caches cannot be padded decode prompts of equal length together.
+    the next batch. progress: called with the number of prompts done. decoder: of this model, kept from call
+    to call; plain MLX without. Models that cannot be padded decode prompts of equal length together.
     prefix: build_prompt's completion_prefix; texts begin with it, and with a <think> that the template opened.
     """
-    decoder, penalised = decoder or make_decoder(model, sampling), sampling.repetition_penalty != 1.0
+    decoder = decoder or Decoder(model)
+    penalised = sampling.repetition_penalty != 1.0
+    draw = functools.partial(sample, sampling=sampling)
     primed = [primed_text(tokenizer, ids, prefix) for ids in prompts]
     rows = [[Row(tokenizer, stop_strings, max_new_tokens, text) for _ in range(num_generations)] for text in primed]
     padded = can_pad(model)
     budget = kv_budget or memory_bytes() // 4
-    most = int(budget / kv_bytes_per_token(model)) // (max(map(len, prompts), default=0) + max_new_tokens)
+    most = int(budget / max(1, cache_bytes(model, max(map(len, prompts), default=0) + max_new_tokens)))
     most = max(num_generations, min(most, most_rows or most))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours need little padding
     while order:
@@ -1039,22 +1040,17 @@ def generate(
         order = order[len(batch) :]
         with lanes(min(len(batch), len(batch) * num_generations // LANE_ROWS)) as streams:
             running = []
-            for stream, part in zip(streams, np.array_split(batch, len(streams))):
+            for part in np.array_split(batch, len(streams)):
                 tokens, pads = left_pad([prompts[i] for i in part], max(len(prompts[i]) for i in part))
-                if sampling.temperature:
-                    row_keys = mx.concatenate([mx.random.split(keys[i], num_generations) for i in part])  # (N, 2)
-                    uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(max_new_tokens,), key=key))(row_keys)
-                else:
-                    uniforms = mx.zeros((len(part) * num_generations, max_new_tokens))
                 equal = len({len(prompts[i]) for i in part}) == 1  # without padding attention needs no mask
-                running.append((stream, decode(decoder, tokens, None if equal else pads, [r for i in part for r in rows[i]], uniforms, penalised)))
-            while running:  # one position of each
-                started = []
-                for stream, positions in running:
-                    with mx.stream(stream):
-                        started.append(next(positions, None))
-                mx.async_eval(started)
-                running = [lane for lane, arrays in zip(running, started) if arrays is not None]
+                part_rows = [row for i in part for row in rows[i]]
+                uniforms = mx.zeros((len(part_rows), max_new_tokens))
+                if sampling.temperature:
+                    uniforms = row_uniforms([keys[i] for i in part], num_generations, max_new_tokens)
+                pads = None if equal else pads
+                positions = decode(decoder, tokens, pads, part_rows, uniforms, draw, penalised)
+                running.append(positions)
+            evaluate_by_turns(streams, running)
         if progress:
             progress(len(batch))
     return [
@@ -1827,7 +1823,8 @@ EVALUATION_ROWS = 32  # at a time, where a rollout has fewer
 
 
 def evaluate(
-    model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None, ranks: Ranks = ALONE, rewards=None
+    model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None, ranks: Ranks = ALONE,
+    decoder=None, rewards=None,
 ) -> dict:
     """Greedy answers to `rows` ({"prompt", "answer", ..}), scored by the run's rewards and by exact match, and every text.
 
@@ -1839,8 +1836,8 @@ def evaluate(
     prompts = [build_prompt(tokenizer, r["prompt"], *config.prompting) for r in mine]
     completions = generate(
         model, tokenizer, prompts, sampling=greedy, stop_strings=config.stops, progress=progress,
-        decoder=make_decoder(model, greedy, config.use_compile), prefix=config.completion_prefix,
-        max_new_tokens=limit, kv_budget=int(config.kv_budget_gb * 2**30),
+        decoder=decoder, prefix=config.completion_prefix, max_new_tokens=limit,
+        kv_budget=int(config.kv_budget_gb * 2**30),
         # No more rows than a rollout has on this rank: it takes no more memory.
         most_rows=max(EVALUATION_ROWS, config.batch_size * config.num_generations // ranks.size),
     )
@@ -2094,7 +2091,17 @@ class OldPolicy:
             self.model.update(model.parameters())  # the decoder stays, with what it has compiled
         elif model is not self.model:
             self.model = model
-            self.decoder = make_decoder(model, self.config.sampling, self.config.use_compile)
+            self.decoder = fast_decoder(model) if self.config.use_compile else Decoder(model)
+
+    def decoder_at(self, update: int) -> Decoder | None:
+        """The decoder of the next rollout and evaluation: None, for plain MLX, until a run has been long.
+
+        What is fast on CUDA takes about 10 s to build and saves as much in FAST_AFTER positions: a short run
+        never builds it. Positions are counted by the longest completion there may be, so that a resumed run does
+        as an uninterrupted one.
+        """
+        positions = update // self.config.num_iterations * self.config.rollout_tokens
+        return self.decoder if positions >= FAST_AFTER else None
 
     def copy(self, weights: dict | None):
         """The policy, adapters merged; quantised where rollouts are to be."""
@@ -2445,8 +2452,9 @@ class MLXGRPOTrainer:
         self.model_old.eval()
         completions = generate(
             self.model_old, self.tokenizer, [row["prompt_ids"] for _, row in drawn],
-            sampling=config.sampling, decoder=self.old_policy.decoder, max_new_tokens=config.rollout_tokens,
-            num_generations=config.num_generations, stop_strings=config.stops, prefix=config.completion_prefix,
+            sampling=config.sampling, decoder=self.old_policy.decoder_at(self.state.update),
+            max_new_tokens=config.rollout_tokens, num_generations=config.num_generations,
+            stop_strings=config.stops, prefix=config.completion_prefix,
             keys=[random_key(config.seed, "rollout", number) for number, _ in drawn],
             kv_budget=int(config.kv_budget_gb * 2**30),
         )  # fmt: skip
@@ -2455,8 +2463,7 @@ class MLXGRPOTrainer:
 
     def compute_rewards(self, groups: list[Group]) -> None:
         """Score every completion by every reward function; NaN where a function abstains."""
-        config = self.config
-        score_groups(groups, self.reward_functions, config.reward_timeout, config.max_completion_length)
+        score_groups(groups, self.reward_functions, self.config.reward_timeout, self.config.max_completion_length)
 
     def advantages(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
         """Each completion's reward and advantage, (B, G) each."""
@@ -2564,8 +2571,9 @@ class MLXGRPOTrainer:
         self.monitor.evaluating(len(rows), when)
         self.model.eval()
         rewards = self.reward_functions, self.reward_weights
+        shared = self.old_policy.decoder_at(state.update) if self.model_old is self.model else None
         with keeping_what_is_learnt(state, self.save_checkpoint):
-            result = evaluate(self.model, self.tokenizer, rows, self.config, ranks=self.ranks, rewards=rewards)
+            result = evaluate(self.model, self.tokenizer, rows, self.config, None, self.ranks, shared, rewards)
         del result["texts"]
         record = {"event": "eval", "update": state.update, "split": split, **result}
         timed = {**record, "seconds": time.perf_counter() - start}

@@ -8,9 +8,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_rollout import PROMPTS, full_logps, roll
 from tiny import ARCHITECTURES, ids_of, logps_of, tiny_model
 
-from mlx_grpo.backends import cuda_kernels
-from mlx_grpo.rollout import decoding
-import mlx_grpo
+from mlx_grpo.backends import cuda_decoding, cuda_kernels
 from mlx_grpo.backends.cuda_kernels import Linears, attention_covers, in_place, launches
 
 on_cuda = pytest.mark.skipif(not cuda_kernels.has_tensor_cores(), reason="needs a CUDA GPU")
@@ -99,14 +97,12 @@ def test_all_is_as_before_when_the_graph_is_built_or_has_failed(plain):
     assert before == (nn.Linear.__call__, mx.fast.scaled_dot_product_attention)
 
 
-@pytest.mark.parametrize("kind", [decoding.Decoder, decoding.CompiledDecoder])
 @pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6, 7], [8, 9, 10]]])
-def test_a_rollouts_positions_are_covered_and_the_same(plain, monkeypatch, kind, prompts):
+def test_a_rollouts_positions_are_covered_and_the_same(plain, monkeypatch, prompts):
     model = half_model("qwen3", head_dim=32)
-    draw = lambda logits, uniforms, seen: mlx_grpo.sample(logits, uniforms, mlx_grpo.Sampling(), seen)  # noqa: E731
     with monkeypatch.context() as without:
         without.setattr(cuda_kernels, "has_tensor_cores", lambda: False)
-        expected = roll(model, prompts, decoder=kind(model, draw))
+        expected = roll(model, prompts, decoder=cuda_decoding.CompiledDecoder(model))
     asked = []
 
     def attention(*args, **kwargs):
@@ -115,9 +111,20 @@ def test_a_rollouts_positions_are_covered_and_the_same(plain, monkeypatch, kind,
 
     monkeypatch.setattr(cuda_kernels, "attention", attention)
     monkeypatch.setattr(cuda_kernels, "rope", cuda_kernels.MLX_ROPE)
-    rollout = roll(model, prompts, decoder=kind(model, draw))
+    decoder = cuda_decoding.fast_decoder(model)
+    assert type(decoder) is cuda_decoding.CompiledDecoder
+    rollout = roll(model, prompts, decoder=decoder)
     assert ids_of(rollout) == ids_of(expected) and logps_of(rollout) == logps_of(expected)
     assert asked and all(asked) and plain
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "lfm2", "gemma2"])
+def test_models_that_are_not_compiled_have_the_linear_layers(plain, monkeypatch, name):
+    monkeypatch.setattr(cuda_kernels, "rope", cuda_kernels.MLX_ROPE)
+    model = half_model(name)
+    decoder = cuda_decoding.fast_decoder(model)
+    assert type(decoder) is cuda_decoding.KernelDecoder
+    assert ids_of(roll(model, decoder=decoder)) == ids_of(roll(model)) and plain
 
 
 @pytest.mark.parametrize("changes,covered", [
@@ -186,12 +193,11 @@ def test_rope_is_mlxs(dtype, offset):
 
 @on_cuda
 @pytest.mark.parametrize("dtype,tolerance", [(mx.float32, 2e-4), (mx.bfloat16, 0.15)])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_rollout_has_the_log_probs_of_a_full_forward(dtype, tolerance, compiled):
+def test_a_rollout_has_the_log_probs_of_a_full_forward(dtype, tolerance):
     model = tiny_model("qwen3", head_dim=32, hidden_size=64)
     model.set_dtype(dtype)
-    decoder = mlx_grpo.make_decoder(model, mlx_grpo.Sampling(), compiled)
-    assert (type(decoder) is mlx_grpo.CompiledDecoder) == compiled
+    decoder = cuda_decoding.fast_decoder(model)
+    assert type(decoder) is cuda_decoding.CompiledDecoder
     rollout = roll(model, g=5, tokens=80, decoder=decoder)
     for n, (ids, logps) in enumerate(zip(ids_of(rollout), logps_of(rollout))):
         np.testing.assert_allclose(logps, full_logps(model, PROMPTS[n // 5], ids), atol=tolerance)

@@ -405,3 +405,66 @@ def test_nothing_a_model_wrote_runs(browser, tmp_path):
     assert "onerror='window.hacked=1'" in browser.value("document.querySelector('#completions pre').textContent")
     browser.value("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked=1'}))")
     assert browser.value("window.hacked") is None  # nor would it if escaping failed: the page's policy knows one script
+
+
+# --- What a run learns ------------------------------------------------------------------------------------------
+
+
+def flat(record: dict) -> dict:
+    return {"skipped": "no signal", "reward_mean": 0.0, "zero_signal_fraction": 1.0, "train_tokens_per_s": None}
+
+
+def with_notes(folder: Path, *notes: dict) -> Path:
+    with open(folder / "training_log.jsonl", "a") as log:
+        log.write("".join(json.dumps(note) + "\n" for note in notes))
+    return folder
+
+
+@pytest.mark.parametrize("updates", [1, 8, 50])
+def test_a_run_that_learnt_nothing_is_never_praised(tmp_path, updates):
+    folder = make_run(tmp_path / "run", n=updates, change=flat, evals=(0.3, 0.3))
+    note = {"event": "no_signal", "update": 1, "message": "No signal: every completion scored 0. What to try: a shorter form"}
+    page = page_of(with_notes(folder, note))
+    assert f"Nothing was learnt: </b>none of {updates} updates changed a weight ({updates} no signal). every completion scored 0" in page
+    assert "No sign of reward hacking" not in page and "Little left to learn from" not in page
+
+
+def test_a_run_without_signal_so_far_is_warned_of_from_the_first_update(tmp_path):
+    folder = make_run(tmp_path / "run", n=3, change=flat, evals=(0.3,))
+    (folder / "machine.json").write_text(json.dumps({"updates": 50}))
+    assert "No signal: </b>none of 3 updates so far changed a weight (3 no signal)." in page_of(folder)
+    later = make_run(tmp_path / "later", n=30, change=lambda r: flat(r) if r["update"] > 24 else {})
+    assert ("No signal", "the last 6 updates were skipped: all completions of each prompt scored alike") in list(
+        report.without_signal(report.read_run(later))
+    )
+    checked = make_run(tmp_path / "checked", n=0, evals=(0.3,), completions=False)
+    assert "No update yet" in page_of(checked)
+    note = {"event": "check", "update": 0, "message": "No signal: in none of 4 groups"}
+    assert "No signal: </b>in none of 4 groups." in page_of(with_notes(checked, note))
+
+
+def test_short_runs_are_warned_of_what_is_cut_and_flat(tmp_path):
+    run = report.read_run(make_run(tmp_path / "run", n=4, change=lambda r: {"truncated_fraction": 1.0, "zero_signal_fraction": 0.75}))
+    assert [title for title, _ in report.tripwires(run)] == ["Completions cut", "Little left to learn from"]
+
+
+def rewarded(update: int, mean: float, name: str = "brevity") -> dict:
+    """A held-out evaluation by a run's own reward, while exact match falls to nothing."""
+    scores = {"reward_mean": mean, "reward_mean_ci": [mean - 0.1, mean + 0.1], f"rewards/{name}": mean / 2, f"rewards/{name}_ci": None}
+    return evaluation_record(update, 0.24 if not update else 0.0, 0.0) | scores
+
+
+def test_held_out_problems_are_scored_by_the_runs_own_rewards(tmp_path):
+    folder = make_run(tmp_path / "run", evals=())
+    page = page_of(with_notes(folder, rewarded(0, 0.5), rewarded(50, 1.5)))
+    assert page.index("<td>reward</td><td>0.500 (0.400 to 0.600)</td><td>1.500 (1.400 to 1.600)</td><td>+1.000") < page.index("<td>brevity</td>")
+    assert "0.500 → 1.500" in page and "exact match" not in page.split("<h2>Configuration")[0]
+    assert "Reward up, accuracy down" not in page and "Held-out reward" in page
+    shown = page_of(with_notes(make_run(tmp_path / "right", evals=()), rewarded(0, 0.5, "correctness_reward_func")))
+    assert "exact match, tags required" in shown
+
+
+def test_an_overfitted_reward_is_warned_of(tmp_path):
+    folder = make_run(tmp_path / "run", evals=())
+    found = dict(report.tripwires(report.read_run(with_notes(folder, rewarded(0, 1.5), rewarded(50, 0.5)))))
+    assert found.keys() == {"Reward up in training, down on held-out problems"}

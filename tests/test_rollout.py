@@ -8,13 +8,15 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny import ARCHITECTURES, ids_of, LetterTokenizer, logps_of, reasons_of, texts_of, tiny_model
 
+from mlx_grpo.backends import cuda_decoding, cuda_kernels
+from mlx_grpo.backends.cuda_decoding import CompiledDecoder, KernelDecoder
 from mlx_grpo.rollout import decoding
 from mlx_grpo.rollout import kv_cache
-from mlx_grpo.backends import streams as lanes
 import mlx_grpo
 from mlx_grpo import Sampling, generate, random_key
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33, 34], [40, 41, 42]]  # gemma3_text's window is 6
+# gemma3_text's window is 6: the first is longer.
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33, 34], [40, 41, 42]]
 
 
 def roll(model, prompts=PROMPTS, g=3, tokens=12, seed=0, **options):
@@ -73,7 +75,12 @@ def test_the_trial_of_padding_is_in_float32_and_leaves_the_weights(monkeypatch):
     model, seen = tiny_model("qwen2"), []
     model.set_dtype(mx.bfloat16)
     before, call = model.model.embed_tokens.weight, type(model).__call__
-    monkeypatch.setattr(type(model), "__call__", lambda self, *a, **k: (seen.append(self.model.embed_tokens.weight.dtype), call(self, *a, **k))[1])
+
+    def noting(self, *args, **kwargs):
+        seen.append(self.model.embed_tokens.weight.dtype)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "__call__", noting)
     assert kv_cache.can_pad(model) and model.model.embed_tokens.weight is before
     assert set(seen) == {mx.float32}
 
@@ -90,8 +97,9 @@ def masks(change):
 
 
 @pytest.mark.parametrize("make_mask,reason", [
-    (lambda h, cache, **kwargs: "causal" if h.shape[1] > 1 else None, "asks for no mask"),  # as without padding
-    (masks(lambda mask: mask | True), "padding changes"), (masks(lambda mask: mask[..., None]), "takes no mask"),
+    (lambda h, cache, **kwargs: "causal" if h.shape[1] > 1 else None, "asks for no mask"),
+    (masks(lambda mask: mask | True), "padding changes"),
+    (masks(lambda mask: mask[..., None]), "takes no mask"),
 ])  # fmt: skip
 def test_a_model_whose_code_takes_no_mask_is_not_padded_and_says_why(make_mask, reason, monkeypatch):
     import mlx_lm.models.qwen2
@@ -216,45 +224,73 @@ def test_a_cache_whose_state_cannot_be_set_gives_the_same_completions():
         del type(model).make_cache
 
 
-@pytest.mark.parametrize("kind", [decoding.Decoder, decoding.CompiledDecoder])
+@pytest.mark.parametrize("kind", [CompiledDecoder, KernelDecoder])
 @pytest.mark.parametrize("options", [{}, {"sampling": Sampling(repetition_penalty=1.3)}, {"stop_strings": ["*"]}])
 def test_every_decoder_draws_the_same(kind, options):
     model = tiny_model("qwen2")
-    expected = roll(model, prompts=[*PROMPTS, [7]], g=4, tokens=90, decoder=decoder_of(decoding.Decoder, model, **options), **options)
-    again = roll(model, prompts=[*PROMPTS, [7]], g=4, tokens=90, decoder=decoder_of(kind, model, **options), **options)
+    expected = roll(model, prompts=[*PROMPTS, [7]], g=4, tokens=90, **options)
+    again = roll(model, prompts=[*PROMPTS, [7]], g=4, tokens=90, decoder=kind(model), **options)
     assert ids_of(again) == ids_of(expected) and reasons_of(again) == reasons_of(expected)
     for a, b in zip(logps_of(again), logps_of(expected)):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def decoder_of(kind, model, sampling=Sampling(), **rest):
-    return kind(model, lambda logits, uniforms, seen: mlx_grpo.sample(logits, uniforms, sampling, seen))
-
-
 def test_a_kept_decoder_sees_the_weights_as_they_are():
-    for kind in (decoding.Decoder, decoding.CompiledDecoder):
-        model = tiny_model("qwen2")
-        decoder = decoder_of(kind, model)
-        before = roll(model, decoder=decoder)
-        model.update(tree_map(lambda w: 1.5 * w, model.parameters()))
-        after = roll(model, decoder=decoder)
-        assert ids_of(before) != ids_of(after)
-        assert ids_of(after) == ids_of(roll(model, decoder=decoder_of(decoding.Decoder, model)))
-
-
-def test_a_compiled_position_is_traced_once_for_each_shape(monkeypatch):
-    monkeypatch.setattr(lanes, "cores", lambda: 1)
-    model, traced = tiny_model("qwen2"), []
-    decoder = decoding.CompiledDecoder(model, lambda logits, uniforms, seen: (traced.append(logits.shape), mlx_grpo.sample(logits, uniforms, Sampling(), seen))[1])
-    for seed in range(3):
-        roll(model, g=1, tokens=40, seed=seed, decoder=decoder)
-    assert len(traced) == len(set(traced)) <= 5  # 4, 3, 2 and 1 rows; 64 positions hold all
-
-
-def test_generate_prints_nothing_where_nothing_can_be_compiled(monkeypatch, capsys):
-    monkeypatch.setattr(mlx_grpo.shutil, "which", lambda name: None)  # no g++; standard output may be JSON
     model = tiny_model("qwen2")
-    if mx.default_device() == mx.cpu:
-        assert type(mlx_grpo.make_decoder(model, Sampling())) is decoding.Decoder
-    roll(model)
-    assert capsys.readouterr().out == ""
+    decoder = CompiledDecoder(model)
+    before = roll(model, decoder=decoder)
+    model.update(tree_map(lambda w: 1.5 * w, model.parameters()))
+    after = roll(model, decoder=decoder)
+    assert ids_of(before) != ids_of(after)
+    assert ids_of(after) == ids_of(roll(model))
+
+
+def test_rollouts_and_evaluations_share_what_is_compiled_and_the_least_recently_used_goes(monkeypatch):
+    model, traced, compute = tiny_model("qwen2"), [], cuda_decoding.compute_position
+
+    def noting(model, launches, last, *rest):
+        traced.append(len(last))
+        return compute(model, launches, last, *rest)
+
+    monkeypatch.setattr(cuda_decoding, "compute_position", noting)
+    monkeypatch.setattr(cuda_decoding, "MOST_SHAPES", 2)
+    decoder = CompiledDecoder(model)
+    greedy = {"sampling": Sampling(temperature=0.0), "g": 1}
+    for options, prompts in (({}, 1), (greedy, 3), (greedy, 2), ({}, 1), (greedy, 4), (greedy, 2)):
+        rollout = roll(model, PROMPTS[:prompts], decoder=decoder, **options)
+        assert ids_of(rollout) == ids_of(roll(model, PROMPTS[:prompts], **options))
+    assert traced == [3, 2, 4, 2]  # rows. Three come twice, drawn otherwise; two were dropped
+    assert list(decoder.compiled) == [(4, 64), (2, 64)]
+
+
+def test_rows_leave_when_an_eighth_has_ended_or_by_halves_where_shapes_are_compiled():
+    plain, compiled = decoding.Decoder(None), CompiledDecoder(tiny_model("qwen2"))
+    assert [plain.rows_to_keep(going, 64) for going in (64, 57, 56, 1)] == [64, 64, 56, 1]
+    assert [compiled.rows_to_keep(going, 64) for going in (64, 33, 32, 17, 16, 1)] == [64, 64, 32, 32, 16, 16]
+    assert compiled.rows_to_keep(1, 24) == 24  # a half of it is less than the GPU can be filled with
+
+
+def test_a_cache_is_as_large_as_its_windows_and_states():
+    # 2 layers x 10 positions x 128 bytes: 2 heads of 8 numbers, keys and values, in float32
+    assert kv_cache.cache_bytes(tiny_model("qwen2"), 10) == 2 * 10 * 128
+    assert kv_cache.cache_bytes(tiny_model("gemma3_text"), 10) == (6 + 10) * 128  # a window of 6
+    state = 4 * (3 * 64 + 4 * 8 * 8)  # the convolution's inputs and the gated delta state
+    assert kv_cache.cache_bytes(tiny_model("qwen3_5"), 10) == state + 10 * 128
+    assert kv_cache.kv_bytes_per_token(tiny_model("qwen3_5")) == 128
+
+
+def test_a_run_builds_its_fast_decoder_after_so_many_positions_and_a_resumed_one_at_once():
+    config = mlx_grpo.MLXGRPOConfig(max_completion_length=100, num_iterations=2)
+    old_policy = mlx_grpo.OldPolicy(tiny_model("qwen2"), config)
+    built = [update for update in range(0, 40, 2) if old_policy.decoder_at(update) is old_policy.decoder]
+    assert built == [30, 32, 34, 36, 38]  # 15 rollouts of at most 100 positions
+
+
+def test_elsewhere_than_on_cuda_decoding_is_plain_mlx():
+    if not cuda_kernels.has_tensor_cores():
+        assert type(cuda_decoding.fast_decoder(tiny_model("qwen2"))) is decoding.Decoder
+
+
+def test_generate_prints_nothing(capsys):
+    roll(tiny_model("qwen2"))
+    assert capsys.readouterr().out == ""  # standard output may be JSON

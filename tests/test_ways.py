@@ -7,6 +7,7 @@ from test_training import trainer_of
 from tiny import tiny_model
 
 import mlx_grpo
+from mlx_grpo.backends.cuda_decoding import CompiledDecoder
 from mlx_grpo.rollout.kv_cache import reason_not_to_pad
 from mlx_grpo.run import ways
 from mlx_grpo.run.memory_plan import host_bytes, print_plan, work_of
@@ -50,7 +51,8 @@ def test_when_an_update_is_compiled(monkeypatch):
 def test_compiled_shapes_are_counted_in_the_plan(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ways, "compiling_pays", lambda: True)
     model = tiny_model("llama")
-    compiled, plain = mlx_grpo.CompiledDecoder(model, None), mlx_grpo.Decoder(model, None)
+    compiled, plain = CompiledDecoder(model), mlx_grpo.Decoder(model)
+    assert ways.rollout_way(model, True).endswith("a position is compiled once the run has decoded 1,500 of them")
     found = [ways.compiled_shapes(decoder, True, updates) for decoder in (compiled, plain) for updates in (9, 10)]
     assert found == [8, 16, 0, 8] and ways.compiled_shapes(plain, False, 100) == 0
     trainer = trainer_of(tmp_path)

@@ -19,13 +19,15 @@ ARCHITECTURES = {
         tie_word_embeddings=True, time_step_limit=(0.0, 100.0), time_step_rank=4, layer_norm_epsilon=1e-5,
     ),
     "lfm2": dict(  # short convolutions and attention
-        norm_eps=1e-5, conv_bias=True, conv_L_cache=3, block_dim=32, block_ff_dim=64, block_multiple_of=8, block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"], max_position_embeddings=512,
+        norm_eps=1e-5, conv_bias=True, conv_L_cache=3, block_dim=32, block_ff_dim=64, block_multiple_of=8,
+        block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=False,
+        layer_types=["conv", "full_attention"], max_position_embeddings=512,
     ),
     "qwen3_5": dict(  # gated delta states and attention
         text_config=dict(
-            COMMON, model_type="qwen3_5_text", full_attention_interval=2, head_dim=8, tie_word_embeddings=True, linear_num_value_heads=4,
-            linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4,
+            COMMON, model_type="qwen3_5_text", full_attention_interval=2, head_dim=8,
+            tie_word_embeddings=True, linear_num_value_heads=4, linear_num_key_heads=2,
+            linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4,
         ),
     ),
 }  # fmt: skip

@@ -110,15 +110,13 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
     rewards: functions by name, whose scores the records have too.
     """
     sampling = config.sampling if samples else mlx_grpo.Sampling(temperature=0.0)
-    decoder = mlx_grpo.make_decoder(model, sampling, config.use_compile)
     prompts = [mlx_grpo.build_prompt(tokenizer, row["prompt"], *config.prompting) for row in rows]
     each, limit = samples or 1, config.eval_max_new_tokens or config.max_completion_length
     for start in range(0, len(rows), BATCH):
         part = range(start, min(start + BATCH, len(rows)))
         completions = mlx_grpo.generate(
             model, tokenizer, [prompts[i] for i in part], num_generations=each, stop_strings=config.stops,
-            sampling=sampling, decoder=decoder, prefix=config.completion_prefix,
-            max_new_tokens=limit,
+            sampling=sampling, prefix=config.completion_prefix, max_new_tokens=limit,
             keys=[mlx_grpo.random_key("evaluate", config.seed, i) for i in part],
             kv_budget=int(config.kv_budget_gb * 2**30), progress=progress,
         )  # fmt: skip

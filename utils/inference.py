@@ -279,13 +279,12 @@ def read_prompts(path: Path) -> list[dict]:
 def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
     """Write each row with its completion as a line of JSON, in the file's order."""
     prompts = [prompt_ids(tokenizer, row["prompt"], args) for row in rows]
-    decoder = mlx_grpo.make_decoder(model, sampling)
     start, written = time.perf_counter(), 0
     for first in range(0, len(rows), FILE_BATCH):
         part = range(first, min(first + FILE_BATCH, len(rows)))
         completions = mlx_grpo.generate(
             model, tokenizer, [prompts[i] for i in part], sampling=sampling, max_new_tokens=args.max_tokens,
-            keys=[mlx_grpo.random_key("inference", args.seed, i) for i in part], decoder=decoder, stop_strings=args.stops,
+            keys=[mlx_grpo.random_key("inference", args.seed, i) for i in part], stop_strings=args.stops,
         )  # fmt: skip
         for i, completion in zip(part, completions):
             facts = {"completion": completion.text, "tokens": len(completion.ids), "finish_reason": completion.finish_reason}

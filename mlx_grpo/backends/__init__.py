@@ -8,14 +8,11 @@ from mlx_grpo.backends.blas import load_blas
 def use_fast_backend() -> None:
     """Make MLX fast on this machine, for the whole process. To be called before `import mlx.core`.
 
-    On Linux CPUs a fast BLAS is loaded, and attention and rotary embeddings take the place of MLX's own.
+    On Linux CPUs a fast BLAS is loaded.
     """
     load_blas()
     import mlx.core as mx
 
     if mx.default_device() == mx.cpu:
-        from mlx_grpo.backends import cpu_kernels
-
         # One evaluation takes the operations of all streams by turns, within this width; 20 is less than one stream's.
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
-        cpu_kernels.install()

@@ -93,6 +93,7 @@ ATTENTION = """
   for (int first = warp * P; first < S; first += W * P) {
     const int s = min(first + place, S - 1);
     const bool seen = first + place < S && SEEN;
+    if (!__any_sync(~0u, seen)) continue;  // padding, or a buffer's end that is not filled yet
     float key[8], value[8];
     unpack(key, key_at + s * keys_strides[2]);
     unpack(value, value_at + s * values_strides[2]);

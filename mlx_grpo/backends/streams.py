@@ -44,6 +44,18 @@ def lanes(most: int):
         set_blas_threads(before)
 
 
+def evaluate_by_turns(streams: list, computations: list) -> None:
+    """Run generators of arrays side by side, each on its stream: one item of each is evaluated by turns."""
+    running = list(zip(streams, computations))
+    while running:
+        started = []
+        for stream, computation in running:
+            with mx.stream(stream):
+                started.append(next(computation, None))
+        mx.async_eval(started)
+        running = [each for each, arrays in zip(running, started) if arrays is not None]
+
+
 def spread(function, items: list):
     """Yield function(item) of each item while it is evaluated, as many at a time as there are lanes.
 

@@ -1,17 +1,17 @@
-"""Decoding: the completions of a batch of prompts, position by position; rows leave as they finish."""
+"""Decoding: the completions of a batch of prompts, position by position; rows leave as they finish.
+
+    prompts (P, L), left-padded --prefill once, cache repeated--> N = P*G rows
+    each position:  last ids (N, 1) --model, cache--> logits (N, V) --draw--> ids (N,), log-probs (N,)
+    each block of 8 positions:  the ids go to the host, which looks for ends; rows that have ended leave
+"""
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from mlx_grpo.answers import THINK, THINK_END
-from mlx_grpo.backends import cuda_kernels
-from mlx_grpo.update.micro_batches import bucket
-from mlx_grpo.update.fused_head import on_cuda
-from mlx_grpo.rollout.kv_cache import has_plain_caches, map_rows, mapped_rows, prefill
+from mlx_grpo.rollout.kv_cache import map_rows, prefill
 
 DECODE_BLOCK = 8  # positions decoded between two looks at the ids from the host
-STEP_OF_ROWS = 0.75  # rows leave in steps to this share of them: few batch sizes are met
-STEP_OF_POSITIONS = 64  # by which buffers of fixed length grow, at the least
+LEAVING = 8  # rows leave together, when one in so many has ended: each time the cache is copied
 
 
 class Row:
@@ -62,118 +62,68 @@ class Row:
 
 
 class Decoder:
-    """Draws the next id of every row of a batch.
+    """The logits of every row's next id, from a cache that holds the ids before."""
 
-    draw: logits (N, V), uniforms (N,) and which ids each row has `seen`, (N, V) or None -> ids (N,), log-probs (N,).
-    """
+    def __init__(self, model):
+        self.model = model
 
-    def __init__(self, model, draw):
-        self.model, self.draw, self.launches = model, draw, cuda_kernels.launches(model)
-        self.attention = cuda_kernels.attention if has_plain_caches(model) else mx.fast.scaled_dot_product_attention
-
-    def start(self, tokens, pads, repeats):
-        """The KV cache of all ids but the last of the prompts (P, L), `repeats` rows each."""
+    def start(self, tokens: mx.array, pads: mx.array | None, repeats: int, room: int):
+        """The prompts' cache but for their last ids (P, L), `repeats` rows each, with `room` for more."""
         return prefill(self.model, tokens, pads, repeats)
 
-    def __call__(self, cache, last, uniforms, seen):
-        """The ids (N,) that follow `last` (N, 1), their log-probs (N,), and what is seen then."""
-        with cuda_kernels.in_place(self.launches, self.attention):
-            logits = self.model(last, cache=cache)[:, -1]
-        if seen is not None:
-            seen = mx.put_along_axis(seen, last, mx.array(True), axis=-1)
-        return (*self.draw(logits, uniforms, seen), seen)
+    def __call__(self, cache, last: mx.array) -> mx.array:
+        """The logits (N, V) after `last` (N, 1), which the cache holds from then on."""
+        return self.model(last, cache=cache)[:, -1]
 
-    def keep(self, cache, rows) -> None:
+    def rows_to_keep(self, going: int, rows: int) -> int:
+        """How many of the batch's rows stay when `going` of them have not ended."""
+        return rows if (rows - going) * LEAVING < rows else going
+
+    def keep(self, cache, rows: mx.array) -> None:
+        """Leave these rows in the cache, and no others."""
         map_rows(cache, lambda x: x[rows])
 
 
-class CompiledDecoder(Decoder):
-    """The same, compiled once for each number of rows and length of buffers. To be kept: it knows what it has compiled."""
-
-    def __init__(self, model, draw):
-        super().__init__(model, draw)
-
-        def position(filled, pads, layers, *rest):
-            cache = [FixedKVCache(*layer, filled, pads) for layer in layers]
-            drawn = super(CompiledDecoder, self).__call__(cache, *rest)
-            return drawn, [(layer.keys, layer.values) for layer in cache]
-
-        self.position = mx.compile(position, inputs=[model.state])
-
-    def start(self, tokens, pads, repeats):
-        length = tokens.shape[1] - 1
-        # One-id prompts leave nothing in a cache; the shapes are those of another id.
-        cache = super().start(tokens if length else mx.repeat(tokens, 2, axis=1), pads, repeats)
-        layers = [tuple(x[:, :, :length] for x in layer.keys_and_values()) for layer in cache]
-        pads = None if pads is None else mx.repeat(pads, repeats)
-        return {"filled": length, "pads": pads, "layers": layers}
-
-    def __call__(self, cache, *rest):
-        room = bucket(cache["filled"] + 1, STEP_OF_POSITIONS) - cache["layers"][0][0].shape[2]
-        if room > 0:
-            cache["layers"] = tree_map(lambda x: mx.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), cache["layers"])
-        drawn, cache["layers"] = self.position(mx.array(cache["filled"]), cache["pads"], cache["layers"], *rest)
-        cache["filled"] += 1
-        return drawn
-
-    def keep(self, cache, rows) -> None:
-        cache.update(mapped_rows(cache, lambda x: x[rows]))
+def ids_seen(tokens: mx.array, pads: mx.array | None, repeats: int, vocabulary: int) -> mx.array:
+    """Which ids each row of the prompts holds, (P*repeats, V)."""
+    if pads is not None:  # the last id stands in for the padding: it is seen anyway
+        tokens = mx.where(mx.arange(tokens.shape[1]) < pads[:, None], tokens[:, -1:], tokens)
+    seen = mx.zeros((len(tokens) * repeats, vocabulary), mx.bool_)
+    return mx.put_along_axis(seen, mx.repeat(tokens, repeats, axis=0), mx.array(True), axis=-1)
 
 
-class FixedKVCache:
-    """A layer's KV in buffers (N, H, S, D) of which `filled` positions are: a position is the same computation as the next.
-
-    filled: (), pads: the padding before each row, (N,), or None.
-    """
-
-    def __init__(self, keys, values, filled, pads):
-        self.keys, self.values, self.filled, self.pads = keys, values, filled, pads
-        self.offset = filled if pads is None else filled - pads
-
-    def update_and_fetch(self, keys, values):
-        self.keys, self.values = self.filled_by(self.keys, keys), self.filled_by(self.values, values)
-        return self.keys, self.values
-
-    def filled_by(self, buffer, x):
-        if on_cuda():  # finding where a slice starts costs a GPU more than the slice
-            return mx.put_along_axis(buffer, mx.broadcast_to(self.filled, x.shape), x, axis=2)
-        return mx.slice_update(buffer, x, self.filled.reshape(1), axes=(2,))
-
-    def make_mask(self, N, **kwargs):
-        places = mx.arange(self.keys.shape[2])
-        seen = places <= self.filled
-        if self.pads is not None:
-            seen = seen & (places >= self.pads[:, None])
-        return seen.reshape(-1, 1, 1, places.size)
-
-
-def decode(decoder: Decoder, tokens: mx.array, pads: mx.array | None, rows: list[Row], uniforms: mx.array, penalised: bool):
+def decode(
+    decoder: Decoder, tokens: mx.array, pads: mx.array | None, rows: list[Row], uniforms: mx.array, draw,
+    penalised: bool,
+):
     """Decode the completions of P prompts as one batch into `rows` (P*G), leaving out rows as they finish.
 
-    tokens: (P, L), pads: (P,) or None, uniforms: (P*G, T) in [0, 1), one a position; penalised: whether the ids of each
-    row are kept in mind. Yields each position's arrays, of which the caller starts the evaluation: the device runs ahead
-    while the next position's graph is built.
+    tokens: (P, L), pads: (P,) or None, uniforms: (P*G, T) in [0, 1), one a position. draw: logits (N, V),
+    uniforms (N,), seen=ids (N, V) or None -> ids (N,), log-probs (N,). penalised: whether the ids of each row
+    are kept in mind. Yields each position's arrays, whose evaluation the caller starts: the device runs ahead
+    while the next graph is built.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     repeats = len(rows) // tokens.shape[0]
-    # A cache whose state cannot be set has its prompts computed once a row, and keeps finished rows to the end.
+    # Where a cache's state cannot be set, prompts are computed once a row, and finished rows stay to the end.
     settable = all(type(layer).state.fset for layer in make_prompt_cache(decoder.model))
     if not settable:
-        tokens, repeats = mx.repeat(tokens, repeats, axis=0), 1
-    cache = decoder.start(tokens, pads, repeats)
+        tokens = mx.repeat(tokens, repeats, axis=0)
+        repeats = 1
+    cache = decoder.start(tokens, pads, repeats, uniforms.shape[1])
     last = mx.repeat(tokens[:, -1:], repeats, axis=0)  # (N, 1)
-    seen = None
-    if penalised:  # the last id stands in for the padding: it is seen anyway
-        real = mx.where(mx.arange(tokens.shape[1]) < (0 if pads is None else pads[:, None]), tokens[:, -1:], tokens)
-        vocabulary = decoder.model(last).shape[-1]
-        seen = mx.put_along_axis(mx.zeros((len(rows), vocabulary), mx.bool_), mx.repeat(real, repeats, axis=0), mx.array(True), axis=-1)
-    position, unread = 0, []
+    seen = ids_seen(tokens, pads, repeats, decoder.model(last).shape[-1]) if penalised else None
+    position = 0
+    unread = []  # blocks of ids that the host has not looked at
     ahead = int(mx.default_device() == mx.gpu)  # blocks a GPU decodes while the host reads the one before
     while not all(row.finish_reason for row in rows):
         ids, logps = [], []
         for _ in range(min(DECODE_BLOCK, uniforms.shape[1] - position)):
-            token, logp, seen = decoder(cache, last, uniforms[:, position], seen)
+            logits = decoder(cache, last)
+            if seen is not None:
+                seen = mx.put_along_axis(seen, last, mx.array(True), axis=-1)
+            token, logp = draw(logits, uniforms[:, position], seen=seen)
             last = token[:, None]
             yield token, logp
             ids.append(token)
@@ -184,17 +134,22 @@ def decode(decoder: Decoder, tokens: mx.array, pads: mx.array | None, rows: list
             mx.async_eval(unread[-1][1:])
         if len(unread) <= ahead and position < uniforms.shape[1]:
             continue
-        block_rows, block_ids, block_logps = unread.pop(0)
-        of_ids, of_logps = zip(*block_ids.tolist()), zip(*block_logps.tolist())  # by row; the one host sync of the block
-        for row, row_ids, row_logps in zip(block_rows, of_ids, of_logps):
-            if not row.finish_reason:
-                row.take(row_ids, row_logps)
-        going = sum(not row.finish_reason for row in rows)
-        size = len(rows)
-        while 0 < going <= int(STEP_OF_ROWS * size):
-            size = int(STEP_OF_ROWS * size)
-        if settable and size < len(rows):
+        read_block(*unread.pop(0))
+        size = decoder.rows_to_keep(sum(not row.finish_reason for row in rows), len(rows))
+        if settable and 0 < size < len(rows):
             order = sorted(range(len(rows)), key=lambda i: bool(rows[i].finish_reason))[:size]
-            rows, keep = [rows[i] for i in order], mx.array(order, dtype=mx.int32)
+            rows = [rows[i] for i in order]
+            keep = mx.array(order, dtype=mx.int32)
             decoder.keep(cache, keep)
-            last, uniforms, seen = last[keep], uniforms[keep], None if seen is None else seen[keep]
+            last = last[keep]
+            uniforms = uniforms[keep]
+            seen = None if seen is None else seen[keep]
+
+
+def read_block(rows: list[Row], ids: mx.array, logps: mx.array) -> None:
+    """Give each row that goes on its ids and log-probs of a block, (T, N) each."""
+    of_ids = zip(*ids.tolist())  # by row; the one host sync of the block
+    of_logps = zip(*logps.tolist())
+    for row, row_ids, row_logps in zip(rows, of_ids, of_logps):
+        if not row.finish_reason:
+            row.take(row_ids, row_logps)

@@ -6,7 +6,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 PREFILL_CHUNK = 2048  # prompt positions in one forward
-TRIAL_GAP = 0.01  # of the logits' spread, in float32: rounding is a hundredth of this, a mask that is not taken many times as much
+# Of the logits' spread, in float32: rounding is a hundredth of it at the most, an error many times it.
+TRIAL_GAP = 0.01
 TRIED = {}  # what try_padding said, by model class and kinds of cache
 
 
@@ -18,8 +19,8 @@ def cache_layers(cache: list) -> list:
 def reason_not_to_pad(model) -> str:
     """Why prompts of different length cannot share a batch, as one sentence; empty where they can.
 
-    Decided by the kinds of the model's caches, which need a batched form, by whether its code asks each kind for a mask,
-    and by one small trial a class in float32: some models have positions or states that padding changes.
+    Decided by the kinds of the model's caches, which need a batched form, by whether its code asks each kind
+    for a mask, and by one small trial a class in float32: padding changes some models' positions or states.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -47,13 +48,8 @@ def has_plain_caches(model) -> bool:
     return all(type(layer) is KVCache for layer in make_prompt_cache(model))
 
 
-def can_share_prompts(model) -> bool:
-    """Whether training may compute a group's prompt once, with gradients through the cache, padded or not."""
-    return has_plain_caches(model) and can_pad(model)
-
-
 def in_float32(model, run):
-    """What `run()` computes with the model, evaluated in float32; each weight is cast when its turn comes, and freed again."""
+    """What `run()` computes with the model, in float32. Weights are cast when used, and freed again."""
     own = model.parameters()
     half = (mx.bfloat16, mx.float16)
     model.update(tree_map(lambda x: x.astype(mx.float32) if x.dtype in half else x, own))
@@ -77,10 +73,14 @@ def try_padding(model) -> str:
         in_float32(model, lambda: fill(model, cache, tokens, pads))
         if unmasked:
             return f"this model's code asks for no mask of its {', '.join(sorted(unmasked.values()))}"
-        steps = [in_float32(model, lambda: model(last, cache=cache)) for last in (tokens[:, -1:], mx.array([[5], [6]]))]
+        steps = [
+            in_float32(model, lambda: model(last, cache=cache))
+            for last in (tokens[:, -1:], mx.array([[5], [6]]))
+        ]
     except (TypeError, ValueError) as error:
-        return f"this model's code takes no mask or position of each row: {' '.join(str(error).split())[:100]}"
-    padded = mx.concatenate([logits[0] for logits in steps])  # (2, V): of the prompt's last id, and of one id more
+        reason = " ".join(str(error).split())[:100]
+        return f"this model's code takes no mask or position of each row: {reason}"
+    padded = mx.concatenate([logits[0] for logits in steps])  # (2, V): after the prompt, and one id later
     alone = in_float32(model, lambda: model(mx.array([[1, 2, 3, 4, 5]])))[0, -2:]
     equal = mx.abs(padded - alone).max() <= TRIAL_GAP * (alone.max() - alone.min())
     return "" if equal.item() else "padding changes what this model computes for a row"
@@ -116,7 +116,7 @@ def new_cache(model, pads: mx.array | None) -> list:
 
 
 def fill(model, cache: list, tokens: mx.array, pads: mx.array | None) -> list:
-    """The cache with all but the last ids of `tokens` (P, L) run through the model. The head is never evaluated."""
+    """The cache with all of `tokens` (P, L) but the last ids run through the model, without its head."""
     states = [layer for layer in cache_layers(cache) if hasattr(layer, "advance")]  # mlx-lm's ArraysCache
     length = tokens.shape[1] - 1
     for start in range(0, length, PREFILL_CHUNK):
@@ -193,11 +193,23 @@ def checkpointed(call):
     return call if call.__name__ == "call_checkpointed" else call_checkpointed
 
 
-def kv_bytes_per_token(model) -> int:
-    """Bytes that one position of one row takes in the KV cache, over all layers."""
+def cache_bytes(model, length: int) -> int:
+    """Bytes of one row's cache at `length` positions: windows are bounded, a state is one size."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
     model(mx.zeros((1, 1), mx.int32), cache=cache)
-    arrays = [x for layer in cache for _, x in tree_flatten(layer.state) if isinstance(x, mx.array) and x.ndim == 4]
-    return sum(x.nbytes // x.shape[2] for x in arrays) or 1
+    total = 0
+    for layer in cache_layers(cache):
+        arrays = [x for _, x in tree_flatten(layer.state) if isinstance(x, mx.array) and x.ndim > 1]
+        if hasattr(layer, "keys"):  # (1, H, S, D) each
+            positions = min(length, getattr(layer, "max_size", length))
+            total += positions * sum(x.nbytes // x.shape[2] for x in arrays)
+        else:
+            total += sum(x.nbytes for x in arrays)
+    return total
+
+
+def kv_bytes_per_token(model) -> int:
+    """Bytes that one position more of one row takes in the cache, over all layers."""
+    return cache_bytes(model, 2) - cache_bytes(model, 1) or 1

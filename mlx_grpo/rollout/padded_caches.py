@@ -1,25 +1,28 @@
-"""Batched caches that know each row's padding; on mlx-lm's. To be imported where they are used: mlx-lm takes seconds.
+"""mlx-lm's batched caches, which know each row's padding. Import this where it is used: mlx-lm takes seconds.
 
 Prompts of different length share a batch by padding on the left:
 
-    tokens        pads    KVCache                             RotatingKVCache                    ArraysCache
-    . . 5 6 7     2       keys of all positions; a mask       the same, of the last max_size     one state a row, which
-    1 2 3 4 5     0       (N, 1, L, S) hides the padding      positions, oldest overwritten      padding leaves as it is
+    tokens       pads   KVCache                         RotatingKVCache         ArraysCache
+    . . 5 6 7    2      keys of all positions; a mask   the same, of the last   one state a row, which
+    1 2 3 4 5    0      (N, 1, L, S) hides padding      max_size positions      padding leaves as it is
 """
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, BatchKVCache, BatchRotatingKVCache, CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import (
+    ArraysCache, BatchKVCache, BatchRotatingKVCache, CacheList, KVCache, RotatingKVCache,
+)  # fmt: skip
 
 
 class Joining:
-    """A block joins what is there; only single positions fill a buffer that grows by steps, which costs a gradient dear."""
+    """A block joins what is there, cheap for a gradient. Single positions fill a buffer that grows."""
 
     def update_and_fetch(self, keys, values):
         if keys.shape[2] == 1:
             return super().update_and_fetch(keys, values)
         self.offset = self.offset + keys.shape[2]
         if self.keys is not None:
-            keys, values = (mx.concatenate(pair, axis=2) for pair in zip(self.keys_and_values(), (keys, values)))
+            before = self.keys_and_values()
+            keys, values = (mx.concatenate(pair, axis=2) for pair in zip(before, (keys, values)))
         self.keys, self.values, self._idx = keys, values, keys.shape[2]
         return keys, values
 
@@ -53,7 +56,7 @@ class PaddedRotatingKVCache(BatchRotatingKVCache):
 
 
 def with_itself(mask: mx.array) -> mx.array:
-    """A block's mask (N, 1, L, S) in which padding sees itself: an attention row with nothing to see gives NaN on CUDA."""
+    """A block's mask (N, 1, L, S) where padding sees itself: else its gradient is NaN on CUDA."""
     length, size = mask.shape[-2:]
     if length == 1:
         return mask
@@ -65,7 +68,7 @@ def has_padded_form(layer) -> bool:
 
 
 def batched(layer, pads: mx.array | None):
-    """What takes the place of an empty cache of mlx-lm, for rows padded on the left by pads (P,), or by nothing."""
+    """What stands for an empty cache of mlx-lm with rows padded on the left by pads (P,), or by nothing."""
     if isinstance(layer, CacheList):
         return CacheList(*(batched(part, pads) for part in layer.caches))
     if type(layer) is KVCache:

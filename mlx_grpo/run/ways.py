@@ -1,6 +1,6 @@
 """Which way a run's rollouts and updates go, and why: the lines of the plan that keep a slow path from being silent."""
 
-from mlx_grpo.rollout.decoding import CompiledDecoder
+from mlx_grpo.backends.cuda_decoding import FAST_AFTER, CompiledDecoder
 from mlx_grpo.rollout.kv_cache import reason_not_to_pad
 from mlx_grpo.update.compiled_shapes import MOST_SHAPES, compiling_pays, updates_to_earn_it
 from mlx_grpo.update.shared_prompts import reason_not_to_share
@@ -16,7 +16,8 @@ def rollout_way(model, compiled: bool) -> str:
     """How prompts share a rollout's batches. compiled: whether a position is."""
     reason = reason_not_to_pad(model)
     together = f"prompts of one length at a time, which is slow: {reason}" if reason else "prompts of different length together"
-    return f"{together}; a position is {'compiled' if compiled else 'not compiled'}"
+    when = f"compiled once the run has decoded {FAST_AFTER:,} of them" if compiled else "not compiled"
+    return f"{together}; a position is {when}"
 
 
 def update_way(model, shares_padded: bool, use_compile: bool) -> str:
