@@ -18,10 +18,10 @@ The file reads in the order data flows: config, tokenizer, prompts, model, data,
 log-probs, optimizer, evaluation, update, trainer, command line. What it stands on is the package mlx_grpo:
 
     mlx_grpo/            settings from TOML, models and datasets by name, numbers as people write them, reward functions called
-    mlx_grpo/rollout/    KV caches, and rows decoded position by position
+    mlx_grpo/rollout/    KV caches, rows decoded position by position, prompts by their difficulty
     mlx_grpo/update/     micro-batches, the head in chunks, adapters
     mlx_grpo/backends/   what differs by hardware
-    mlx_grpo/run/        a run's directory, checkpoints, memory plan, ranks, terminal, trackers
+    mlx_grpo/run/        a run's directory, checkpoints, memory plan, ranks, terminal, trackers, whether it learns
 
 Left out on purpose: a value network, a reward model, a second process that samples.
 
