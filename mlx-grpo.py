@@ -1921,8 +1921,9 @@ class Learner:
         if config.use_compile and not compile_works():
             print("use_compile is off: on Linux CPUs it needs g++, which is not installed")
         elif config.use_compile:
-            both = [self.model.state, self.optimizer.state]
-            apply = mx.compile(apply, both, both)  # one shape, and many small operations: it pays from the start
+            if not on_cuda():  # one shape, and many small operations; on CUDA its kernels take 20 s to build
+                both = [self.model.state, self.optimizer.state]
+                apply = mx.compile(apply, both, both)
             if compiling_pays():
                 loss_and_gradient = CompiledShapes(loss_and_gradient, [self.model.state], lambda: self.shapes)
 
