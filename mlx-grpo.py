@@ -61,25 +61,26 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_grpo.update.compiled_shapes import CompiledShapes, compiling_pays, note_shapes
-from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy, save_model
+from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy
 from mlx_grpo.answers import after_thinking, has_thought, is_thinking, last_boxed, last_number, last_quantity, parse_number, read_quantity, same_answer, unwrapped
 from mlx_grpo.chat_templates import encode_chat, special_tokens, system_in_first_user_message, without_special_tokens
 from mlx_grpo.update.micro_batches import grid, left_pad, micro_batches
 from mlx_grpo.update import shared_prompts
 from mlx_grpo.update.shared_prompts import reason_not_to_share
 from mlx_grpo.backends.blas import blas_name
+from mlx_grpo.backends.device import compile_works, memory_bytes, on_cpu, on_cuda
 from mlx_grpo.backends.cuda_decoding import FAST_AFTER, fast_decoder
 from mlx_grpo.rollout.decoding import Decoder, Row, decode
 from mlx_grpo.rollout.difficulty import lately, outcome, remembered
-from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, on_cuda, softmax, split_head
+from mlx_grpo.update.fused_head import HEAD_CHUNK_LOGITS, make_head_stats, softmax, split_head
 from mlx_grpo.rollout.kv_cache import cache_bytes, can_pad, checkpointed
 from mlx_grpo.backends.precision import keep_exact, narrowed, widen, with_masters, without_masters
-from mlx_grpo.backends.streams import evaluate_by_turns, lane_count, lanes, spread
+from mlx_grpo.backends.streams import evaluate_by_turns, stream_count, streams_of_cores, run_on_streams
 from mlx_grpo.loading import (
-    ROOT, DataRow, field_of, is_quantized, open_dataset, prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
+    ROOT, DataRow, adapter_base, field_of, is_adapter_alone, local_path, is_quantized, open_dataset, prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
 )  # fmt: skip
 from mlx_grpo.run.learning_signal import CHECKED_PROMPTS, SignalWatch, nothing_learnt, why_stop
-from mlx_grpo.run.memory_plan import LESS_MEMORY, memory_bytes, print_plan, suggestions, work_of
+from mlx_grpo.run.memory_plan import LESS_MEMORY, print_plan, suggestions, work_of
 from mlx_grpo.run.records import completion_records, machine_facts, time_facts, update_facts
 from mlx_grpo.run.ways import compiled_shapes, plan_lines
 from mlx_grpo.run.terminal import Monitor, print_outcome, stopping_on_signals, write_report
@@ -89,6 +90,7 @@ from mlx_grpo.run.checkpoints import (
     Checkpoints, Snapshot, changed_inputs, changed_settings, not_resumable, read_snapshot, write_snapshot,
 )  # fmt: skip
 from mlx_grpo.errors import RunError, UserError
+from mlx_grpo.export import ModelWriter
 from mlx_grpo.run.directory import RunLogs, choose_run_dir, file_digest, find_checkpoint, lock_directory, write_directory
 from mlx_grpo.scoring import load_rewards, names_of, reward_files, score
 from mlx_grpo.settings import CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record
@@ -534,6 +536,9 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
     """
     from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
 
+    folder = local_path(name)
+    if folder and not adapter_path and is_adapter_alone(folder):  # such as a checkpoint of a run that trains adapters
+        name, adapter_path = adapter_base(folder), str(folder)
     path = resolve_model(name)
     if trust_remote_code:
         print(f"trust_remote_code: Python files that come with {name} run on this machine with all your rights", file=sys.stderr)
@@ -930,7 +935,7 @@ ALL_OR_NOTHING = {
 # Rollout
 # ---------------------------------------------------------------------------------------------------------------
 
-LANE_ROWS = 16  # rows that a lane must have to decode to be worth it
+STREAM_ROWS = 16  # rows for which a stream of their own is worth it
 
 
 @dataclass(frozen=True)
@@ -1038,7 +1043,7 @@ def generate(
         if not padded:
             batch = [i for i in batch if len(prompts[i]) == len(prompts[batch[0]])]
         order = order[len(batch) :]
-        with lanes(min(len(batch), len(batch) * num_generations // LANE_ROWS)) as streams:
+        with streams_of_cores(min(len(batch), len(batch) * num_generations // STREAM_ROWS)) as streams:
             running = []
             for part in np.array_split(batch, len(streams)):
                 tokens, pads = left_pad([prompts[i] for i in part], max(len(prompts[i]) for i in part))
@@ -1896,7 +1901,7 @@ class Learner:
         self.model, self.config, self.ranks = model, config, ranks
         self.memory_limit = memory_limit
         # In float32 the head's logits take at most a 64th of the limit.
-        self.head_chunk = min(HEAD_CHUNK_LOGITS, memory_limit // 256) // lane_count()
+        self.head_chunk = min(HEAD_CHUNK_LOGITS, memory_limit // 256) // stream_count()
         self.log_probs = CompletionLogProbs(model, config.temperature, config.has_entropy_bonus, self.head_chunk)
         self.ref_log_probs = None
         if ref_model is not None:
@@ -1958,14 +1963,14 @@ class Learner:
         self.model.train()  # models with kernels for inference alone switch to what has a gradient
         batches = micro_batches(groups, advantages, config, self.ranks, self.log_probs.shares_padded)
         if self.ref_log_probs:
-            for batch, (logps, _) in zip(batches, spread(self.ref_log_probs, batches)):
+            for batch, (logps, _) in zip(batches, run_on_streams(self.ref_log_probs, batches)):
                 batch["ref_logps"] = logps
         entropies = []
         needs_policy = config.top_entropy_quantile < 1 or config.estimator.tokens
         for batch in batches if config.num_iterations > 1 or needs_policy else ():
             batch["old_logps"], batch["on_policy"] = mx.zeros_like(batch["mask"]), mx.array(True)
         if needs_policy:
-            for batch, (logps, found) in zip(batches, spread(self.log_probs, batches)):
+            for batch, (logps, found) in zip(batches, run_on_streams(self.log_probs, batches)):
                 batch["old_logps"] = logps
                 entropies.append(found)
         if config.top_entropy_quantile < 1:
@@ -1996,7 +2001,7 @@ class Learner:
         if self.config.use_adaptive_entropy:
             for batch in batches:
                 batch["entropy_coef"] = mx.array(entropy_coef)
-        for batch, value, metrics, part in spread(lambda batch: (batch, *self.gradient(batch)), batches):
+        for batch, value, metrics, part in run_on_streams(lambda batch: (batch, *self.gradient(batch)), batches):
             # Parts are added in float32: in half precision small ones would be lost.
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
             sizes = {"tokens": batch["mask"].sum(), "rows": batch["rows"], "totals": batch["totals"]}
@@ -2058,13 +2063,8 @@ class Learner:
     def trial_gradient(self, groups: list[Group]) -> float:
         """The norm of a gradient that is thrown away: of as many micro-batches as go at once, with made-up advantages."""
         made_up = np.linspace(-1, 1, self.config.num_generations, dtype=np.float32)
-        batches = self.prepare(groups, np.tile(made_up, (len(groups), 1)))[: lane_count()]
-        return gradient_norm([part for _, _, part in spread(self.gradient, batches)])
-
-
-def compile_works() -> bool:
-    """Whether mx.compile can be used: on Linux CPUs it needs a C++ compiler at run time."""
-    return mx.default_device() == mx.gpu or sys.platform != "linux" or bool(shutil.which("g++"))
+        batches = self.prepare(groups, np.tile(made_up, (len(groups), 1)))[: stream_count()]
+        return gradient_norm([part for _, _, part in run_on_streams(self.gradient, batches)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2283,21 +2283,15 @@ def keeping_what_is_learnt(state: RunState, save):
         raise
 
 
-def model_writer(model, tokenizer, source: Path, config: MLXGRPOConfig):
-    """A function that writes a folder which mlx_lm.load opens, of the model as it then is. source: where it came from."""
-    given = {"model": model, "tokenizer": tokenizer, "model_config": read_model_config(source)}
-    return functools.partial(save_model, **given, source=source, config=config)
-
-
 class RunFiles:
     """A run on disk: its logs, its checkpoints, its final model. Rank 0 writes and reads, the others are sent the rest.
 
-    write_model: writes a directory that mlx_lm.load opens, of the policy as it is. inputs: digests of what the run reads.
+    writer: of the policy as it is then. inputs: digests of what the run reads.
     """
 
-    def __init__(self, run_dir: Path, learner: Learner, old_policy: OldPolicy, write_model, inputs: dict[str, str]):
+    def __init__(self, run_dir: Path, learner: Learner, old_policy: OldPolicy, writer: ModelWriter, inputs: dict[str, str]):
         self.run_dir, self.learner, self.old_policy = run_dir, learner, old_policy
-        self.write_model, self.inputs = write_model, inputs
+        self.writer, self.inputs = writer, inputs
         self.config, self.ranks = learner.config, learner.ranks
         self.logs = RunLogs(run_dir, self.config.log_jsonl and self.ranks.rank == 0)
         self.checkpoints = Checkpoints(run_dir, self.config.save_total_limit)
@@ -2307,7 +2301,7 @@ class RunFiles:
         self.ranks.check_equal(trainable_arrays(self.learner.model), f"after update {state.update}")
 
     def save_final(self) -> None:
-        self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.write_model))
+        self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.writer.write_model))
 
     def save_checkpoint(self, state: RunState, may_fail: bool) -> None:
         """Write checkpoint-UPDATE, with all that an exact resume needs. may_fail: whether the next one may make up for it."""
@@ -2316,7 +2310,7 @@ class RunFiles:
 
         def write(folder: Path) -> None:
             logs = self.logs.sync()
-            self.write_model(folder)
+            self.writer.write_checkpoint(folder)
             settings = dataclasses.asdict(self.config)
             parts = (with_masters(self.learner.model, self.learner.optimizer.state), self.old_policy.weights)
             write_snapshot(folder, Snapshot(dataclasses.asdict(state), settings, logs, self.inputs, {}, *parts))
@@ -2392,9 +2386,9 @@ class MLXGRPOTrainer:
         self.work = work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows, compiled)
         self.state = RunState(quantize_rollouts=config.quantize_for_rollouts, entropy_coef=config.entropy_coef)
         self.learner.shapes = self.state.shapes
-        write = model_writer(self.model, self.tokenizer, source, config)
+        writer = ModelWriter(self.model, self.tokenizer, read_model_config(source), source, config)
         inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
-        self.files = RunFiles(self.run_dir, self.learner, self.old_policy, write, inputs)
+        self.files = RunFiles(self.run_dir, self.learner, self.old_policy, writer, inputs)
         self.monitor = Monitor(self.updates, config.logging_steps, metric=config.best_metric)
         self.signal = SignalWatch(config, self.rows, self.monitor.say, self.files.logs)
         self.after_evaluation = lambda run_dir: None  # the command line puts the report here
@@ -2665,7 +2659,7 @@ def run(arguments: argparse.Namespace) -> int:
 def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXGRPOConfig, sources: dict) -> int:
     """The same as one of `ranks`, of which the first has the run's directory."""
     print_settings(config, sources)
-    if sys.platform == "linux" and mx.default_device() == mx.cpu and not blas_name():
+    if sys.platform == "linux" and on_cpu() and not blas_name():
         print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
     run_dir, checkpoint = map(Path, ranks.on_first(lambda: find_run(config, path.stem, arguments.resume)))
     resumes = checkpoint != NO_CHECKPOINT

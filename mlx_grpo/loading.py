@@ -43,6 +43,19 @@ def resolve_model(name: str) -> Path:
     return path
 
 
+def is_adapter_alone(folder: Path) -> bool:
+    """Whether a directory holds an adapter and no model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """The name of the model that an adapter belongs on. Raises UserError where it does not say."""
+    try:
+        return str(json.loads((folder / "adapter_config.json").read_text())["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"Adapter without its model: {folder}/adapter_config.json names none; give the model, and this by --adapter-path") from None
+
+
 def flatten_rope_parameters(config: dict) -> dict:
     """config.json as transformers 5 writes it -> a copy that also has rope_theta, rope_scaling and partial_rotary_factor on top.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx_grpo
 import pytest
-from mlx_grpo.update.adapters import save_model
+from mlx_grpo.export import save_model
 
 ROOT = Path(__file__).parents[1]
 STARTER, DATA = str(ROOT / "starter" / "model"), str(ROOT / "starter" / "data")

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx_grpo
 import numpy as np
 import pytest
-from mlx_grpo.update.adapters import save_model
+from mlx_grpo.export import save_model
 from mlx.utils import tree_flatten
 from nanochat_tokenizer import SPECIAL, make_encoding
 from tiny import ids_of, LetterTokenizer, texts_of, tiny_model

@@ -4,8 +4,6 @@ by the run's own rewards."""
 import dataclasses
 import json
 import math
-import types
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np

@@ -13,7 +13,7 @@ from mlx_grpo.run.memory_plan import GB, Work, plan, suggestions
 WORK = Work(
     weights=1000, trained=250, item=4, hidden=10, wide=20, scores=4, layers=3, vocabulary=50, kv_per_token=6, rows=8, generations=4,
     shares_prompts=True, shares_padded=True, prompt=5, completion=10, has_reference=False, micro_batch_tokens=10**6,
-    grad_checkpoint=False, head_chunk=10**6, lanes=1, kv_budget=10**6, ahead=0, memory_limit=10**9,
+    grad_checkpoint=False, head_chunk=10**6, streams=1, kv_budget=10**6, ahead=0, memory_limit=10**9,
 )  # fmt: skip
 LAYER = (80 + 60 + 4 * 15) * 4  # bytes of a position
 PREFIXES = 8 * 5 * 6  # the prompts' KV, once a row
@@ -26,7 +26,7 @@ def test_a_plan_by_hand():
     assert parts["optimizer"] == 2000 and parts["gradients"] == 1000 and parts["KV cache"] == 8 * 15 * 6
     assert parts["head"] == 20 * 80 * 50 and parts["their sum"] == 0
     assert parts["peak"] == 3000 + 1000 + parts["activations"] + max(parts["head"], positions * LAYER)
-    assert plan(replace(WORK, lanes=2))["peak"] == parts["peak"] + 1000
+    assert plan(replace(WORK, streams=2))["peak"] == parts["peak"] + 1000
     assert plan(replace(WORK, vocabulary=1, hidden=1))["peak"] < plan(replace(WORK, vocabulary=1, hidden=1, trained=10**6))["peak"]
     assert plan(replace(WORK, shares_prompts=False))["activations"] == 8 * 15 * 3 * LAYER
 

@@ -14,7 +14,7 @@ import mlx_grpo
 from mlx_grpo import MLXGRPOTrainer, load_config, trainable_arrays
 from mlx_grpo.backends import precision
 from mlx_grpo.run.directory import checkpoints
-from mlx_grpo.update.adapters import save_model
+from mlx_grpo.export import save_model
 
 STARTER = "starter/model"
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="GPUs compute half precision as it is")

@@ -1,11 +1,9 @@
 """The rollout's log-probs are those of one full forward; padding, company and batching change nothing."""
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny import ARCHITECTURES, ids_of, LetterTokenizer, logps_of, reasons_of, texts_of, tiny_model
 
 from mlx_grpo.backends import cuda_decoding, cuda_kernels

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import mlx_grpo
 import pytest
 from mlx_grpo.run.directory import checkpoints
 

@@ -15,7 +15,7 @@ from tiny import ARCHITECTURES, tiny_model
 from mlx_grpo.update import compiled_shapes, fused_head
 import mlx_grpo
 from mlx_grpo.backends import precision
-from mlx_grpo.update.adapters import save_model
+from mlx_grpo.export import save_model
 from mlx_grpo import Completion, CompletionLogProbs, Group, MLXGRPOTrainer, left_pad, load_config, trainable_arrays
 
 PROMPTS = [[5, 6, 7, 8, 9], [20, 21], [30, 31, 32]]

@@ -8,7 +8,7 @@ from mlx_grpo.backends.blas import load_blas
 def use_fast_backend() -> None:
     """Make MLX fast on this machine, for the whole process. To be called before `import mlx.core`.
 
-    On Linux CPUs a fast BLAS is loaded.
+    On Linux CPUs a fast BLAS is loaded; environment variables tell MLX how much to queue.
     """
     load_blas()
     import mlx.core as mx
@@ -16,3 +16,5 @@ def use_fast_backend() -> None:
     if mx.default_device() == mx.cpu:
         # One evaluation takes the operations of all streams by turns, within this width; 20 is less than one stream's.
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
+    else:  # read on CUDA alone: the buffers of commands touch so much each, and the host queues ten
+        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_grpo.update.fused_head import on_cuda
+from mlx_grpo.backends.device import on_cuda
 
 MLX_ATTENTION, MLX_ROPE, MLX_LINEAR = mx.fast.scaled_dot_product_attention, mx.fast.rope, nn.Linear.__call__
 ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one input, as models call them

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_grpo.backends.device import on_cpu
+
 HALVES = ("bfloat16", "float16")
 
 
@@ -26,7 +28,7 @@ class OwnPrecision:
 
 def half_is_slow() -> bool:
     """Whether this device computes float32 many times faster than half precision."""
-    return mx.default_device() == mx.cpu
+    return on_cpu()
 
 
 def widen(model) -> str:

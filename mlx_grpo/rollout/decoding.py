@@ -7,6 +7,7 @@
 
 import mlx.core as mx
 
+from mlx_grpo.backends.device import on_cpu
 from mlx_grpo.answers import THINK, THINK_END
 from mlx_grpo.rollout.kv_cache import map_rows, prefill
 
@@ -116,7 +117,7 @@ def decode(
     seen = ids_seen(tokens, pads, repeats, decoder.model(last).shape[-1]) if penalised else None
     position = 0
     unread = []  # blocks of ids that the host has not looked at
-    ahead = int(mx.default_device() == mx.gpu)  # blocks a GPU decodes while the host reads the one before
+    ahead = int(not on_cpu())  # blocks a GPU decodes while the host reads the one before
     while not all(row.finish_reason for row in rows):
         ids, logps = [], []
         for _ in range(min(DECODE_BLOCK, uniforms.shape[1] - position)):

@@ -5,7 +5,6 @@ The peak is what stays (weights, optimizer, reference) plus the larger of what t
 
 import itertools
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,23 +15,15 @@ from mlx.utils import tree_flatten
 from mlx_grpo.update.adapters import adapter_layers
 from mlx_grpo.update.micro_batches import grid
 from mlx_grpo.update.compiled_shapes import HOST_BYTES_A_LAYER
-from mlx_grpo.update.fused_head import on_cuda
 from mlx_grpo.rollout.kv_cache import kv_bytes_per_token
-from mlx_grpo.backends.streams import lane_count
+from mlx_grpo.backends.device import memory_bytes, on_cpu, on_cuda, queued_bytes
+from mlx_grpo.backends.streams import stream_count
 from mlx_grpo.errors import UserError
+from mlx_grpo.export import merged_bytes
 from mlx_grpo.settings import doubts
 
 GB = 2**30
-AHEAD = 0  # bytes that a host may have handed over to its GPU, and must hold
-if on_cuda():  # ten buffers of commands, each of what touches so many MB
-    AHEAD = 10 * 2**20 * int(os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400"))
 LESS_MEMORY = "Lower micro_batch_tokens, memory_limit_gb or kv_budget_gb, or set grad_checkpoint to true; with --resume too, by --set"
-
-
-def memory_bytes() -> int:
-    """Memory of the machine's accelerator, or of the machine where there is none."""
-    info = mx.device_info()
-    return int(info.get("memory_size") or info.get("total_memory") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 @dataclass(frozen=True)
@@ -57,12 +48,13 @@ class Work:
     has_reference: bool  # a frozen copy beside the policy
     micro_batch_tokens: int
     grad_checkpoint: bool
-    head_chunk: int  # logits alive at once in a lane's head
-    lanes: int  # parts of an update that are worked on side by side, within micro_batch_tokens together
+    head_chunk: int  # logits alive at once in a stream's head
+    streams: int  # parts of an update that are worked on side by side, within micro_batch_tokens together
     kv_budget: int
     ahead: int  # what a host may have handed over to its GPU, and must hold
     memory_limit: int  # from here on the host waits for its GPU instead
     compiled: int = 0  # shapes that are compiled at once, at most
+    merging: int = 0  # what the final save merges adapters in
 
 
 def plan(work: Work) -> dict[str, int]:
@@ -91,14 +83,14 @@ def plan(work: Work) -> dict[str, int]:
         "optimizer": work.trained * 8 + masters,
         "reference": work.trained * work.item if work.has_reference else 0,
         "KV cache": min(work.rows * length * work.kv_per_token, work.kv_budget),
-        "gradients": work.trained * work.item * work.lanes,
+        "gradients": work.trained * work.item * work.streams,
         "their sum": work.trained * 4 if rounds > 1 else 0,
         "activations": kept + prefixes,
-        "head": 5 * 4 * min(work.head_chunk * work.lanes, answers * work.vocabulary),
+        "head": 5 * 4 * min(work.head_chunk * work.streams, answers * work.vocabulary),
     }
     stays = parts["weights"] + parts["optimizer"] + parts["reference"]
     rollout = parts["KV cache"] * 3 // 2  # a cache that grows is copied
-    head_gradient = min(parts["gradients"], work.vocabulary * work.hidden * work.item * work.lanes)
+    head_gradient = min(parts["gradients"], work.vocabulary * work.hidden * work.item * work.streams)
     at_head = parts["activations"] + parts["head"] + head_gradient
     # While gradients come, activations go; a layer's own gradients, and what is computed again for them, are as measured.
     at_layers = max(parts["activations"], parts["gradients"]) + layer * (3 if work.grad_checkpoint else 1)
@@ -106,7 +98,8 @@ def plan(work: Work) -> dict[str, int]:
     passing = work.layers * layer * 3 // 5  # what a forward computes and does not keep, as measured
     parts["in flight"] = max(0, min(work.ahead, passing, work.memory_limit - stays - update))
     step = work.trained * (work.item + 7)  # AdamW's numbers in float32 on their way, as measured
-    return {**parts, "peak": stays + max(rollout, update + parts["in flight"], step)}
+    parts["final save"] = work.merging
+    return {**parts, "peak": stays + max(rollout, update + parts["in flight"], step, work.merging)}
 
 
 def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[str]:
@@ -147,19 +140,20 @@ def work_of(learner, lengths: set[int], rows: int, compiled: int = 0) -> Work:
     config, model, args = learner.config, learner.model, learner.model.args
     arrays = [p for _, p in tree_flatten(model.parameters())]
     hidden = getattr(args, "hidden_size", 1024)
-    times_kept = 0 if on_cuda() else 2 if mx.default_device() == mx.gpu else 1.5  # on CPUs as measured
+    item = 2 if any(p.dtype in (mx.bfloat16, mx.float16) for p in arrays) else 4
+    times_kept = 0 if on_cuda() else 1.5 if on_cpu() else 2  # on CPUs as measured
     return Work(
         weights=sum(p.nbytes for p in arrays), trained=sum(p.size for p in [p for _, p in tree_flatten(model.trainable_parameters())]),
-        item=2 if any(p.dtype in (mx.bfloat16, mx.float16) for p in arrays) else 4, hidden=hidden,
+        item=item, hidden=hidden,
         wide=getattr(args, "intermediate_size", 4 * hidden), scores=int(times_kept * getattr(args, "num_attention_heads", 16)),
         layers=len(model.layers), vocabulary=getattr(args, "vocab_size", 1), kv_per_token=kv_bytes_per_token(model),
         rows=rows, generations=config.num_generations,
         shares_prompts=learner.log_probs.shares_padded or learner.log_probs.share_prompts and len(lengths) == 1,
         shares_padded=learner.log_probs.shares_padded, prompt=grid(max(lengths)), completion=grid(config.rollout_tokens),
         has_reference=learner.ref_log_probs is not None and not adapter_layers(model),
-        micro_batch_tokens=config.micro_batch_tokens, grad_checkpoint=config.grad_checkpoint, head_chunk=learner.head_chunk, lanes=lane_count(),
-        kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4, ahead=AHEAD, memory_limit=learner.memory_limit,
-        compiled=compiled,
+        micro_batch_tokens=config.micro_batch_tokens, grad_checkpoint=config.grad_checkpoint, head_chunk=learner.head_chunk, streams=stream_count(),
+        kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4, ahead=queued_bytes(), memory_limit=learner.memory_limit,
+        compiled=compiled, merging=merged_bytes(model, item),
     )  # fmt: skip
 
 

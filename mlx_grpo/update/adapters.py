@@ -1,15 +1,9 @@
-"""LoRA and DoRA layers: found, left out, merged; and the model directory that a run writes."""
+"""LoRA and DoRA layers: found, left out, merged; copies of a model that share its memory."""
 
 import copy
-import json
-import shutil
-from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-
-from mlx_grpo.backends.precision import narrow, narrowed
 
 
 def adapter_layers(model) -> list[tuple[str, nn.Module]]:
@@ -40,28 +34,3 @@ def fused(model):
     merged = shared_copy(model)
     merged.update_modules(tree_unflatten([(name, m.fuse(dequantize=True)) for name, m in adapter_layers(merged)]))
     return merged
-
-
-def save_model(folder: Path, model, tokenizer, model_config: dict, source: Path, config) -> None:
-    """Write a model directory that mlx_lm.load opens, in the model's own precision; adapters are merged, and kept beside in
-    mlx-lm's own format."""
-    from mlx_lm.utils import save_config, save_model as save_weights
-
-    model_config = copy.deepcopy(model_config)
-    adapters = adapter_layers(model)
-    if adapters:
-        weights = narrowed(model, dict(tree_flatten(model.trainable_parameters())))
-        mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
-        kind = "dora" if any("m" in layer for _, layer in adapters) else "lora"
-        blocks = len(model.layers) if config.num_layers < 0 else config.num_layers
-        settings = {"fine_tune_type": kind, "num_layers": blocks, "lora_parameters": {"dropout": 0.0, **config.lora_parameters}}
-        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
-        for name, _ in adapters:  # merged layers are in full precision, also where their base was quantised
-            for key in ("quantization", "quantization_config"):
-                model_config.get(key, {}).pop(name, None)
-    save_weights(folder, narrow(fused(model) if adapters else shared_copy(model)))
-    save_config(model_config, folder / "config.json")
-    tokenizer.save_pretrained(folder)
-    for name in ("generation_config.json", "tokenizer.pkl", model_config.get("model_file") or ""):
-        if name and (source / name).is_file():
-            shutil.copy(source / name, folder)

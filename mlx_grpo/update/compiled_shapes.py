@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_grpo.update.fused_head import on_cuda
+from mlx_grpo.backends.device import on_cpu, on_cuda
 
 MOST_SHAPES = 8  # compiled ones alive at once
 HOST_BYTES_A_LAYER = 2**20  # of a compiled shape: 16 to 32 MB were seen at 28 layers
@@ -17,7 +17,7 @@ HOST_BYTES_A_LAYER = 2**20  # of a compiled shape: 16 to 32 MB were seen at 28 l
 
 def compiling_pays() -> bool:
     """Whether compiled gradients are worth it on this device: on CPUs they were 2 to 4% faster, and each takes seconds of g++."""
-    return mx.default_device() == mx.gpu
+    return not on_cpu()
 
 
 def updates_to_earn_it() -> int:

@@ -2,34 +2,26 @@
 
 import copy
 import math
-import platform
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_grpo.backends.device import has_slow_exp, on_cuda
+
 HEAD_CHUNK_LOGITS = 2**27  # alive at once in the head, forward and backward, at most: 512 MB of float32
 
 
-def on_cuda() -> bool:
-    return mx.default_device() == mx.gpu and not mx.metal.is_available()
-
-
-def exp_is_slow() -> bool:
-    """On x86 CPUs MLX's exp takes 13 ns a number, its power 5."""
-    return mx.default_device() == mx.cpu and platform.machine() == "x86_64"
-
-
 def exp(x: mx.array) -> mx.array:
-    return mx.power(math.e, x) if exp_is_slow() else mx.exp(x)
+    return mx.power(math.e, x) if has_slow_exp() else mx.exp(x)
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    return (1 / (1 + exp(-x.astype(mx.float32)))).astype(x.dtype) if exp_is_slow() else mx.sigmoid(x)
+    return (1 / (1 + exp(-x.astype(mx.float32)))).astype(x.dtype) if has_slow_exp() else mx.sigmoid(x)
 
 
 def softmax(logits: mx.array) -> mx.array:
     """Probabilities (.., V) of float32 logits."""
-    if not exp_is_slow():
+    if not has_slow_exp():
         return mx.softmax(logits, axis=-1)
     powers = exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)

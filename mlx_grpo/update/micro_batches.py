@@ -8,9 +8,10 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from mlx_grpo.backends.streams import lane_count
+from mlx_grpo.backends.device import on_cpu
+from mlx_grpo.backends.streams import stream_count
 
-LANE_POSITIONS = 256  # that a lane must have to train on to be worth it
+STREAM_POSITIONS = 256  # for which a stream of its own is worth it
 
 
 def bucket(n: int, least: int = 8) -> int:
@@ -25,7 +26,7 @@ def grid(n: int, least: int = 8) -> int:
     On GPUs a new shape costs time, and a shape that comes again is compiled: 90 updates with sampled lengths, 8 x 8 up to 256
     tokens, meet 23 shapes in place of 36 in steps of quarters, for 3% more positions. CPUs take every length as it is.
     """
-    if mx.default_device() == mx.cpu:
+    if on_cpu():
         return n
     step = max(least, 2 ** max(0, (n - 1).bit_length() - 2))
     return -(-n // step) * step
@@ -82,12 +83,12 @@ def trained(completion, config) -> list[int]:
 def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[list], int]:
     """The units of an update, and k.
 
-    used: the groups in it, by length; `total`: the sum of their costs. On a CPU lanes work side by side: within the
+    used: the groups in it, by length; `total`: the sum of their costs. On a CPU streams work side by side: within the
     budget together, and each on its share.
     """
-    g, side_by_side = config.num_generations, lane_count()
+    g, side_by_side = config.num_generations, stream_count()
     budget = config.micro_batch_tokens // side_by_side
-    parts = side_by_side * math.ceil(total / config.micro_batch_tokens) if total >= side_by_side * LANE_POSITIONS else 1
+    parts = side_by_side * math.ceil(total / config.micro_batch_tokens) if total >= side_by_side * STREAM_POSITIONS else 1
     # Rows of a group that go together: all of them, unless one group alone is over the budget, or parts are too few.
     widest = max(len(groups[b].prompt) for b in used), max(longest_completion(groups[b]) for b in used)
     fits = lambda k: cost(1, *widest, k) <= budget and len(used) * g // k >= parts  # noqa: E731
