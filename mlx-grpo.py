@@ -218,7 +218,7 @@ class MLXGRPOConfig:
     eval_every_updates: int = 0  # updates between evaluations on a fixed part of the training split; 0 for never
     eval_subset_size: int = 100  # rows of that part
     eval_max_new_tokens: int = 0  # tokens an answer may take in evaluation; 0 for max_completion_length
-    metric_for_best_model: str = ""  # reward_mean, rewards/NAME, em_strict or em_lenient, on held-out rows; empty: em_strict with correctness_reward_func, else reward_mean
+    metric_for_best_model: str = ""  # of the best checkpoint: reward_mean, rewards/NAME, em_strict or em_lenient
     # Output
     output_dir: str = "outputs"  # holds one directory a run
     run_name: str = ""  # that directory; empty: the config's name, numbered when taken
