@@ -333,8 +333,8 @@ def rows_ending_at(lengths: list[int]):
     due, rows, plain = iter(lengths), [], script.Row
 
     class Ending(plain):
-        def __init__(self, tokenizer, stop_strings, max_tokens):
-            super().__init__(tokenizer, stop_strings, next(due))
+        def __init__(self, tokenizer, stop_strings, max_tokens, primed=""):
+            super().__init__(tokenizer, stop_strings, next(due), primed)
             self.limit = max_tokens
             rows.append(self)
 
