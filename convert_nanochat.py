@@ -71,14 +71,20 @@ def checkpoint_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["model_*.pt", "meta_*.json", "tokenizer.pkl"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise Refused(f"Download failed: {name} ({reason}); check the id and the network, or give a folder") from None
+        raise Refused(
+            f"Download failed: {name} ({reason}); check the id and the network, or give a folder"
+        ) from None
 
 
 def find_files(folder: Path, step: int | None) -> tuple[Path, Path, Path]:
     """A checkpoint folder -> its model, meta and tokenizer files, of the given step or the last one."""
-    models = {int(m[1]): f for f in sorted(folder.iterdir()) if (m := re.fullmatch(r"model_(\d+)\.pt", f.name))}
+    models = {
+        int(m[1]): f for f in sorted(folder.iterdir()) if (m := re.fullmatch(r"model_(\d+)\.pt", f.name))
+    }
     if not models:
-        raise BadArgument(f"Checkpoint not found: {folder} has no model_NNNNNN.pt; give the folder that holds it")
+        raise BadArgument(
+            f"Checkpoint not found: {folder} has no model_NNNNNN.pt; give the folder that holds it"
+        )
     step = max(models) if step is None else step
     if step not in models:
         raise BadArgument(
@@ -88,7 +94,11 @@ def find_files(folder: Path, step: int | None) -> tuple[Path, Path, Path]:
     if not meta.is_file():
         raise Refused(f"Metadata not found: {meta} belongs beside {models[step].name}; copy it there")
     # nanochat's own cache keeps the tokenizer in BASE/tokenizer and models in BASE/chatsft_checkpoints/d20.
-    places = [folder, folder / "tokenizer", *(parent / "tokenizer" for parent in folder.resolve().parents[:2])]
+    places = [
+        folder,
+        folder / "tokenizer",
+        *(parent / "tokenizer" for parent in folder.resolve().parents[:2]),
+    ]
     for place in places:
         if (place / "tokenizer.pkl").is_file():
             return models[step], meta, place / "tokenizer.pkl"
@@ -120,7 +130,9 @@ def read_meta(path: Path) -> dict:
         )
     pattern = found.get("window_pattern", "L")
     if type(pattern) is not str or not re.fullmatch(r"[SsLl]{1,256}", pattern):
-        raise Refused(f"Unsupported architecture: window_pattern {pattern!r} in {path} is not made of S and L")
+        raise Refused(
+            f"Unsupported architecture: window_pattern {pattern!r} in {path} is not made of S and L"
+        )
     return found
 
 
@@ -163,9 +175,15 @@ def expected_shapes(meta: dict, is_2026: bool) -> dict[str, tuple]:
         block = f"transformer.h.{i}"
         shapes |= {f"{block}.attn.c_q.weight": (width, width), f"{block}.attn.c_proj.weight": (width, width)}
         shapes |= {f"{block}.attn.c_k.weight": (kv, width), f"{block}.attn.c_v.weight": (kv, width)}
-        shapes |= {f"{block}.mlp.c_fc.weight": (4 * width, width), f"{block}.mlp.c_proj.weight": (width, 4 * width)}
+        shapes |= {
+            f"{block}.mlp.c_fc.weight": (4 * width, width),
+            f"{block}.mlp.c_proj.weight": (width, 4 * width),
+        }
         if is_2026 and (layers - 1 - i) % 2 == 0:
-            shapes |= {f"value_embeds.{i}.weight": (rows, kv), f"{block}.attn.ve_gate.weight": (meta["n_kv_head"], 12)}
+            shapes |= {
+                f"value_embeds.{i}.weight": (rows, kv),
+                f"{block}.attn.ve_gate.weight": (meta["n_kv_head"], 12),
+            }
     if is_2026:
         shapes |= dict(zip(KEYS_2026, ((layers,), (layers,), (1, 24), (1,), (1,))))
     return shapes
@@ -257,8 +275,14 @@ def merges_into(token: bytes, ranks: dict) -> list[tuple[bytes, bytes]]:
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, i = min((ranks.get(a + b, ranks[token]), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-        if rank >= ranks[token]:  # no training made this token; later merges may bring any two halves together
-            return [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        if (
+            rank >= ranks[token]
+        ):  # no training made this token; later merges may bring any two halves together
+            return [
+                (token[:i], token[i:])
+                for i in range(1, len(token))
+                if token[:i] in ranks and token[i:] in ranks
+            ]
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return [tuple(parts)]
 
@@ -338,7 +362,9 @@ def build_tokenizer(state: dict) -> tuple[dict, dict]:
         "bos_token": "<|bos|>",
         "eos_token": "<|assistant_end|>",
         "pad_token": "<|assistant_end|>",
-        "additional_special_tokens": [token for token in special if token not in ("<|bos|>", "<|assistant_end|>")],
+        "additional_special_tokens": [
+            token for token in special if token not in ("<|bos|>", "<|assistant_end|>")
+        ],
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
@@ -434,9 +460,12 @@ def check_tokenizer(folder: Path, reference: TiktokenTokenizerWrapper) -> None:
         for after in ("", "b", " ", "|>", token)
     ]
     chats = [
-        [{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in zip(texts, reversed(texts))
+        [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+        for a, b in zip(texts, reversed(texts))
     ]
-    wrong = [text for text in texts if tokenizer.encode(text, add_special_tokens=False) != reference.encode(text)]
+    wrong = [
+        text for text in texts if tokenizer.encode(text, add_special_tokens=False) != reference.encode(text)
+    ]
     wrong += [
         chat
         for chat in chats
@@ -466,13 +495,17 @@ def quantize(folder: Path) -> None:
         raise Refused(f"Quantization impossible: width {width} is no multiple of 32; convert without -q")
     model, config = quantize_model(model, config, group, 4)
     mx.save_safetensors(
-        str(folder / "quantized.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"}
+        str(folder / "quantized.safetensors"),
+        dict(tree_flatten(model.parameters())),
+        metadata={"format": "mlx"},
     )
     os.replace(folder / "quantized.safetensors", folder / "model.safetensors")
     save_config(config, folder / "config.json")
 
 
-def write_directory(folder: Path, model: Path, meta: dict, tokenizer: Path, dtype: str, quantized: bool) -> str:
+def write_directory(
+    folder: Path, model: Path, meta: dict, tokenizer: Path, dtype: str, quantized: bool
+) -> str:
     """Write the MLX directory into the empty `folder`; returns which architecture it is."""
     import mlx.core as mx
     from mlx_lm.utils import load_model
@@ -516,7 +549,9 @@ def write_directory(folder: Path, model: Path, meta: dict, tokenizer: Path, dtyp
     check_tokenizer(folder, reference)
     if quantized:
         quantize(folder)
-    load_model(folder, lazy=True, strict=True, trust_remote_code=True)  # every name and shape fits mlx-lm's model
+    load_model(
+        folder, lazy=True, strict=True, trust_remote_code=True
+    )  # every name and shape fits mlx-lm's model
     if spare:
         print(f"The model has {spare} more ids than {tokenizer} has tokens: they stand for no text")
     return "2026" if is_2026 else "October 2025"
@@ -567,19 +602,31 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--cache-dir", required=True, help="folder or hub id with model_NNNNNN.pt, meta_NNNNNN.json, tokenizer.pkl"
+        "--cache-dir",
+        required=True,
+        help="folder or hub id with model_NNNNNN.pt, meta_NNNNNN.json, tokenizer.pkl",
     )
     parser.add_argument("--output-dir", required=True, help="directory to write; must be new or empty")
     parser.add_argument("--step", type=int, help="which model_NNNNNN.pt (default: the last)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                         help="type of the weights; float32 keeps mixed checkpoints exact (default)")  # fmt: skip
     parser.add_argument(
-        "-q", "--quantize", action="store_true", help="quantise to 4 bits (for other widths: mlx_lm.convert -q)"
+        "-q",
+        "--quantize",
+        action="store_true",
+        help="quantise to 4 bits (for other widths: mlx_lm.convert -q)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
     options = parser.parse_args(arguments)
     try:
-        convert(options.cache_dir, options.output_dir, options.step, options.dtype, options.quantize, options.overwrite)
+        convert(
+            options.cache_dir,
+            options.output_dir,
+            options.step,
+            options.dtype,
+            options.quantize,
+            options.overwrite,
+        )
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         return refusal.status

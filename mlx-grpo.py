@@ -62,8 +62,24 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_grpo.update.compiled_shapes import CompiledShapes, compiling_pays, note_shapes
 from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy
-from mlx_grpo.answers import after_thinking, has_thought, is_thinking, last_boxed, last_number, last_quantity, parse_number, read_quantity, same_answer, unwrapped
-from mlx_grpo.chat_templates import encode_chat, special_tokens, system_in_first_user_message, without_special_tokens
+from mlx_grpo.answers import (
+    after_thinking,
+    has_thought,
+    is_thinking,
+    last_boxed,
+    last_number,
+    last_quantity,
+    parse_number,
+    read_quantity,
+    same_answer,
+    unwrapped,
+)
+from mlx_grpo.chat_templates import (
+    encode_chat,
+    special_tokens,
+    system_in_first_user_message,
+    without_special_tokens,
+)
 from mlx_grpo.update.micro_batches import grid, left_pad, micro_batches
 from mlx_grpo.update import shared_prompts
 from mlx_grpo.update.shared_prompts import reason_not_to_share
@@ -91,9 +107,23 @@ from mlx_grpo.run.checkpoints import (
 )  # fmt: skip
 from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.export import ModelWriter
-from mlx_grpo.run.directory import RunLogs, choose_run_dir, file_digest, find_checkpoint, lock_directory, write_directory
+from mlx_grpo.run.directory import (
+    RunLogs,
+    choose_run_dir,
+    file_digest,
+    find_checkpoint,
+    lock_directory,
+    write_directory,
+)
 from mlx_grpo.scoring import load_rewards, names_of, reward_files, score
-from mlx_grpo.settings import CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record
+from mlx_grpo.settings import (
+    CHOICES,
+    SEQUENCE_CORRECTIONS,
+    check_config,
+    config_as_toml,
+    read_settings,
+    settings_record,
+)
 from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle
 from mlx_grpo.update.swiglu import use_swiglu
 
@@ -120,22 +150,38 @@ class MLXGRPOConfig:
     trust_remote_code: bool = False  # run Python code that comes with the model; only for authors you trust
     fine_tune_type: str = "auto"  # full, lora or dora; auto is full, or lora where the model is quantised
     num_layers: int = -1  # adapters go on this many last blocks; -1 for all
-    lora_parameters: dict = field(default_factory=lambda: {"rank": 8, "scale": 20.0, "dropout": 0.0})  # as in mlx-lm
+    lora_parameters: dict = field(
+        default_factory=lambda: {"rank": 8, "scale": 20.0, "dropout": 0.0}
+    )  # as in mlx-lm
     # Data
-    dataset: str = "openai/gsm8k"  # a hub name, or a local file or folder (its train.* and test.* are the splits)
+    dataset: str = (
+        "openai/gsm8k"  # a hub name, or a local file or folder (its train.* and test.* are the splits)
+    )
     dataset_config: str = "main"  # the hub dataset's configuration; not used for local files
     eval_dataset: str = ""  # held-out data of its own; empty: the dataset's test split
     eval_fraction: float = 0.05  # share of the training rows set aside where there is no test split
     prompt_field: str = "question"  # column with the question: text, or a list of chat messages
-    answer_field: str = "answer"  # column with the gold answer; what follows #### counts where that is present
+    answer_field: str = (
+        "answer"  # column with the gold answer; what follows #### counts where that is present
+    )
     max_train_samples: int = 0  # use the first so many training rows, 0 for all; the schedule counts them
     max_prompt_length: int = 512  # tokens; longer prompts are dropped before training and counted
     system_prompt: str = SYSTEM_PROMPT  # what tells the model the answer's form; empty for none
-    completion_prefix: str = ""  # text that starts every answer, such as "<reasoning>\n"; part of what is scored
-    prompt_template: str = ""  # plain text in the place of the chat template, for base models: "Question: {prompt}\nAnswer:"
-    chat_template_kwargs: dict = field(default_factory=dict)  # values for the chat template, such as { enable_thinking = false }
-    easy_prompt_weight: float = 1.0  # chance that a prompt whose completions were all right lately is drawn in its turn
-    hard_prompt_weight: float = 1.0  # and one whose completions were all wrong; 1 draws every prompt equally often
+    completion_prefix: str = (
+        ""  # text that starts every answer, such as "<reasoning>\n"; part of what is scored
+    )
+    prompt_template: str = (
+        ""  # plain text in the place of the chat template, for base models: "Question: {prompt}\nAnswer:"
+    )
+    chat_template_kwargs: dict = field(
+        default_factory=dict
+    )  # values for the chat template, such as { enable_thinking = false }
+    easy_prompt_weight: float = (
+        1.0  # chance that a prompt whose completions were all right lately is drawn in its turn
+    )
+    hard_prompt_weight: float = (
+        1.0  # and one whose completions were all wrong; 1 draws every prompt equally often
+    )
     difficulty_window: int = 1  # lately: the last so many times that the prompt was drawn
     # Rewards
     reward_funcs: list[str] = field(
@@ -148,7 +194,9 @@ class MLXGRPOConfig:
         ]
     )  # built-in names, or "file.py:function" for your own
     reward_weights: list[float] = field(default_factory=list)  # one per function; empty for 1.0 each
-    multi_objective_aggregation: str = "sum_then_normalize"  # or normalize_then_sum: each function by its own group
+    multi_objective_aggregation: str = (
+        "sum_then_normalize"  # or normalize_then_sum: each function by its own group
+    )
     reward_timeout: float = 60.0  # seconds one reward function may take for one batch
     # Rollout
     batch_size: int = 8  # prompts a step
@@ -156,26 +204,44 @@ class MLXGRPOConfig:
     max_completion_length: int = 512  # tokens; also the constant that dr_grpo divides by
     max_new_tokens: int = 0  # a lower limit for the rollout alone; 0 for max_completion_length
     temperature: float = 1.0  # of sampling, and of the log-probs in the objective
-    top_p: float = 1.0  # below 1 the sampled distribution is not the policy's: biased, corrected, and warned of
+    top_p: float = (
+        1.0  # below 1 the sampled distribution is not the policy's: biased, corrected, and warned of
+    )
     top_k: int = 0  # above 0: the same
     min_p: float = 0.0  # above 0: the same
     repetition_penalty: float = 1.0  # other than 1: the same
-    stop_strings: list[str] = field(default_factory=lambda: ["</answer>"])  # text that ends a completion, kept in it; with prompt_template, unless set, a next prompt's first words too
-    memory_limit_gb: float = 0.0  # device memory from which work waits for earlier work to end; 0: half of what there is
-    kv_budget_gb: float = 0.0  # KV cache the rollout may fill before it decodes in several batches; 0: 1/4 of memory
+    stop_strings: list[str] = field(
+        default_factory=lambda: ["</answer>"]
+    )  # text that ends a completion, kept in it; with prompt_template, unless set, a next prompt's first words too
+    memory_limit_gb: float = (
+        0.0  # device memory from which work waits for earlier work to end; 0: half of what there is
+    )
+    kv_budget_gb: float = (
+        0.0  # KV cache the rollout may fill before it decodes in several batches; 0: 1/4 of memory
+    )
     quantize_for_rollouts: bool = False  # sample from a quantised copy: less memory traffic on a GPU, slower on a CPU; off-policy, corrected
     bits: int = 4  # of that copy
     group_size: int = 64  # of that copy: weights that share a scale
-    sync_every: int = 1  # updates between refreshes of the sampler's weights; above 1 it is stale, and corrected
+    sync_every: int = (
+        1  # updates between refreshes of the sampler's weights; above 1 it is stale, and corrected
+    )
     # Objective
     loss_type: str = "grpo"  # the objective, by its name in the table LOSSES
     importance_sampling_level: str = "token"  # or sequence (GSPO, arXiv 2507.18071)
     num_iterations: int = 1  # updates a rollout is used for (mu in the paper)
     clip_eps: float = 0.2  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]; gmpo clips its log
-    clip_eps_high: float | None = None  # DAPO's clip-higher; none for clip_eps. For cispo the bound itself, about 5
-    delta: float | None = None  # upper bound of the ratio for negative advantages (INTELLECT-2, arXiv 2505.07291)
-    kl_coeff: float = 0.0  # beta; above 0 a frozen reference is kept (the same weights, adapters off, under LoRA)
-    use_bias_correction_kl: bool = False  # weigh the KL by the ratio, so that its gradient is unbiased off-policy
+    clip_eps_high: float | None = (
+        None  # DAPO's clip-higher; none for clip_eps. For cispo the bound itself, about 5
+    )
+    delta: float | None = (
+        None  # upper bound of the ratio for negative advantages (INTELLECT-2, arXiv 2505.07291)
+    )
+    kl_coeff: float = (
+        0.0  # beta; above 0 a frozen reference is kept (the same weights, adapters off, under LoRA)
+    )
+    use_bias_correction_kl: bool = (
+        False  # weigh the KL by the ratio, so that its gradient is unbiased off-policy
+    )
     advantage_estimator: str = "group"  # how rewards become advantages, by its name in the table ESTIMATORS
     scale_rewards: str = "group"  # group advantages are divided by the deviation of group or batch, or none
     mask_truncated_completions: bool = False  # leave completions cut at the length limit out of the loss
@@ -186,7 +252,9 @@ class MLXGRPOConfig:
     entropy_coef_delta: float = 0.005  # by so much an update
     entropy_coef_min: float = 0.0  # within this
     entropy_coef_max: float = 1.0  # and this
-    off_policy_mask_threshold: float | None = None  # drop negative rows whose mean sampler-to-policy gap exceeds it
+    off_policy_mask_threshold: float | None = (
+        None  # drop negative rows whose mean sampler-to-policy gap exceeds it
+    )
     sampler_correction: str = "auto"  # token_truncate, token_mask, sequence_truncate, sequence_mask, none; auto: token_truncate where the sampler is not the policy
     sampler_correction_min: float | None = None  # lower end of the correction's range
     sampler_correction_max: float = 3.0  # upper end of the correction's range
@@ -196,7 +264,9 @@ class MLXGRPOConfig:
     vespo_lambda_pos: float = 3.0  # and its lambda (arXiv 2602.10693)
     vespo_k_neg: float = 3.0  # k for negative advantages
     vespo_lambda_neg: float = 2.0  # and their lambda
-    dynamic_sampling_max_batches: int = 0  # times a batch's groups without signal are replaced by fresh prompts (DAPO)
+    dynamic_sampling_max_batches: int = (
+        0  # times a batch's groups without signal are replaced by fresh prompts (DAPO)
+    )
     # Optimisation
     learning_rate: float = 1e-6  # peak; about 1e-6 for full fine-tuning, 1e-5 for adapters
     lr_scheduler_type: str = "cosine"  # cosine, linear or constant, after the warm-up
@@ -204,28 +274,40 @@ class MLXGRPOConfig:
     num_epochs: float = 1.0  # passes over the prompts
     gradient_accumulation_steps: int = 1  # steps an update
     micro_batch_tokens: int = 16384  # positions in one forward and backward; lower it when memory is short
-    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, about a third slower
+    grad_checkpoint: bool = (
+        False  # recompute activations in the backward pass: less memory, about a third slower
+    )
     max_grad_norm: float = 1.0  # global norm the gradient is clipped to; 0 for no clipping
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 0.0  # decoupled, as in AdamW
     max_nan_updates: int = 3  # updates in a row with a non-finite gradient before the run stops
-    max_flat_updates: int = 50  # updates in a row without signal before the run saves and ends with status 1; 0: never
+    max_flat_updates: int = (
+        50  # updates in a row without signal before the run saves and ends with status 1; 0: never
+    )
     use_compile: bool = True  # mx.compile the optimizer's step, on GPUs an update's shapes that keep coming, on CUDA a long run's rollouts
     # Evaluation
     eval_steps: int = 50  # updates between evaluations on the held-out split; 0: only before and after
     eval_samples: int = 200  # rows of the held-out split, a fixed choice; 0 for all
-    eval_every_updates: int = 0  # updates between evaluations on a fixed part of the training split; 0 for never
+    eval_every_updates: int = (
+        0  # updates between evaluations on a fixed part of the training split; 0 for never
+    )
     eval_subset_size: int = 100  # rows of that part
     eval_max_new_tokens: int = 0  # tokens an answer may take in evaluation; 0 for max_completion_length
-    metric_for_best_model: str = ""  # of the best checkpoint: reward_mean, rewards/NAME, em_strict or em_lenient
+    metric_for_best_model: str = (
+        ""  # of the best checkpoint: reward_mean, rewards/NAME, em_strict or em_lenient
+    )
     # Output
     output_dir: str = "outputs"  # holds one directory a run
     run_name: str = ""  # that directory; empty: the config's name, numbered when taken
     logging_steps: int = 1  # updates between progress lines; the log file has every update
     log_jsonl: bool = True  # write training_log.jsonl and completions.jsonl
-    log_completions_steps: int = 10  # updates between samples that are shown and written to completions.jsonl; 0 for never
-    report_to: list[str] = field(default_factory=list)  # trackers: tensorboard, wandb, trackio, swanlab; each is a package to install
+    log_completions_steps: int = (
+        10  # updates between samples that are shown and written to completions.jsonl; 0 for never
+    )
+    report_to: list[str] = field(
+        default_factory=list
+    )  # trackers: tensorboard, wandb, trackio, swanlab; each is a package to install
     save_steps: int = 50  # updates between checkpoints; 0: only the final model
     save_total_limit: int = 3  # newest checkpoints kept, besides the best on held-out data; 0 for all
     seed: int = 0  # of the data order, the sampling and the adapters
@@ -338,7 +420,13 @@ class TiktokenTokenizerWrapper:
     chat_template = "nanochat"  # mlx-lm only asks whether there is one
     clean_up_tokenization_spaces = False
     # The chat tokens in the order of a conversation, and what stands for them in a vocabulary without them.
-    CHAT = {"<|bos|>": "", "<|user_start|>": "User: ", "<|user_end|>": "\n", "<|assistant_start|>": "Assistant: ", "<|assistant_end|>": "\n"}
+    CHAT = {
+        "<|bos|>": "",
+        "<|user_start|>": "User: ",
+        "<|user_end|>": "\n",
+        "<|assistant_start|>": "Assistant: ",
+        "<|assistant_end|>": "\n",
+    }
 
     def __init__(self, path):
         """`path`: a tokenizer.pkl or its directory. Raises ValueError("Failed to load tiktoken tokenizer: REASON")."""
@@ -354,12 +442,17 @@ class TiktokenTokenizerWrapper:
             raise ValueError(f"Failed to load tiktoken tokenizer: {error}") from error
         self.name_or_path, self.special_tokens = str(self.path.parent), state["special_tokens"]
         # Latin-1 names every byte by one character, so that distinct tokens have distinct names.
-        self.vocab = {token.decode("latin-1"): i for token, i in state["mergeable_ranks"].items()} | self.special_tokens
+        self.vocab = {
+            token.decode("latin-1"): i for token, i in state["mergeable_ranks"].items()
+        } | self.special_tokens
         self.id_to_token = {i: token for token, i in self.vocab.items()}
         self.id_to_bytes = {i: token for token, i in state["mergeable_ranks"].items()}
         self.id_to_bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
         self.vocab_size = max(self.id_to_bytes) + 1
-        self.all_special_tokens, self.all_special_ids = list(self.special_tokens), list(self.special_tokens.values())
+        self.all_special_tokens, self.all_special_ids = (
+            list(self.special_tokens),
+            list(self.special_tokens.values()),
+        )
         # nanochat stops at the end of the assistant's turn, and where a new document would begin.
         stops = [t for t in ("<|assistant_end|>", "<|endoftext|>", "<|bos|>") if t in self.special_tokens]
         self.eos_token = self.pad_token = stops[0] if stops else None
@@ -386,7 +479,9 @@ class TiktokenTokenizerWrapper:
         return self.vocab
 
     def convert_tokens_to_ids(self, tokens):
-        return self.vocab.get(tokens) if isinstance(tokens, str) else [self.vocab.get(token) for token in tokens]
+        return (
+            self.vocab.get(tokens) if isinstance(tokens, str) else [self.vocab.get(token) for token in tokens]
+        )
 
     def convert_ids_to_tokens(self, ids):
         return self.id_to_token.get(ids) if isinstance(ids, int) else [self.id_to_token.get(i) for i in ids]
@@ -399,7 +494,9 @@ class TiktokenTokenizerWrapper:
             shutil.copyfile(self.path, target)
         return (str(target),)
 
-    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=None, continue_final_message=False, **_):
+    def apply_chat_template(
+        self, messages, tokenize=True, add_generation_prompt=None, continue_final_message=False, **_
+    ):
         """Messages -> ids (or text): <|bos|>, then <|user_start|>..<|user_end|><|assistant_start|>..<|assistant_end|> with a
         system message joined to the first user message; plain "User: ..", "Assistant: .." lines where these tokens are missing.
         add_generation_prompt: None means where the user spoke last. ValueError unless the roles alternate from user."""
@@ -420,7 +517,9 @@ class TiktokenTokenizerWrapper:
             pieces.append((f"<|{role}_end|>", True))
         if continue_final_message:
             pieces.pop()
-        elif add_generation_prompt or (add_generation_prompt is None and messages and messages[-1]["role"] == "user"):
+        elif add_generation_prompt or (
+            add_generation_prompt is None and messages and messages[-1]["role"] == "user"
+        ):
             if not messages or messages[-1]["role"] != "user":
                 raise ValueError("A prompt for the assistant must end with a message from user")
             pieces.append(("<|assistant_start|>", True))
@@ -429,7 +528,11 @@ class TiktokenTokenizerWrapper:
             return self.encode(text) if tokenize else text
         if not tokenize:
             return "".join(piece for piece, _ in pieces)
-        return [i for piece, special in pieces for i in ([self.special_tokens[piece]] if special else self.encode(piece))]
+        return [
+            i
+            for piece, special in pieces
+            for i in ([self.special_tokens[piece]] if special else self.encode(piece))
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -438,7 +541,11 @@ class TiktokenTokenizerWrapper:
 
 
 def build_prompt(
-    tokenizer, question: str | list[dict], system_prompt: str = "", completion_prefix: str = "", chat_template_kwargs: dict | None = None
+    tokenizer,
+    question: str | list[dict],
+    system_prompt: str = "",
+    completion_prefix: str = "",
+    chat_template_kwargs: dict | None = None,
 ) -> list[int]:
     """Token ids of a prompt: the chat template around system prompt and question, then the answer's first words.
 
@@ -490,7 +597,9 @@ def use_prompt_template(tokenizer, template: str) -> None:
     chat each turn of the user is the text again, after the answer before it.
     """
     if isinstance(tokenizer, TiktokenTokenizerWrapper):
-        raise UserError("prompt_template cannot be used with a tokenizer.pkl, which has a chat form of its own")
+        raise UserError(
+            "prompt_template cannot be used with a tokenizer.pkl, which has a chat form of its own"
+        )
     before, _, after = template.partition("{prompt}")
     begins = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
     literal = lambda text: json.dumps(text, ensure_ascii=False)  # noqa: E731
@@ -510,10 +619,20 @@ def set_template(tokenizer, config: MLXGRPOConfig) -> None:
     """Have the tokenizer prompt as the settings say, with a warning where the template does not read one. Raises UserError."""
     if config.prompt_template:
         use_prompt_template(tokenizer, config.prompt_template)
-    template, thinking = str(getattr(tokenizer, "chat_template", "")), getattr(tokenizer, "_thinking_kwarg", "enable_thinking")
-    read = {name: thinking if name == "enable_thinking" else name for name in config.chat_template_kwargs}  # as mlx-lm passes it on
-    if unread := [name for name, passed in read.items() if not re.search(rf"\b{re.escape(passed)}\b", template)]:
-        print(f"Warning: the model's chat template does not read {', '.join(unread)} of chat_template_kwargs", file=sys.stderr)
+    template, thinking = (
+        str(getattr(tokenizer, "chat_template", "")),
+        getattr(tokenizer, "_thinking_kwarg", "enable_thinking"),
+    )
+    read = {
+        name: thinking if name == "enable_thinking" else name for name in config.chat_template_kwargs
+    }  # as mlx-lm passes it on
+    if unread := [
+        name for name, passed in read.items() if not re.search(rf"\b{re.escape(passed)}\b", template)
+    ]:
+        print(
+            f"Warning: the model's chat template does not read {', '.join(unread)} of chat_template_kwargs",
+            file=sys.stderr,
+        )
 
 
 def primed_text(tokenizer, prompt: list[int], completion_prefix: str = "") -> str:
@@ -537,17 +656,28 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
     from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
 
     folder = local_path(name)
-    if folder and not adapter_path and is_adapter_alone(folder):  # such as a checkpoint of a run that trains adapters
+    if (
+        folder and not adapter_path and is_adapter_alone(folder)
+    ):  # such as a checkpoint of a run that trains adapters
         name, adapter_path = adapter_base(folder), str(folder)
     path = resolve_model(name)
     if trust_remote_code:
-        print(f"trust_remote_code: Python files that come with {name} run on this machine with all your rights", file=sys.stderr)
+        print(
+            f"trust_remote_code: Python files that come with {name} run on this machine with all your rights",
+            file=sys.stderr,
+        )
     try:
         model_config = read_model_config(path)
         own_code = path / model_config["model_file"] if "model_file" in model_config else None
         # The one model file that needs no trust is the one this project ships, byte for byte.
-        known = own_code is not None and own_code.is_file() and own_code.read_bytes() == (ROOT / "mlx_grpo" / "models" / "nanochat_2026.py").read_bytes()
-        model, model_config = mlx_load_model(path, model_config=model_config, trust_remote_code=trust_remote_code or known, lazy=True)
+        known = (
+            own_code is not None
+            and own_code.is_file()
+            and own_code.read_bytes() == (ROOT / "mlx_grpo" / "models" / "nanochat_2026.py").read_bytes()
+        )
+        model, model_config = mlx_load_model(
+            path, model_config=model_config, trust_remote_code=trust_remote_code or known, lazy=True
+        )
         if adapter_path:
             load_adapters(model, adapter_path)
             model.eval()
@@ -558,15 +688,21 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
             ends = model_config.get("eos_token_id")
             tokenizer.eos_token_ids |= {ends} if isinstance(ends, int) else set(ends or ())
         else:
-            tokenizer = load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=model_config.get("eos_token_id"))
+            tokenizer = load_tokenizer(
+                path, {"trust_remote_code": trust_remote_code}, eos_token_ids=model_config.get("eos_token_id")
+            )
     except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        prefix = "" if reason.startswith("Failed to load tiktoken tokenizer") else f"Failed to load model {path}: "
+        prefix = (
+            "" if reason.startswith("Failed to load tiktoken tokenizer") else f"Failed to load model {path}: "
+        )
         raise UserError(prefix + reason) from error
     rows = model_config.get("vocab_size") or model_config.get("text_config", {}).get("vocab_size")
     largest = max(tokenizer.get_vocab().values())
     if rows and largest >= rows:
-        raise UserError(f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}")
+        raise UserError(
+            f"The tokenizer does not fit the model in {path}: token id {largest}, vocabulary of {rows}"
+        )
     use_swiglu(model)
     if half:
         print(
@@ -586,9 +722,13 @@ def load_model(config: MLXGRPOConfig):
     quantized = is_quantized(model)
     kind = config.fine_tune_type if config.fine_tune_type != "auto" else "lora" if quantized else "full"
     if kind == "full" and quantized:
-        raise UserError(f"{config.model_name} is quantised and cannot be trained in full; set fine_tune_type to lora")
+        raise UserError(
+            f"{config.model_name} is quantised and cannot be trained in full; set fine_tune_type to lora"
+        )
     if kind == "dora" and any(getattr(m, "bits", 0) in (3, 6) for m in model.modules()):
-        raise UserError(f"{config.model_name} has 3- or 6-bit layers, which mlx-lm's DoRA cannot train; set fine_tune_type to lora")
+        raise UserError(
+            f"{config.model_name} has 3- or 6-bit layers, which mlx-lm's DoRA cannot train; set fine_tune_type to lora"
+        )
     if quantized and config.quantize_for_rollouts:
         raise UserError(f"{config.model_name} is quantised already; set quantize_for_rollouts to false")
     if kind != "full":
@@ -597,7 +737,9 @@ def load_model(config: MLXGRPOConfig):
         mx.random.seed(config.seed)  # adapters start at random
         model.freeze()
         blocks = len(model.layers) if config.num_layers < 0 else min(config.num_layers, len(model.layers))
-        linear_to_lora_layers(model, blocks, {"dropout": 0.0, **config.lora_parameters}, use_dora=kind == "dora")
+        linear_to_lora_layers(
+            model, blocks, {"dropout": 0.0, **config.lora_parameters}, use_dora=kind == "dora"
+        )
         if kind == "lora" and any(p.dtype == mx.bfloat16 for _, p in tree_flatten(model.parameters())):
             # They are made in float32, to which every activation would be cast; the optimizer's masters keep what the steps
             # add up to. DoRA's stay: it divides by norms of the merged weights.
@@ -629,7 +771,9 @@ def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
     The held-out split is eval_dataset, else the dataset's test (validation, valid, val or dev) split, else the rows of
     eval_fraction of the training prompts, the same ones for every seed: rows of one prompt stay together.
     """
-    open_split = lambda name, split: open_dataset(name, config.dataset_config, split, (config.prompt_field, config.answer_field))  # noqa: E731
+    open_split = lambda name, split: open_dataset(
+        name, config.dataset_config, split, (config.prompt_field, config.answer_field)
+    )  # noqa: E731
     test = open_split(config.eval_dataset or config.dataset, "test")
     if test is None and config.eval_dataset:
         test = open_split(config.eval_dataset, "train")
@@ -637,7 +781,9 @@ def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
         return check_rows(config, test)
     training = open_split(config.dataset, "train")
     if training is None:
-        raise UserError(f"Dataset has no training split: {config.dataset} needs a train.jsonl, .json, .csv or .parquet")
+        raise UserError(
+            f"Dataset has no training split: {config.dataset} needs a train.jsonl, .json, .csv or .parquet"
+        )
     rows = check_rows(config, training)
     if test is None:
         keys = [prompt_key(row["prompt"]) for row in rows]
@@ -647,7 +793,9 @@ def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
         order = np.random.default_rng(0).permutation(len(prompts))
         aside = {prompts[i] for i in order[: max(1, round(len(prompts) * config.eval_fraction))]}
         if len(aside) == len(prompts):
-            raise UserError(f"{training[0][1]} has too few rows ({len(rows)}) to set some aside; give an eval_dataset")
+            raise UserError(
+                f"{training[0][1]} has too few rows ({len(rows)}) to set some aside; give an eval_dataset"
+            )
         rows = [row for row, key in zip(rows, keys) if (key in aside) == (split == "test")]
     return rows[: config.max_train_samples or None] if split == "train" else rows
 
@@ -658,7 +806,11 @@ def check_rows(config, parts: list[tuple]) -> list[DataRow]:
     Where at least half of the gold answers are numbers, however people write them, those come as plain numbers: "15 dollars" as
     15. Raises UserError with file and row (counted from 1) where a field is missing, empty or of the wrong type.
     """
-    checked = [check_row(config, row, f"{source}, row {number}") for rows, source in parts for number, row in enumerate(rows, 1)]
+    checked = [
+        check_row(config, row, f"{source}, row {number}")
+        for rows, source in parts
+        for number, row in enumerate(rows, 1)
+    ]
     if not checked:
         raise UserError(f"No rows in {parts[0][1]}")
     quantities = [read_quantity(row["answer"]) for row in checked]
@@ -676,11 +828,15 @@ def check_row(config, row: dict, place: str) -> DataRow:
         try:
             value = found[name] = field_of(row, name)
         except KeyError:
-            raise UserError(f"{place}: no field {name!r}; it has {', '.join(row)}. Set prompt_field and answer_field") from None
+            raise UserError(
+                f"{place}: no field {name!r}; it has {', '.join(row)}. Set prompt_field and answer_field"
+            ) from None
         if value is None or value == [] or value != value or not str(value).strip():
             raise UserError(f"{place}: field {name!r} is empty")
     question, answer = found[config.prompt_field], found[config.answer_field]
-    chat = isinstance(question, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in question)
+    chat = isinstance(question, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in question
+    )
     if not isinstance(question, str) and not chat:
         raise UserError(f"{place}: field {config.prompt_field!r} is neither text nor chat messages")
     try:
@@ -702,21 +858,31 @@ def context_length(model) -> float:
     return getattr(getattr(model, "args", None), "max_position_embeddings", None) or math.inf
 
 
-def fitting_rows(tokenizer, config: MLXGRPOConfig, context: float, rows: list[dict], split: str) -> list[dict]:
+def fitting_rows(
+    tokenizer, config: MLXGRPOConfig, context: float, rows: list[dict], split: str
+) -> list[dict]:
     """The rows whose prompt fits max_prompt_length and the model's context, with their token ids as "prompt_ids"."""
     limit = min(config.max_prompt_length, context - config.rollout_tokens)
     if limit < 1:
-        raise UserError(f"max_completion_length ({config.rollout_tokens}) leaves no room for a prompt in the model's context of {context}")
+        raise UserError(
+            f"max_completion_length ({config.rollout_tokens}) leaves no room for a prompt in the model's context of {context}"
+        )
     ids = [build_prompt(tokenizer, row["prompt"], *config.prompting) for row in rows]
     kept = [{**row, "prompt_ids": prompt} for row, prompt in zip(rows, ids) if len(prompt) <= limit]
     if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} of {len(rows)} {split} prompts are longer than {limit} tokens and are dropped")
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} {split} prompts are longer than {limit} tokens and are dropped"
+        )
     if not kept:
-        raise UserError(f"No {split} prompt is within {limit} tokens; raise max_prompt_length (the shortest has {min(map(len, ids))})")
+        raise UserError(
+            f"No {split} prompt is within {limit} tokens; raise max_prompt_length (the shortest has {min(map(len, ids))})"
+        )
     return kept
 
 
-def prompt_rows(splits: dict[str, list[dict]], model, tokenizer, config: MLXGRPOConfig) -> tuple[list[dict], dict[str, list[dict]]]:
+def prompt_rows(
+    splits: dict[str, list[dict]], model, tokenizer, config: MLXGRPOConfig
+) -> tuple[list[dict], dict[str, list[dict]]]:
     """The training rows, and by split the fixed rows of evaluations, each with its prompt's ids."""
     fitting = functools.partial(fitting_rows, tokenizer, config, context_length(model))
     rows = fitting(splits["train"], "training")
@@ -743,7 +909,9 @@ def draw_rows(rows: list[dict], seed: int, first: int, count: int) -> list[tuple
     return [(number, rows[row_of(number, len(rows), seed)]) for number in range(first, first + count)]
 
 
-def draw_by_difficulty(rows: list[dict], config: MLXGRPOConfig, history: dict, first: int, count: int) -> tuple[list[int], list[str]]:
+def draw_by_difficulty(
+    rows: list[dict], config: MLXGRPOConfig, history: dict, first: int, count: int
+) -> tuple[list[int], list[str]]:
     """The numbers of the next `count` prompts from `first` on, and "easy" or "hard" for each that was passed over.
 
     A number is passed over by a coin of its own, at most an epoch's numbers in a row: the same in a resumed run and on all ranks.
@@ -752,7 +920,11 @@ def draw_by_difficulty(rows: list[dict], config: MLXGRPOConfig, history: dict, f
     numbers, passed, in_a_row = [], [], 0
     for number in itertools.count(first):
         kind = lately(history, row_of(number, len(rows), config.seed), config.difficulty_window)
-        if kind and in_a_row < len(rows) and np.random.default_rng([config.seed, 3, number]).random() >= weights[kind]:
+        if (
+            kind
+            and in_a_row < len(rows)
+            and np.random.default_rng([config.seed, 3, number]).random() >= weights[kind]
+        ):
             passed.append(kind)
             in_a_row += 1
             continue
@@ -910,7 +1082,9 @@ math_verify_reward_func.needs = ("math_verify", "math")  # a package, and the ex
 def soft_overlong_reward_func(completions, completion_ids, max_completion_length, **kwargs) -> list[float]:
     """DAPO's soft length penalty (arXiv 2503.14476, eq. 13): 0 falling to -1 over the last fifth of the length limit."""
     margin = max(1, max_completion_length // 5)
-    return [max(-1.0, min(0.0, (max_completion_length - margin - len(ids)) / margin)) for ids in completion_ids]
+    return [
+        max(-1.0, min(0.0, (max_completion_length - margin - len(ids)) / margin)) for ids in completion_ids
+    ]
 
 
 def repetition_reward_func(completions, **kwargs) -> list[float]:
@@ -982,7 +1156,9 @@ def random_key(*parts) -> mx.array:
     return mx.random.key(int.from_bytes(digest) >> 1)
 
 
-def sample(logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.array | None) -> tuple[mx.array, mx.array]:
+def sample(
+    logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.array | None
+) -> tuple[mx.array, mx.array]:
     """Draw one id a row: logits (N, V) and uniforms (N,) in [0, 1) -> ids (N,), log-probs (N,) of what was drawn.
 
     Inverse transform sampling: one random number a row, so a row's draws do not depend on its neighbours.
@@ -1017,8 +1193,20 @@ def row_uniforms(keys: list[mx.array], generations: int, length: int) -> mx.arra
 
 
 def generate(
-    model, tokenizer, prompts, *, sampling=Sampling(), max_new_tokens=512, num_generations=1, stop_strings=(), keys=None,
-    kv_budget=None, most_rows=None, progress=None, decoder=None, prefix="",
+    model,
+    tokenizer,
+    prompts,
+    *,
+    sampling=Sampling(),
+    max_new_tokens=512,
+    num_generations=1,
+    stop_strings=(),
+    keys=None,
+    kv_budget=None,
+    most_rows=None,
+    progress=None,
+    decoder=None,
+    prefix="",
 ) -> list[Completion]:
     """Complete each of B prompts (lists of ids) num_generations times: N = B*G completions, a prompt's stand together.
 
@@ -1032,7 +1220,10 @@ def generate(
     penalised = sampling.repetition_penalty != 1.0
     draw = functools.partial(sample, sampling=sampling)
     primed = [primed_text(tokenizer, ids, prefix) for ids in prompts]
-    rows = [[Row(tokenizer, stop_strings, max_new_tokens, text) for _ in range(num_generations)] for text in primed]
+    rows = [
+        [Row(tokenizer, stop_strings, max_new_tokens, text) for _ in range(num_generations)]
+        for text in primed
+    ]
     padded = can_pad(model)
     budget = kv_budget or memory_bytes() // 4
     most = int(budget / max(1, cache_bytes(model, max(map(len, prompts), default=0) + max_new_tokens)))
@@ -1213,7 +1404,9 @@ def total_rewards(rewards: np.ndarray, weights: list[float]) -> np.ndarray:
     return np.where(silent, np.nan, np.nansum(weighted, axis=-1))
 
 
-def combine_rewards(rewards: np.ndarray, weights: list[float], config: MLXGRPOConfig) -> tuple[np.ndarray, mx.array]:
+def combine_rewards(
+    rewards: np.ndarray, weights: list[float], config: MLXGRPOConfig
+) -> tuple[np.ndarray, mx.array]:
     """Rewards (F, B, G), NaN where a function abstained -> each completion's reward (B, G) and advantage (B, G).
 
     sum_then_normalize: the weighted sum over functions, then the estimator. normalize_then_sum: the group
@@ -1517,12 +1710,37 @@ LOSSES = {
 
 
 def grpo_loss(
-    logps, old_logps, advantages, mask, *, ref_logps=None, sampler_logps=None, entropies=None, loss_type="grpo",
-    importance_sampling_level="token", clip_eps=0.2, clip_eps_high=None, delta=None, kl_coeff=0.0,
-    max_completion_length=None, num_items=None, use_bias_correction_kl=False, top_entropy_quantile=1.0,
-    entropy_coef=0.0, off_policy_mask_threshold=None, sampler_correction=None, sampler_correction_min=None,
-    sampler_correction_max=3.0, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0,
-    vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0, entropy_mask=None, totals=None,
+    logps,
+    old_logps,
+    advantages,
+    mask,
+    *,
+    ref_logps=None,
+    sampler_logps=None,
+    entropies=None,
+    loss_type="grpo",
+    importance_sampling_level="token",
+    clip_eps=0.2,
+    clip_eps_high=None,
+    delta=None,
+    kl_coeff=0.0,
+    max_completion_length=None,
+    num_items=None,
+    use_bias_correction_kl=False,
+    top_entropy_quantile=1.0,
+    entropy_coef=0.0,
+    off_policy_mask_threshold=None,
+    sampler_correction=None,
+    sampler_correction_min=None,
+    sampler_correction_max=3.0,
+    sapo_temperature_pos=1.0,
+    sapo_temperature_neg=1.05,
+    vespo_k_pos=2.0,
+    vespo_lambda_pos=3.0,
+    vespo_k_neg=3.0,
+    vespo_lambda_neg=2.0,
+    entropy_mask=None,
+    totals=None,
 ):
     """The objective: a scalar loss and a dict of scalar metrics.
 
@@ -1694,7 +1912,9 @@ class CompletionLogProbs:
         self.split = split_head(model)
         if self.split:
             chunk = max(1, head_chunk // model(mx.array([[0]])).shape[-1])
-            self.head_stats = make_head_stats(self.split[1], self.split[0], temperature, chunk, entropy_gradient)
+            self.head_stats = make_head_stats(
+                self.split[1], self.split[0], temperature, chunk, entropy_gradient
+            )
 
     def __call__(self, batch: dict) -> tuple[mx.array, mx.array]:
         """batch: prompts (P, L), left-padded by pads (P,) where that is given, ids (N, T) right-padded, N a multiple
@@ -1709,11 +1929,17 @@ class CompletionLogProbs:
             out = run(inputs, cache=cache)  # (N, T, D), or (N, T, V) from a model without a split head
         else:
             rows = mx.concatenate([mx.repeat(prompts, repeats, axis=0), ids], axis=1)  # (N, L+T)
-            first, length = prompts.shape[1] - 1, ids.shape[1]  # where the first completion id is predicted, and T
+            first, length = (
+                prompts.shape[1] - 1,
+                ids.shape[1],
+            )  # where the first completion id is predicted, and T
             if pads is None:
                 out = run(rows)[:, first : first + length]
             else:  # padding goes from the left to the right, where attention needs no mask and no position looks
-                starts, shift = rows.shape[1] * mx.arange(len(rows))[:, None], mx.repeat(pads, repeats)[:, None]
+                starts, shift = (
+                    rows.shape[1] * mx.arange(len(rows))[:, None],
+                    mx.repeat(pads, repeats)[:, None],
+                )
                 rows = rows.reshape(-1)[(starts + shift + mx.arange(rows.shape[1])) % rows.size]
                 out = run(rows)
                 out = out.reshape(-1, out.shape[-1])[starts - shift + first + mx.arange(length)]
@@ -1739,7 +1965,12 @@ class MasterAdamW(optim.AdamW):
     """
 
     def __init__(self, config: MLXGRPOConfig):
-        super().__init__(0.0, [config.adam_beta1, config.adam_beta2], weight_decay=config.weight_decay, bias_correction=True)
+        super().__init__(
+            0.0,
+            [config.adam_beta1, config.adam_beta2],
+            weight_decay=config.weight_decay,
+            bias_correction=True,
+        )
 
     def init_single(self, parameter, state):
         if parameter.dtype != mx.float32:
@@ -1756,7 +1987,9 @@ class MasterAdamW(optim.AdamW):
 def gradient_norm(grads) -> float:
     """The global norm, in float32, of a tree of gradients."""
     exact = [g.astype(mx.float32) for _, g in tree_flatten(grads)]
-    return mx.sqrt(sum((g * g).sum() for g in exact)).item()  # g * g: ten times faster than MLX's square on CPUs
+    return mx.sqrt(
+        sum((g * g).sum() for g in exact)
+    ).item()  # g * g: ten times faster than MLX's square on CPUs
 
 
 def learning_rate(config: MLXGRPOConfig, update: int, updates: int) -> float:
@@ -1828,8 +2061,14 @@ EVALUATION_ROWS = 32  # at a time, where a rollout has fewer
 
 
 def evaluate(
-    model, tokenizer, rows: list[dict], config: MLXGRPOConfig, progress=None, ranks: Ranks = ALONE,
-    decoder=None, rewards=None,
+    model,
+    tokenizer,
+    rows: list[dict],
+    config: MLXGRPOConfig,
+    progress=None,
+    ranks: Ranks = ALONE,
+    decoder=None,
+    rewards=None,
 ) -> dict:
     """Greedy answers to `rows` ({"prompt", "answer", ..}), scored by the run's rewards and by exact match, and every text.
 
@@ -1840,8 +2079,15 @@ def evaluate(
     limit = config.eval_max_new_tokens or config.max_completion_length
     prompts = [build_prompt(tokenizer, r["prompt"], *config.prompting) for r in mine]
     completions = generate(
-        model, tokenizer, prompts, sampling=greedy, stop_strings=config.stops, progress=progress,
-        decoder=decoder, prefix=config.completion_prefix, max_new_tokens=limit,
+        model,
+        tokenizer,
+        prompts,
+        sampling=greedy,
+        stop_strings=config.stops,
+        progress=progress,
+        decoder=decoder,
+        prefix=config.completion_prefix,
+        max_new_tokens=limit,
         kv_budget=int(config.kv_budget_gb * 2**30),
         # No more rows than a rollout has on this rank: it takes no more memory.
         most_rows=max(EVALUATION_ROWS, config.batch_size * config.num_generations // ranks.size),
@@ -1866,7 +2112,9 @@ def evaluate(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def policy_loss(config: MLXGRPOConfig, batch: dict, logps: mx.array, entropies: mx.array) -> tuple[mx.array, dict]:
+def policy_loss(
+    config: MLXGRPOConfig, batch: dict, logps: mx.array, entropies: mx.array
+) -> tuple[mx.array, dict]:
     """Loss and metrics of a micro-batch, of the policy's log-probs and entropies (N, T) each."""
     options = {name: getattr(config, name) for name in OBJECTIVE_OPTIONS} | {
         "sampler_correction": config.correction,
@@ -1902,7 +2150,9 @@ class Learner:
         self.memory_limit = memory_limit
         # In float32 the head's logits take at most a 64th of the limit.
         self.head_chunk = min(HEAD_CHUNK_LOGITS, memory_limit // 256) // stream_count()
-        self.log_probs = CompletionLogProbs(model, config.temperature, config.has_entropy_bonus, self.head_chunk)
+        self.log_probs = CompletionLogProbs(
+            model, config.temperature, config.has_entropy_bonus, self.head_chunk
+        )
         self.ref_log_probs = None
         if ref_model is not None:
             self.ref_log_probs = CompletionLogProbs(ref_model, config.temperature, head_chunk=self.head_chunk)
@@ -2001,7 +2251,9 @@ class Learner:
         if self.config.use_adaptive_entropy:
             for batch in batches:
                 batch["entropy_coef"] = mx.array(entropy_coef)
-        for batch, value, metrics, part in run_on_streams(lambda batch: (batch, *self.gradient(batch)), batches):
+        for batch, value, metrics, part in run_on_streams(
+            lambda batch: (batch, *self.gradient(batch)), batches
+        ):
             # Parts are added in float32: in half precision small ones would be lost.
             grads = part if grads is None else tree_map(lambda a, b: a.astype(mx.float32) + b, grads, part)
             sizes = {"tokens": batch["mask"].sum(), "rows": batch["rows"], "totals": batch["totals"]}
@@ -2087,7 +2339,11 @@ class OldPolicy:
         model = self.policy
         if self.quantize or self.config.sync_every > 1:
             model = self.copy(weights)
-        kept = self.model is not None and self.model is not self.policy and parameter_names(self.model) == parameter_names(model)
+        kept = (
+            self.model is not None
+            and self.model is not self.policy
+            and parameter_names(self.model) == parameter_names(model)
+        )
         if kept:
             self.model.update(model.parameters())  # the decoder stays, with what it has compiled
         elif model is not self.model:
@@ -2114,7 +2370,12 @@ class OldPolicy:
         copied = fused(self.policy)
         self.policy.load_weights(list(now.items()), strict=False)
         if self.quantize:
-            nn.quantize(copied, config.group_size, config.bits, class_predicate=lambda _, module: is_divisible(module, config.group_size))
+            nn.quantize(
+                copied,
+                config.group_size,
+                config.bits,
+                class_predicate=lambda _, module: is_divisible(module, config.group_size),
+            )
         mx.eval(copied.parameters())
         return copied
 
@@ -2164,8 +2425,12 @@ class RunState:
     cursor: int = 0  # prompts drawn from the data, or passed over
     passed_easy: int = 0  # prompts passed over because they were all right lately
     passed_hard: int = 0  # or all wrong
-    difficulty: dict = field(default_factory=dict)  # outcomes of the prompts drawn, by row; never changed in place
-    lowest_reward: float = 0.0  # of a completion in the run so far, where difficulty is kept; 0 counts as seen
+    difficulty: dict = field(
+        default_factory=dict
+    )  # outcomes of the prompts drawn, by row; never changed in place
+    lowest_reward: float = (
+        0.0  # of a completion in the run so far, where difficulty is kept; 0 counts as seen
+    )
     highest_reward: float = 0.0
     tokens: int = 0  # completion tokens sampled
     nan_updates: int = 0  # with a non-finite gradient, in a row
@@ -2220,13 +2485,18 @@ class RunState:
         passed = {"prompts/skipped_easy": easy, "prompts/skipped_hard": hard} if self.difficulty else {}
         return {"prompts_drawn": self.cursor - start.cursor - easy - hard, **passed}
 
-    def note_difficulty(self, drawn: list[tuple[int, dict]], rewards, advantages, rows: int, config: MLXGRPOConfig) -> None:
+    def note_difficulty(
+        self, drawn: list[tuple[int, dict]], rewards, advantages, rows: int, config: MLXGRPOConfig
+    ) -> None:
         """Remember how the groups of these prompts went. rewards, advantages: (B, G); rows: how many there are in all."""
         known = rewards[~np.isnan(rewards)].tolist()
         self.lowest_reward = min([self.lowest_reward, *known])
         self.highest_reward = max([self.highest_reward, *known])
         outcomes = [
-            (row_of(number, rows, config.seed), outcome(of_group, signal, self.lowest_reward, self.highest_reward))
+            (
+                row_of(number, rows, config.seed),
+                outcome(of_group, signal, self.lowest_reward, self.highest_reward),
+            )
             for (number, _), of_group, signal in zip(drawn, rewards, advantages.any(axis=1))
         ]
         self.difficulty = remembered(self.difficulty, outcomes, config.difficulty_window)
@@ -2252,7 +2522,8 @@ def merged_groups(ranks: Ranks, rows: list[dict], mine: list[Group] | RunError) 
     parts = mine if failed else [[vars(completion) for completion in group.completions] for group in mine]
     merged = ranks.merge(parts)
     return [
-        Group(row, row["prompt_ids"], [Completion(**one) for one in completions]) for row, completions in zip(rows, merged)
+        Group(row, row["prompt_ids"], [Completion(**one) for one in completions])
+        for row, completions in zip(rows, merged)
     ]
 
 
@@ -2289,7 +2560,14 @@ class RunFiles:
     writer: of the policy as it is then. inputs: digests of what the run reads.
     """
 
-    def __init__(self, run_dir: Path, learner: Learner, old_policy: OldPolicy, writer: ModelWriter, inputs: dict[str, str]):
+    def __init__(
+        self,
+        run_dir: Path,
+        learner: Learner,
+        old_policy: OldPolicy,
+        writer: ModelWriter,
+        inputs: dict[str, str],
+    ):
         self.run_dir, self.learner, self.old_policy = run_dir, learner, old_policy
         self.writer, self.inputs = writer, inputs
         self.config, self.ranks = learner.config, learner.ranks
@@ -2313,7 +2591,9 @@ class RunFiles:
             self.writer.write_checkpoint(folder)
             settings = dataclasses.asdict(self.config)
             parts = (with_masters(self.learner.model, self.learner.optimizer.state), self.old_policy.weights)
-            write_snapshot(folder, Snapshot(dataclasses.asdict(state), settings, logs, self.inputs, {}, *parts))
+            write_snapshot(
+                folder, Snapshot(dataclasses.asdict(state), settings, logs, self.inputs, {}, *parts)
+            )
 
         self.ranks.on_first(lambda: self.checkpoints.write(state.update, state.best_update, write, may_fail))
 
@@ -2366,25 +2646,38 @@ class MLXGRPOTrainer:
         self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
         self.reward_functions, self.reward_weights = load_rewards(config, BUILT_IN_REWARDS)
         source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
-        splits = {split: load_dataset_split(config, split) for split in ("train", "test")}  # a wrong path is met before a model is loaded
+        splits = {
+            split: load_dataset_split(config, split) for split in ("train", "test")
+        }  # a wrong path is met before a model is loaded
         self.model, self.tokenizer = load_model(config)
         if ranks.rank == 0:
-            warn_of_rows(config, special_tokens(self.tokenizer), training=splits["train"], held_out=splits["test"])
+            warn_of_rows(
+                config, special_tokens(self.tokenizer), training=splits["train"], held_out=splits["test"]
+            )
         self.rows, self.eval_rows = prompt_rows(splits, self.model, self.tokenizer, config)
         if config.prompts_per_update < ranks.size:
-            raise UserError(f"{ranks.size} ranks share {config.prompts_per_update} prompts an update; raise batch_size, or start fewer")
-        self.updates = max(1, int(config.num_epochs * len(self.rows) / config.prompts_per_update)) * config.num_iterations
+            raise UserError(
+                f"{ranks.size} ranks share {config.prompts_per_update} prompts an update; raise batch_size, or start fewer"
+            )
+        self.updates = (
+            max(1, int(config.num_epochs * len(self.rows) / config.prompts_per_update))
+            * config.num_iterations
+        )
 
         # Queued MLX work keeps its buffers alive: above this, MLX waits for queued work.
         self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
         mx.set_memory_limit(self.memory_limit)
         self.ref_model = reference_copy(self.model) if config.kl_coeff > 0 else None
-        self.learner = Learner(self.model, self.ref_model, self.compute_grpo_loss, config, ranks, self.memory_limit)
+        self.learner = Learner(
+            self.model, self.ref_model, self.compute_grpo_loss, config, ranks, self.memory_limit
+        )
         rows = math.ceil(config.prompts_per_update / ranks.size) * config.num_generations
         self.old_policy = OldPolicy(self.model, config)
         compiled = compiled_shapes(self.old_policy.decoder, config.use_compile, self.updates)
         self.work = work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows, compiled)
-        self.state = RunState(quantize_rollouts=config.quantize_for_rollouts, entropy_coef=config.entropy_coef)
+        self.state = RunState(
+            quantize_rollouts=config.quantize_for_rollouts, entropy_coef=config.entropy_coef
+        )
         self.learner.shapes = self.state.shapes
         writer = ModelWriter(self.model, self.tokenizer, read_model_config(source), source, config)
         inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
@@ -2406,7 +2699,9 @@ class MLXGRPOTrainer:
         """Algorithm 1, lines 4 to 11, for one batch of prompts: num_iterations updates. The log record of each."""
         config, watch, start = self.config, Stopwatch(), dataclasses.replace(self.state)
         groups = self.rollout(self.config.prompts_per_update, watch)
-        for _ in range(config.dynamic_sampling_max_batches):  # DAPO: fresh prompts for the groups without signal
+        for _ in range(
+            config.dynamic_sampling_max_batches
+        ):  # DAPO: fresh prompts for the groups without signal
             useful = [group for group in groups if self.advantages([group])[1].any()]
             if len(useful) == len(groups):
                 break
@@ -2454,15 +2749,22 @@ class MLXGRPOTrainer:
             kv_budget=int(config.kv_budget_gb * 2**30),
         )  # fmt: skip
         size = config.num_generations
-        return [Group(row, row["prompt_ids"], completions[i * size : (i + 1) * size]) for i, (_, row) in enumerate(drawn)]
+        return [
+            Group(row, row["prompt_ids"], completions[i * size : (i + 1) * size])
+            for i, (_, row) in enumerate(drawn)
+        ]
 
     def compute_rewards(self, groups: list[Group]) -> None:
         """Score every completion by every reward function; NaN where a function abstains."""
-        score_groups(groups, self.reward_functions, self.config.reward_timeout, self.config.max_completion_length)
+        score_groups(
+            groups, self.reward_functions, self.config.reward_timeout, self.config.max_completion_length
+        )
 
     def advantages(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
         """Each completion's reward and advantage, (B, G) each."""
-        each = np.array([[completion.rewards for completion in group.completions] for group in groups])  # (B, G, F)
+        each = np.array(
+            [[completion.rewards for completion in group.completions] for group in groups]
+        )  # (B, G, F)
         rewards, advantages = combine_rewards(each.transpose(2, 0, 1), self.reward_weights, self.config)
         return rewards, np.array(advantages)
 
@@ -2474,7 +2776,11 @@ class MLXGRPOTrainer:
         note_shapes(state.shapes, batches, state.update)
         for _ in range(config.num_iterations):
             rate = learning_rate(config, state.update, self.updates)
-            metrics.append(self.learner.idle_step(rate) if idle else self.learner.step(batches, rate, state.bonus(config)))
+            metrics.append(
+                self.learner.idle_step(rate)
+                if idle
+                else self.learner.step(batches, rate, state.bonus(config))
+            )
             state.note(metrics[-1], config)
         if state.nan_updates and self.old_policy.quantize:
             state.quantize_rollouts = self.old_policy.quantize = False
@@ -2498,7 +2804,9 @@ class MLXGRPOTrainer:
         groups = self.check_signal()[0][: self.ranks.size]
         norm = self.learner.trial_gradient(groups)
         if not math.isfinite(norm):
-            raise RunError("NaN gradient encountered: in the first backward pass; load the model in float32, or check its weights")
+            raise RunError(
+                "NaN gradient encountered: in the first backward pass; load the model in float32, or check its weights"
+            )
         print("to fit     " + "\n           ".join(suggestions(self.work)))
         tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
         print(f"dry run    {tokens} tokens in one backward pass (gradient norm {norm:.3g}): all well")
@@ -2506,7 +2814,9 @@ class MLXGRPOTrainer:
     def train(self) -> dict:
         """Train to the end: evaluate, update, log, save. Returns the evaluations before and after, {} when stopped."""
         state = self.state
-        self.learner.probe_memory(max((row["prompt_ids"] for row in self.rows), key=len), self.config.prompts_per_update)
+        self.learner.probe_memory(
+            max((row["prompt_ids"] for row in self.rows), key=len), self.config.prompts_per_update
+        )
         with self.monitor as monitor:
             monitor.begin(state.update, state.before.get("test"))
             if not state.before:
@@ -2539,7 +2849,9 @@ class MLXGRPOTrainer:
         for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
             if is_due(previous, update, every):
                 self.evaluate_em(split)
-        if is_due(previous, update, config.save_steps) or (config.save_steps and self.state.best_update == update):
+        if is_due(previous, update, config.save_steps) or (
+            config.save_steps and self.state.best_update == update
+        ):
             self.save_checkpoint()
 
     def stop_where_nothing_is_learnt(self, previous: int) -> None:
@@ -2562,13 +2874,17 @@ class MLXGRPOTrainer:
     def evaluate_em(self, split: str) -> dict:
         """Evaluate on a fixed part of a split, log and show it, and note the best held-out score."""
         start, state, rows = time.perf_counter(), self.state, self.eval_rows[split]
-        when = {0: "before training", self.updates: "after training"}.get(state.update, f"update {state.update}")
+        when = {0: "before training", self.updates: "after training"}.get(
+            state.update, f"update {state.update}"
+        )
         self.monitor.evaluating(len(rows), when)
         self.model.eval()
         rewards = self.reward_functions, self.reward_weights
         shared = self.old_policy.decoder_at(state.update) if self.model_old is self.model else None
         with keeping_what_is_learnt(state, self.save_checkpoint):
-            result = evaluate(self.model, self.tokenizer, rows, self.config, None, self.ranks, shared, rewards)
+            result = evaluate(
+                self.model, self.tokenizer, rows, self.config, None, self.ranks, shared, rewards
+            )
         del result["texts"]
         record = {"event": "eval", "update": state.update, "split": split, **result}
         timed = {**record, "seconds": time.perf_counter() - start}
@@ -2581,7 +2897,9 @@ class MLXGRPOTrainer:
     def evaluate_all(self) -> dict:
         return {split: self.evaluate_em(split) for split in self.eval_rows}
 
-    def report(self, groups, rewards, advantages, metrics, watch: Stopwatch, drawn: dict[str, int]) -> list[dict]:
+    def report(
+        self, groups, rewards, advantages, metrics, watch: Stopwatch, drawn: dict[str, int]
+    ) -> list[dict]:
         """The log records of the updates just made, and samples where they are due. drawn: as of RunState.drawn_since."""
         config, state, names = self.config, self.state, names_of(self.reward_functions)
         previous = state.update - len(metrics)
@@ -2591,9 +2909,16 @@ class MLXGRPOTrainer:
             self.files.logs.add("completions", *samples)
             self.monitor.completions(samples, rewards)
         seconds, exchanges = self.ranks.timing(watch.seconds)
-        facts = update_facts(groups, rewards, advantages, names) | time_facts(groups, seconds, drawn["prompts_drawn"], metrics)
+        facts = update_facts(groups, rewards, advantages, names) | time_facts(
+            groups, seconds, drawn["prompts_drawn"], metrics
+        )
         state.tokens += facts.pop("sampled")
-        facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens, **drawn, **exchanges}
+        facts |= {
+            "epoch": round(state.cursor / len(self.rows), 4),
+            "total_tokens": state.tokens,
+            **drawn,
+            **exchanges,
+        }
         self.signal.after_updates(state, names, groups, rewards)
         return [{"update": previous + i, "kl": 0.0, **one, **facts} for i, one in enumerate(metrics, 1)]
 
@@ -2634,21 +2959,45 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Train a small language model by Group Relative Policy Optimization.",
         epilog=MAIN_SETTINGS,
         add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=26, width=80
+        ),
     )
     settings, running = parser.add_argument_group("settings"), parser.add_argument_group("running")
-    settings.add_argument("--config", metavar="FILE", help="TOML file; else $MLX_GRPO_CONFIG, else the quickstart")
-    settings.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, over the file's; repeatable")
-    running.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
-    running.add_argument("--resume", metavar="CHECKPOINT", nargs="?", const="", help="go on from the newest checkpoint, or this one")
-    running.add_argument("--accept-changed-inputs", action="store_true", help="resume though data, model or reward files differ")
+    settings.add_argument(
+        "--config", metavar="FILE", help="TOML file; else $MLX_GRPO_CONFIG, else the quickstart"
+    )
+    settings.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="one setting, over the file's; repeatable",
+    )
+    running.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, train nothing"
+    )
+    running.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        nargs="?",
+        const="",
+        help="go on from the newest checkpoint, or this one",
+    )
+    running.add_argument(
+        "--accept-changed-inputs",
+        action="store_true",
+        help="resume though data, model or reward files differ",
+    )
     running.add_argument("-h", "--help", action="help", help="show this")
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks; the exit status."""
-    path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml").expanduser()
+    path = Path(
+        arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml"
+    ).expanduser()
     values, sources = read_settings(FIELD_TYPES, path, arguments.set)
     config = MLXGRPOConfig(**values)
     check_trackers(config.report_to)
@@ -2656,11 +3005,15 @@ def run(arguments: argparse.Namespace) -> int:
         return run_on(ranks, arguments, path, config, sources)
 
 
-def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXGRPOConfig, sources: dict) -> int:
+def run_on(
+    ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXGRPOConfig, sources: dict
+) -> int:
     """The same as one of `ranks`, of which the first has the run's directory."""
     print_settings(config, sources)
     if sys.platform == "linux" and on_cpu() and not blas_name():
-        print("No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl")
+        print(
+            "No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl"
+        )
     run_dir, checkpoint = map(Path, ranks.on_first(lambda: find_run(config, path.stem, arguments.resume)))
     resumes = checkpoint != NO_CHECKPOINT
     trainer = MLXGRPOTrainer(config, run_dir, ranks)
@@ -2685,9 +3038,13 @@ def run_on(ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXG
             ranks.on_first(lambda: describe_run(run_dir, config, sources, trainer.updates))
         if ranks.rank == 0:
             trainer.after_evaluation = write_report if config.log_jsonl else trainer.after_evaluation
-            trackers = start_trackers(config.report_to, run_dir, dataclasses.asdict(config), trainer.state.update)
+            trackers = start_trackers(
+                config.report_to, run_dir, dataclasses.asdict(config), trainer.state.update
+            )
             trainer.monitor.trackers = held.enter_context(trackers)
-        held.enter_context(stopping_on_signals(trainer.request_stop, trainer.monitor, with_hangup=ranks.size > 1))
+        held.enter_context(
+            stopping_on_signals(trainer.request_stop, trainer.monitor, with_hangup=ranks.size > 1)
+        )
         outcome = trainer.train()
     if not outcome:
         print(
@@ -2706,7 +3063,9 @@ def print_settings(config: MLXGRPOConfig, sources: dict) -> None:
     """The settings that differ, a line each, then the defaults."""
     lines = config_as_toml(config, sources).splitlines()
     print("\n".join(line for line in lines if not line.endswith("# default")))
-    defaults = "defaults: " + ", ".join(l.removesuffix("  # default").removeprefix("# ") for l in lines if l.endswith("# default"))
+    defaults = "defaults: " + ", ".join(
+        l.removesuffix("  # default").removeprefix("# ") for l in lines if l.endswith("# default")
+    )
     print(textwrap.fill(defaults, min(100, shutil.get_terminal_size((100, 24)).columns)))
 
 
@@ -2714,7 +3073,9 @@ def find_run(config: MLXGRPOConfig, name: str, resume: str | None) -> tuple[str,
     """The run's directory and, for --resume, the checkpoint to go on from; "" where there is none. Raises UserError."""
     run_dir = choose_run_dir(Path(config.output_dir), config.run_name, name, resume)
     if links := [entry for entry in run_dir.glob("*") if entry.is_symlink()]:
-        raise UserError(f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. Put in its place what it points to")
+        raise UserError(
+            f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. Put in its place what it points to"
+        )
     return str(run_dir), str(resume is not None and find_checkpoint(run_dir, resume) or "")
 
 
@@ -2731,7 +3092,9 @@ def describe_run(run_dir: Path, config: MLXGRPOConfig, sources: dict, updates: i
     """Write what the run is of: its settings and the machine."""
     (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
     (run_dir / "settings.json").write_text(json.dumps(settings_record(config, sources), indent=2))
-    (run_dir / "machine.json").write_text(json.dumps({**machine_facts(memory_bytes()), "updates": updates}, indent=2))
+    (run_dir / "machine.json").write_text(
+        json.dumps({**machine_facts(memory_bytes()), "updates": updates}, indent=2)
+    )
 
 
 @contextlib.contextmanager
@@ -2757,7 +3120,9 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search("allocat|out of memory|insufficient memory", str(error), re.IGNORECASE):
+        if not isinstance(error, MemoryError) and not re.search(
+            "allocat|out of memory|insufficient memory", str(error), re.IGNORECASE
+        ):
             raise
         print(f"Out of memory: {' '.join(str(error).split())}. {LESS_MEMORY}", file=sys.stderr)
         return 1

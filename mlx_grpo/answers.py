@@ -7,9 +7,13 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 # A sign counts where nothing is written straight before it: "5-10" ends in 10, "x = -10" in -10.
-NUMBER = re.compile(r"(?:(?<![\w)%.$])[-+−])?(?:\$\s?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)\.?\d*|\.\d+)(?:[eE][-+]?\d+)?%?")
+NUMBER = re.compile(
+    r"(?:(?<![\w)%.$])[-+−])?(?:\$\s?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)\.?\d*|\.\d+)(?:[eE][-+]?\d+)?%?"
+)
 THINK, THINK_END = "<think>", "</think>"  # what stands between them is the model's own, and is not graded
-LONGEST_ANSWER = 200  # characters; what is longer is compared as it is, so that grading stays linear in the text
+LONGEST_ANSWER = (
+    200  # characters; what is longer is compared as it is, so that grading stays linear in the text
+)
 
 
 # --- Texts of models that think ---------------------------------------------------------------------------------
@@ -48,12 +52,25 @@ def parse_number(text: str) -> Decimal | None:
 def answers_equal(given: str, gold: str) -> bool:
     """Whether two answers are the same number or, where either is no number, the same text but for case."""
     a, b = parse_number(given), parse_number(gold)
-    return a == b if a is not None and b is not None else bool(given.strip()) and given.strip().lower() == gold.strip().lower()
+    return (
+        a == b
+        if a is not None and b is not None
+        else bool(given.strip()) and given.strip().lower() == gold.strip().lower()
+    )
 
 
 # --- Numbers as people write them -------------------------------------------------------------------------------
 
-WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"))
+WRAPPERS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("**", "**"),
+    ("__", "__"),
+    ("*", "*"),
+    ("`", "`"),
+)
 LATEX = [  # (what is written, what it means), applied in this order
     (re.compile(r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{([^{}]*)\}"), r" \1"),
     (re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r" \1/\2"),
@@ -72,8 +89,17 @@ WRITTEN = re.compile(
     rf"(?:(?:(?P<whole>\d+) +)?(?P<top>{COUNT})\s*/\s*(?P<bottom>{COUNT})|(?P<number>(?:{COUNT}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?))"
     r"\s*(?P<unit>(?:[^\W\d_]|[%°€£¥₹$'])(?:[^\W\d_]|[ /.²³°%()'-]|\^\{?[23]\}?)*)?"
 )
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-NO_UNITS = set("and or to times plus minus over divided by point half pi sqrt x y z a b c d e i j k n p q r u v w".split())
+SCALES = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+NO_UNITS = set(
+    "and or to times plus minus over divided by point half pi sqrt x y z a b c d e i j k n p q r u v w".split()
+)
 MOST_UNIT_WORDS = 4
 
 
@@ -123,7 +149,14 @@ def unwrapped(text: str) -> str:
         return text
     found = True
     while found:
-        found = next((w for w in WRAPPERS if len(text) > sum(map(len, w)) and text.startswith(w[0]) and text.endswith(w[1])), None)
+        found = next(
+            (
+                w
+                for w in WRAPPERS
+                if len(text) > sum(map(len, w)) and text.startswith(w[0]) and text.endswith(w[1])
+            ),
+            None,
+        )
         if found:
             text = text[len(found[0]) : -len(found[1])].strip()
     return text
@@ -154,7 +187,11 @@ def read_quantity(text: str) -> Quantity | None:
     unit = " ".join(words).replace("per cent", "percent")
     percent = unit.startswith(("%", "percent"))
     plain = percent or unit in ("$", "€", "£", "¥", "₹")
-    return Quantity(-value if "-" in (found["sign"], found["inner"]) else value, "" if plain else unit.rstrip("s"), percent)
+    return Quantity(
+        -value if "-" in (found["sign"], found["inner"]) else value,
+        "" if plain else unit.rstrip("s"),
+        percent,
+    )
 
 
 def same_answer(given: str, gold: str) -> bool:
@@ -178,7 +215,9 @@ def last_number(text: str) -> str:
 
 
 BEFORE_LAST_NUMBER = 64  # characters that a fraction or a number with spaces may take
-ENDING = re.compile(r"(?:(?<![\w)%.$])[-−])?(?:\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+|(?:\d+ +)?\d+\s*/\s*\d+|\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})%?$")
+ENDING = re.compile(
+    r"(?:(?<![\w)%.$])[-−])?(?:\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+|(?:\d+ +)?\d+\s*/\s*\d+|\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})%?$"
+)
 
 
 def last_quantity(text: str) -> str:

@@ -17,11 +17,15 @@ def system_in_first_user_message(messages: list[dict]) -> list[dict]:
 @functools.lru_cache(maxsize=8)
 def special_tokens(tokenizer) -> re.Pattern | None:
     """What finds the tokenizer's special tokens in a text; None where a text cannot hold one."""
-    tokens = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    tokens = [
+        token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special
+    ]
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
-def without_special_tokens(tokenizer, messages: list[dict], own_words: str) -> tuple[list[dict], dict[str, str]]:
+def without_special_tokens(
+    tokenizer, messages: list[dict], own_words: str
+) -> tuple[list[dict], dict[str, str]]:
     """The chat with one private character for each special token that its texts spell, and what each stands for.
 
     Spelling a special token makes none, as in nanochat: a question may speak of <|im_end|> and does not end there. What the
@@ -32,9 +36,15 @@ def without_special_tokens(tokenizer, messages: list[dict], own_words: str) -> t
     if pattern is None or not pattern.search(contents):
         return messages, {}
     unused = (chr(n) for n in range(0xF0000, 0xFFFFE) if chr(n) not in contents)
-    marks = {token: next(unused) for token in sorted({found[0] for found in pattern.finditer(contents)}) if token not in own_words}
+    marks = {
+        token: next(unused)
+        for token in sorted({found[0] for found in pattern.finditer(contents)})
+        if token not in own_words
+    }
     neutral = lambda text: pattern.sub(lambda found: marks.get(found[0], found[0]), text)  # noqa: E731
-    return [{**m, "content": neutral(m["content"])} for m in messages], {mark: token for token, mark in marks.items()}
+    return [{**m, "content": neutral(m["content"])} for m in messages], {
+        mark: token for token, mark in marks.items()
+    }
 
 
 def encode_chat(tokenizer, text: str, ordinary: dict[str, str]) -> list[int]:
@@ -42,5 +52,9 @@ def encode_chat(tokenizer, text: str, ordinary: dict[str, str]) -> list[int]:
     if not ordinary:
         return list(tokenizer.encode(text, add_special_tokens=False))
     parts = re.split(f"([{''.join(ordinary)}])", text)
-    ids = [tokenizer.encode(ordinary.get(p, p), add_special_tokens=False, split_special_tokens=p in ordinary) for p in parts if p]
+    ids = [
+        tokenizer.encode(ordinary.get(p, p), add_special_tokens=False, split_special_tokens=p in ordinary)
+        for p in parts
+        if p
+    ]
     return [i for part in ids for i in part]

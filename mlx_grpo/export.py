@@ -93,9 +93,15 @@ def write_shards(folder: Path, weights: dict[str, mx.array]) -> None:
         sizes[-1] += array.nbytes
     files = {}
     for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
         files |= dict.fromkeys(names, file)
-        mx.save_safetensors(str(folder / file), {name: weights.pop(name) for name in names}, {"format": "mlx"})
+        mx.save_safetensors(
+            str(folder / file), {name: weights.pop(name) for name in names}, {"format": "mlx"}
+        )
         mx.clear_cache()
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(files.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))

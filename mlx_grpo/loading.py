@@ -31,11 +31,22 @@ def resolve_model(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            patterns = ["*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer.pkl"]
+            patterns = [
+                "*.json",
+                "*.safetensors",
+                "*.py",
+                "*.jinja",
+                "*.txt",
+                "*.model",
+                "*.tiktoken",
+                "tokenizer.pkl",
+            ]
             return Path(snapshot_download(name, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise RunError(f"Model not found: {name} is no local folder, and the hub gave: {reason}. {CHECK_HUB}") from None
+            raise RunError(
+                f"Model not found: {name} is no local folder, and the hub gave: {reason}. {CHECK_HUB}"
+            ) from None
     if path is None:
         raise UserError(f"Model not found: {name} is neither a folder nor a hub name")
     if not (path / "config.json").is_file():
@@ -53,7 +64,9 @@ def adapter_base(folder: Path) -> str:
     try:
         return str(json.loads((folder / "adapter_config.json").read_text())["model"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"Adapter without its model: {folder}/adapter_config.json names none; give the model, and this by --adapter-path") from None
+        raise UserError(
+            f"Adapter without its model: {folder}/adapter_config.json names none; give the model, and this by --adapter-path"
+        ) from None
 
 
 def flatten_rope_parameters(config: dict) -> dict:
@@ -99,14 +112,27 @@ def read_model_config(path: Path) -> dict:
 
 def is_quantized(model) -> bool:
     """Whether any layer's weights are quantised."""
-    return any(isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)) or hasattr(m, "scales") for m in model.modules())
+    return any(
+        isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)) or hasattr(m, "scales")
+        for m in model.modules()
+    )
 
 
 # --- Files of rows ----------------------------------------------------------------------------------------------
 
-FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": ",", ".tsv": "\t", ".parquet": "parquet"}  # of text tables: what parts columns
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": ",",
+    ".tsv": "\t",
+    ".parquet": "parquet",
+}  # of text tables: what parts columns
 COMPRESSED = (".gz", ".bz2", ".xz")  # an ending that may follow
-SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "valid", "val", "dev")}  # their names, in the order they are looked for
+SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "validation", "valid", "val", "dev"),
+}  # their names, in the order they are looked for
 
 
 class WrittenFloat(float):
@@ -158,7 +184,9 @@ def read_json(path: Path) -> list[dict]:
         read = functools.partial(json.loads, parse_float=WrittenFloat)
         rows = read(text) if whole else [read(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
-        raise UserError(f"Failed to read dataset {path}{broken_json_line(text, whole) or f': {error}'}") from None
+        raise UserError(
+            f"Failed to read dataset {path}{broken_json_line(text, whole) or f': {error}'}"
+        ) from None
     if strange := next((n for n, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
         raise UserError(f"Failed to read dataset {path}, row {strange}: no JSON object")
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -174,7 +202,9 @@ def read_file(path: Path, text_fields: tuple[str, ...]):
 
     kind = format_of(path)
     if kind is None:
-        raise UserError(f"Unknown dataset format: {path}; use one of {', '.join(FORMATS)} or a save_to_disk folder")
+        raise UserError(
+            f"Unknown dataset format: {path}; use one of {', '.join(FORMATS)} or a save_to_disk folder"
+        )
     if not path.stat().st_size:
         raise UserError(f"Dataset file is empty: {path}")
     try:
@@ -183,14 +213,33 @@ def read_file(path: Path, text_fields: tuple[str, ...]):
         if kind == "parquet":
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
         return read_table(path, kind, text_fields)
-    except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, datasets.exceptions.DatasetsError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         with open(path, "rb") as file:
             pointer = file.read(24) == b"version https://git-lfs."
-        reason = "it is a Git LFS pointer; run git lfs pull" if pointer else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (
+            "it is a Git LFS pointer; run git lfs pull"
+            if pointer
+            else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        )
         raise UserError(f"Failed to read dataset {path}: {reason}") from None
 
 
-ABSENT = ["", "NA", "N/A", "NaN", "nan", "null", "None"]  # what means "no value" in a table, but in a text field
+ABSENT = [
+    "",
+    "NA",
+    "N/A",
+    "NaN",
+    "nan",
+    "null",
+    "None",
+]  # what means "no value" in a table, but in a text field
 
 
 def read_table(path: Path, separator: str, text_fields: tuple[str, ...]):
@@ -198,7 +247,11 @@ def read_table(path: Path, separator: str, text_fields: tuple[str, ...]):
     import datasets
     import pandas
 
-    others = [column for column in pandas.read_csv(path, sep=separator, nrows=0).columns if column not in text_fields]
+    others = [
+        column
+        for column in pandas.read_csv(path, sep=separator, nrows=0).columns
+        if column not in text_fields
+    ]
     return datasets.load_dataset(
         "csv", data_files=str(path), split="train", sep=separator, converters=dict.fromkeys(text_fields, str),
         keep_default_na=False, na_values=dict.fromkeys(others, ABSENT),
@@ -225,11 +278,15 @@ def split_files(folder: Path, config_name: str, split: str) -> list[Path]:
     places = [place for place in usual if holds_splits(place)][:1]
     places = places or [place for place in sorted(folder.glob("[!.]*/")) if holds_splits(place)]
     if len(places) > 1:
-        raise UserError(f"{folder} holds several datasets: set dataset_config to one of {', '.join(p.name for p in places)}")
+        raise UserError(
+            f"{folder} holds several datasets: set dataset_config to one of {', '.join(p.name for p in places)}"
+        )
     return next((files for place in places for name in SPLITS[split] if (files := files_of(place, name))), [])
 
 
-def open_dataset(name: str, config_name: str, split: str, text_fields: tuple[str, ...] = ()) -> list[tuple] | None:
+def open_dataset(
+    name: str, config_name: str, split: str, text_fields: tuple[str, ...] = ()
+) -> list[tuple] | None:
     """One split of a dataset as a list of (rows, where they come from), or None where the dataset has no such split.
 
     `name` is a hub name, a folder with train.* and test.* files, a clone of a hub dataset or one written by save_to_disk, or one
@@ -241,7 +298,9 @@ def open_dataset(name: str, config_name: str, split: str, text_fields: tuple[str
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is in the one line below
     path = local_path(name)
     if path is None and format_of(Path(name)) or not name:
-        raise UserError(f"Dataset not found: {name} is no file; check the path, which starts here or beside mlx-grpo.py")
+        raise UserError(
+            f"Dataset not found: {name} is no file; check the path, which starts here or beside mlx-grpo.py"
+        )
     if path is None:
         return open_hub_dataset(name, config_name, split)
     if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
@@ -261,11 +320,15 @@ def open_hub_dataset(name: str, config_name: str, split: str) -> list[tuple] | N
 
     for split_name in SPLITS[split]:
         try:
-            return [(datasets.load_dataset(name, config_name or None, split=split_name), f"{name} ({split_name})")]
+            return [
+                (datasets.load_dataset(name, config_name or None, split=split_name), f"{name} ({split_name})")
+            ]
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).strip().splitlines()[0]
             if not reason.startswith(f'Unknown split "{split_name}"'):
-                raise RunError(f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}. {CHECK_HUB}") from None
+                raise RunError(
+                    f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}. {CHECK_HUB}"
+                ) from None
     return None
 
 
@@ -286,7 +349,10 @@ def field_of(row: dict, name: str):
 def text_of(content) -> str:
     """The text of a chat message: its content, or the joined text parts that it is a list of. Raises ValueError."""
     if isinstance(content, list) and content:
-        texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in content]
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+            for part in content
+        ]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
     if content is None or content == [] or isinstance(content, str) and not content.strip():
         raise ValueError("is empty")
@@ -312,16 +378,25 @@ def read_chat(messages: list[dict]) -> list[dict]:
 
 def prompt_key(prompt: str | list[dict]) -> str:
     """What two prompts have in common when they ask the same."""
-    text = prompt if isinstance(prompt, str) else "\n".join(f"{message['role']} {message['content']}" for message in prompt)
+    text = (
+        prompt
+        if isinstance(prompt, str)
+        else "\n".join(f"{message['role']} {message['content']}" for message in prompt)
+    )
     return " ".join(text.split())
 
 
-NUMERIC_REWARDS = ("int_reward_func", "last_number_reward_func")  # they want a number whatever the gold answer is
+NUMERIC_REWARDS = (
+    "int_reward_func",
+    "last_number_reward_func",
+)  # they want a number whatever the gold answer is
 
 
 def warn_of_rows(config, special_tokens: re.Pattern | None = None, **splits: list[DataRow]) -> None:
     """Say once of each split what its rows do that the user may not expect. special_tokens: what finds them in a text."""
-    contents = lambda row: row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])  # noqa: E731
+    contents = lambda row: (
+        row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])
+    )  # noqa: E731
     own_system = lambda row: not isinstance(row["prompt"], str) and row["prompt"][0]["role"] == "system"  # noqa: E731
     number = lambda row: parse_number(row["answer"]) is not None or read_quantity(row["answer"]) is not None  # noqa: E731
     for split, rows in splits.items():
@@ -329,18 +404,35 @@ def warn_of_rows(config, special_tokens: re.Pattern | None = None, **splits: lis
 
         def warn(kind: str, found: list[DataRow], says: str) -> None:
             if found:
-                print(f"Warning: {len(found)} of {len(rows)} {split} {kind}, the first in {found[0].place}, {says}", file=sys.stderr)
+                print(
+                    f"Warning: {len(found)} of {len(rows)} {split} {kind}, the first in {found[0].place}, {says}",
+                    file=sys.stderr,
+                )
 
-        warn("prompts", [row for row in rows if row.cut], "end with the assistant's turn, which is left out: it would give the answer away")
+        warn(
+            "prompts",
+            [row for row in rows if row.cut],
+            "end with the assistant's turn, which is left out: it would give the answer away",
+        )
         if config.system_prompt:
-            warn("prompts", [row for row in rows if own_system(row)], "have a system message of their own, which replaces system_prompt")
+            warn(
+                "prompts",
+                [row for row in rows if own_system(row)],
+                "have a system message of their own, which replaces system_prompt",
+            )
         spelt = [row for row in rows if special_tokens and special_tokens.search(contents(row))]
         warn("prompts", spelt, "spell special tokens of the model, which are read as ordinary text")
         other = [row for row in rows if not number(row)]
         wanting = [name for name in config.reward_funcs if name in NUMERIC_REWARDS]
-        wanting += ["correctness_reward_func"] * ("correctness_reward_func" in config.reward_funcs and 2 * len(other) < len(rows))
+        wanting += ["correctness_reward_func"] * (
+            "correctness_reward_func" in config.reward_funcs and 2 * len(other) < len(rows)
+        )
         if wanting and other:
-            warn("gold answers", other, f"are no numbers ({other[0]['answer'][:60]!r}), which {', '.join(wanting)} would need")
+            warn(
+                "gold answers",
+                other,
+                f"are no numbers ({other[0]['answer'][:60]!r}), which {', '.join(wanting)} would need",
+            )
     trained = {prompt_key(row["prompt"]) for row in splits.get("training", ())}
     held_out = splits.get("held_out", [])
     both = [row for row in held_out if prompt_key(row["prompt"]) in trained]

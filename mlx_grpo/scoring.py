@@ -36,7 +36,9 @@ def wake(signum, frame) -> None:
 
 def raise_in_thread(thread: int, kind: type | None) -> None:
     """Raise an exception in another thread at its next step of Python; None takes one back that has not come yet."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind))
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind)
+    )
 
 
 class Watchdog:
@@ -51,7 +53,9 @@ class Watchdog:
     def __init__(self, seconds: float, what: str):
         self.seconds, self.what, self.rang = seconds, what, False
         self.caller = threading.get_ident()
-        self.has_signals = threading.current_thread() is threading.main_thread()  # Python's handlers run nowhere else
+        self.has_signals = (
+            threading.current_thread() is threading.main_thread()
+        )  # Python's handlers run nowhere else
         self.over = threading.Lock()
         self.over.acquire()
         self.thread = threading.Thread(target=self.watch, daemon=True)
@@ -77,7 +81,11 @@ class Watchdog:
             if self.over.acquire(timeout=1.0):
                 return
         message = f"Reward function {self.what} took longer than reward_timeout = {self.seconds:g} s and cannot be stopped"
-        print(f"{message}: the process ends here. --resume goes on from the last checkpoint", file=sys.__stderr__, flush=True)
+        print(
+            f"{message}: the process ends here. --resume goes on from the last checkpoint",
+            file=sys.__stderr__,
+            flush=True,
+        )
         os._exit(1)
 
     def stop(self) -> None:
@@ -106,7 +114,11 @@ def watched(call, seconds: float, what: str):
     try:
         watchdog.start()
         result = call()
-    except (Exception, OutOfTime, SystemExit) as error:  # the user's code: reported with its name by the caller
+    except (
+        Exception,
+        OutOfTime,
+        SystemExit,
+    ) as error:  # the user's code: reported with its name by the caller
         result = error
     finally:
         watchdog.stop()
@@ -137,14 +149,22 @@ def load_rewards(config, built_in: dict) -> tuple[list, list[float]]:
             sys.modules[spec.name] = module  # where its data classes look themselves up
             try:
                 spec.loader.exec_module(module)
-            except Exception as error:  # whatever the user's file raises, named and passed on with its traceback
-                raise RunError(f"Reward file failed to import: {path}: {type(error).__name__}: {error}") from error
+            except (
+                Exception
+            ) as error:  # whatever the user's file raises, named and passed on with its traceback
+                raise RunError(
+                    f"Reward file failed to import: {path}: {type(error).__name__}: {error}"
+                ) from error
         function = getattr(module, attribute, None) if path else built_in.get(attribute)
         if not callable(function):
-            raise UserError(f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function")
+            raise UserError(
+                f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function"
+            )
         package, extra = getattr(function, "needs", (None, None))
         if package and importlib.util.find_spec(package) is None:
-            raise UserError(f"{attribute} needs the package {package}, which is not installed: uv sync --extra {extra}")
+            raise UserError(
+                f"{attribute} needs the package {package}, which is not installed: uv sync --extra {extra}"
+            )
         functions.append(function)
         own = getattr(module, "reward_weights", {}) if path else {}
         weight = own.get(attribute, 1.0) if isinstance(own, dict) else None
@@ -173,7 +193,10 @@ def call_rewards(functions, timeout: float, arguments: dict) -> list:
         for i, result in zip(places, found):
             results[i] = result
 
-    results = [watched(functools.partial(function, **arguments), timeout, name_of(function)) for function in functions]
+    results = [
+        watched(functools.partial(function, **arguments), timeout, name_of(function))
+        for function in functions
+    ]
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:
         # The watchdog is for a coroutine that blocks and so never meets its own limit, or whose threads outlive it.
@@ -199,7 +222,9 @@ def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndar
 
     def call(functions, rows):
         chats = [[{"role": "assistant", "content": text}] for text in texts[rows]]
-        given = {name: values[rows] if isinstance(values, list) else values for name, values in columns.items()}
+        given = {
+            name: values[rows] if isinstance(values, list) else values for name, values in columns.items()
+        }
         return call_rewards(functions, timeout, {**given, "completions": chats})
 
     rewards = np.full((len(functions), len(texts)), np.nan)
@@ -209,19 +234,33 @@ def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndar
             raise RunError(f"Reward function {name} took longer than reward_timeout = {timeout:g} s")
         if isinstance(result, BaseException):
             until = time.monotonic() + timeout
-            alone = ((n, call([function], slice(n, n + 1))[0]) for n in range(len(texts)) if time.monotonic() < until)
+            alone = (
+                (n, call([function], slice(n, n + 1))[0])
+                for n in range(len(texts))
+                if time.monotonic() < until
+            )
             row = next((n for n, again in alone if type(again) is type(result)), None)
             where = "" if row is None else f" on completion {row}, {texts[row][:80]!r}"
-            raise RunError(f"Reward function {name} raised {type(result).__name__}: {result}{where}") from result
+            raise RunError(
+                f"Reward function {name} raised {type(result).__name__}: {result}{where}"
+            ) from result
         result = result.tolist() if isinstance(result, mx.array) else result
         if not isinstance(result, (list, tuple, np.ndarray)) or len(result) != len(texts):
             sized, kind = hasattr(result, "__len__"), type(result).__name__
-            got = repr(result) if not sized else f"{len(result)} values" if kind in ("list", "tuple", "ndarray") else f"a {kind}"
+            got = (
+                repr(result)
+                if not sized
+                else f"{len(result)} values"
+                if kind in ("list", "tuple", "ndarray")
+                else f"a {kind}"
+            )
             raise RunError(f"Reward function {name} returned {got} for {len(texts)} completions")
         for row, value in enumerate(result):
             if value is None:
                 continue
             if isinstance(value, (str, bytes)) or not np.isscalar(value) or not math.isfinite(value):
-                raise RunError(f"Reward function {name} returned {value!r} for completion {row}: {texts[row][:80]!r}")
+                raise RunError(
+                    f"Reward function {name} returned {value!r} for completion {row}: {texts[row][:80]!r}"
+                )
             rewards[f, row] = value
     return rewards

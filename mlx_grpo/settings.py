@@ -12,7 +12,10 @@ from pathlib import Path
 from mlx_grpo.run.trackers import TRACKERS
 from mlx_grpo.errors import UserError
 
-BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}
+BOOLEANS = {
+    **dict.fromkeys(("true", "1", "yes", "on"), True),
+    **dict.fromkeys(("false", "0", "no", "off"), False),
+}
 
 
 def coerce(name: str, value, kind, from_text: bool):
@@ -35,7 +38,11 @@ def coerce(name: str, value, kind, from_text: bool):
             result = float(result)
         if float in items:
             result = [float(item) if type(item) is int else item for item in result]
-        if type(result) is not base or result != result or any(type(item) not in items for item in items and result):
+        if (
+            type(result) is not base
+            or result != result
+            or any(type(item) not in items for item in items and result)
+        ):
             raise ValueError
     except (ValueError, KeyError, TypeError):  # tomllib's error is a ValueError
         raise UserError(f"Failed to coerce value: {value!r} to {base} (for {name})") from None
@@ -79,7 +86,9 @@ def inline_table(table: dict) -> str:
     """A dict as a TOML table on one line."""
     import tomli_w
 
-    entry = lambda k, v: f"{json.dumps(k)} = {inline_table(v)}" if isinstance(v, dict) else tomli_w.dumps({k: v}).strip()  # noqa: E731
+    entry = lambda k, v: (
+        f"{json.dumps(k)} = {inline_table(v)}" if isinstance(v, dict) else tomli_w.dumps({k: v}).strip()
+    )  # noqa: E731
     return "{" + ", ".join(entry(k, v) for k, v in table.items()) + "}"
 
 
@@ -116,7 +125,14 @@ CHOICES = {
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
-    "sampler_correction": ("auto", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"),
+    "sampler_correction": (
+        "auto",
+        "token_truncate",
+        "token_mask",
+        "sequence_truncate",
+        "sequence_mask",
+        "none",
+    ),
     "lr_scheduler_type": ("cosine", "linear", "constant"),
     "bits": (2, 3, 4, 5, 6, 8),
     "group_size": (32, 64, 128),
@@ -130,7 +146,14 @@ ABOVE_ZERO = ("temperature", "distributed_timeout", "num_epochs", "reward_timeou
               "easy_prompt_weight", "hard_prompt_weight",
               "sapo_temperature_pos", "sapo_temperature_neg",
               "vespo_lambda_pos", "vespo_lambda_neg")  # fmt: skip
-AT_MOST_ONE = ("easy_prompt_weight", "hard_prompt_weight", "top_p", "min_p", "warmup_ratio", "top_entropy_quantile")
+AT_MOST_ONE = (
+    "easy_prompt_weight",
+    "hard_prompt_weight",
+    "top_p",
+    "min_p",
+    "warmup_ratio",
+    "top_entropy_quantile",
+)
 BELOW_ONE = ("adam_beta1", "adam_beta2", "eval_fraction")
 
 
@@ -141,15 +164,21 @@ def check_config(config, tables: dict[str, tuple]) -> None:
     """
     for name, choices in (CHOICES | tables).items():
         if getattr(config, name) not in choices:
-            raise UserError(f"Invalid {name}: {getattr(config, name)!r}; choose one of {', '.join(map(str, choices))}")
+            raise UserError(
+                f"Invalid {name}: {getattr(config, name)!r}; choose one of {', '.join(map(str, choices))}"
+            )
     for name, value in vars(config).items():
         if type(value) not in (int, float):
             continue
         low = {"num_generations": 2, "num_layers": -1}.get(name, 1 if name in AT_LEAST_ONE else 0)
         if value < low or (value == 0 and name in ABOVE_ZERO) or value == math.inf:
-            raise UserError(f"Invalid {name}: {value}; it must be {'above 0' if name in ABOVE_ZERO else f'at least {low}'}")
+            raise UserError(
+                f"Invalid {name}: {value}; it must be {'above 0' if name in ABOVE_ZERO else f'at least {low}'}"
+            )
         if (value > 1 and name in AT_MOST_ONE) or (value >= 1 and name in BELOW_ONE):
-            raise UserError(f"Invalid {name}: {value}; it must be {'below' if name in BELOW_ONE else 'at most'} 1")
+            raise UserError(
+                f"Invalid {name}: {value}; it must be {'below' if name in BELOW_ONE else 'at most'} 1"
+            )
     for wrong, message in contradictions(config):
         if wrong:
             raise UserError(message)
@@ -160,72 +189,122 @@ def contradictions(config):
     weights, functions = config.reward_weights, config.reward_funcs
     lora = config.fine_tune_type in ("lora", "dora")
     yield not functions, "reward_funcs is empty; name at least one reward function"
-    yield weights and len(weights) != len(functions), (
-        f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; give one for each"
+    yield (
+        weights and len(weights) != len(functions),
+        (
+            f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; give one for each"
+        ),
     )
     yield not all(map(math.isfinite, weights)), f"reward_weights must be finite numbers, not {weights}"
-    yield config.max_new_tokens > config.max_completion_length, (
-        f"max_new_tokens ({config.max_new_tokens}) is above max_completion_length ({config.max_completion_length})"
+    yield (
+        config.max_new_tokens > config.max_completion_length,
+        (
+            f"max_new_tokens ({config.max_new_tokens}) is above max_completion_length ({config.max_completion_length})"
+        ),
     )
-    yield config.lora_parameters.get("dropout"), (
-        "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two passes"
+    yield (
+        config.lora_parameters.get("dropout"),
+        (
+            "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two passes"
+        ),
     )
-    yield config.prompt_template and config.prompt_template.count("{prompt}") != 1, (
-        f"prompt_template must hold {{prompt}} once, where the question goes: {config.prompt_template!r}"
+    yield (
+        config.prompt_template and config.prompt_template.count("{prompt}") != 1,
+        (f"prompt_template must hold {{prompt}} once, where the question goes: {config.prompt_template!r}"),
     )
     lora_numbers = [config.lora_parameters.get(name) for name in ("rank", "scale")]
     yield lora_numbers.count(None), "lora_parameters needs rank and scale, as in mlx-lm"
-    yield not all(type(n) in (int, float) and n > 0 for n in lora_numbers) or type(lora_numbers[0]) is not int, (
-        f"lora_parameters: rank must be a whole number and scale a number, both above 0, not {lora_numbers}"
+    yield (
+        not all(type(n) in (int, float) and n > 0 for n in lora_numbers) or type(lora_numbers[0]) is not int,
+        (
+            f"lora_parameters: rank must be a whole number and scale a number, both above 0, not {lora_numbers}"
+        ),
     )
     unknown = set(config.lora_parameters) - {"rank", "scale", "dropout", "keys"}
-    yield unknown, f"lora_parameters has unknown entries: {', '.join(sorted(unknown))}; mlx-lm knows rank, scale, dropout and keys"
-    yield (config.sampler_correction_min or 0) > config.sampler_correction_max, (
-        f"sampler_correction_min ({config.sampler_correction_min}) is above sampler_correction_max ({config.sampler_correction_max})"
+    yield (
+        unknown,
+        f"lora_parameters has unknown entries: {', '.join(sorted(unknown))}; mlx-lm knows rank, scale, dropout and keys",
     )
-    yield config.fine_tune_type == "full" and config.num_layers >= 0, "num_layers is for adapters; use fine_tune_type lora"
+    yield (
+        (config.sampler_correction_min or 0) > config.sampler_correction_max,
+        (
+            f"sampler_correction_min ({config.sampler_correction_min}) is above sampler_correction_max ({config.sampler_correction_max})"
+        ),
+    )
+    yield (
+        config.fine_tune_type == "full" and config.num_layers >= 0,
+        "num_layers is for adapters; use fine_tune_type lora",
+    )
     yield lora and config.num_layers == 0, "num_layers = 0 would train nothing; use -1 for all blocks"
     loss = config.objective
-    yield loss.corrects_itself and config.sampler_correction in SEQUENCE_CORRECTIONS, (
-        f"loss_type {config.loss_type} takes a sampler correction into its weight token by token; "
-        "set sampler_correction to token_truncate or token_mask"
+    yield (
+        loss.corrects_itself and config.sampler_correction in SEQUENCE_CORRECTIONS,
+        (
+            f"loss_type {config.loss_type} takes a sampler correction into its weight token by token; "
+            "set sampler_correction to token_truncate or token_mask"
+        ),
     )
-    yield config.delta is not None and "delta" not in loss.options, (
-        f"delta does nothing for loss_type {config.loss_type}"
+    yield (
+        config.delta is not None and "delta" not in loss.options,
+        (f"delta does nothing for loss_type {config.loss_type}"),
     )
-    yield loss.whole_rows and config.importance_sampling_level == "sequence", (
-        f"loss_type {config.loss_type} works on whole sequences already; "
-        "leave importance_sampling_level at token"
+    yield (
+        loss.whole_rows and config.importance_sampling_level == "sequence",
+        (
+            f"loss_type {config.loss_type} works on whole sequences already; "
+            "leave importance_sampling_level at token"
+        ),
     )
-    yield config.entropy_coef_min > config.entropy_coef_max, (
-        f"entropy_coef_min ({config.entropy_coef_min}) is above entropy_coef_max ({config.entropy_coef_max})"
+    yield (
+        config.entropy_coef_min > config.entropy_coef_max,
+        (
+            f"entropy_coef_min ({config.entropy_coef_min}) is above entropy_coef_max ({config.entropy_coef_max})"
+        ),
     )
-    yield config.use_bias_correction_kl and not config.kl_coeff, "use_bias_correction_kl does nothing while kl_coeff is 0"
-    yield config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group", (
-        "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
+    yield (
+        config.use_bias_correction_kl and not config.kl_coeff,
+        "use_bias_correction_kl does nothing while kl_coeff is 0",
     )
-    yield config.scale_rewards not in config.estimator.scales, (
-        f"scale_rewards is for advantage_estimator group: {config.advantage_estimator} scales in its own "
-        "way; leave it out"
+    yield (
+        config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group",
+        (
+            "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
+        ),
+    )
+    yield (
+        config.scale_rewards not in config.estimator.scales,
+        (
+            f"scale_rewards is for advantage_estimator group: {config.advantage_estimator} scales in its own "
+            "way; leave it out"
+        ),
     )
     by_function = config.multi_objective_aggregation == "normalize_then_sum"
-    yield by_function and config.advantage_estimator != "group", (
-        "normalize_then_sum takes each function's group advantages; leave advantage_estimator at group"
+    yield (
+        by_function and config.advantage_estimator != "group",
+        ("normalize_then_sum takes each function's group advantages; leave advantage_estimator at group"),
     )
     weighted = min(config.easy_prompt_weight, config.hard_prompt_weight) < 1
-    yield config.difficulty_window > 1 and not weighted, (
-        "difficulty_window does nothing while easy_prompt_weight and hard_prompt_weight are 1"
+    yield (
+        config.difficulty_window > 1 and not weighted,
+        ("difficulty_window does nothing while easy_prompt_weight and hard_prompt_weight are 1"),
     )
     named = [f"rewards/{name.rpartition(':')[2]}" for name in functions]
     metrics = ["reward_mean", *named, "em_strict", "em_lenient"]
-    yield config.metric_for_best_model not in ("", *metrics), (
-        f"Invalid metric_for_best_model: {config.metric_for_best_model!r}; choose one of {', '.join(metrics)}"
+    yield (
+        config.metric_for_best_model not in ("", *metrics),
+        (
+            f"Invalid metric_for_best_model: {config.metric_for_best_model!r}; choose one of {', '.join(metrics)}"
+        ),
     )
     strange = [name for name in config.report_to if name not in TRACKERS]
     near = [f" (did you mean {n}?)" for name in strange for n in difflib.get_close_matches(name, TRACKERS, 1)]
-    yield strange, f"Invalid report_to: {', '.join(strange)}; choose from {', '.join(TRACKERS)}{''.join(near)}"
-    yield "/" in config.run_name or config.run_name in (".", ".."), (
-        f"run_name must be a plain name, not a path: {config.run_name!r}; use output_dir for the folder"
+    yield (
+        strange,
+        f"Invalid report_to: {', '.join(strange)}; choose from {', '.join(TRACKERS)}{''.join(near)}",
+    )
+    yield (
+        "/" in config.run_name or config.run_name in (".", ".."),
+        (f"run_name must be a plain name, not a path: {config.run_name!r}; use output_dir for the folder"),
     )
 
 

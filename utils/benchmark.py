@@ -96,10 +96,19 @@ def length_settings(config, rollouts: int) -> list[str]:
     return [f"max_train_samples={rows}", f"num_epochs={(prompts + 0.5) / rows}"]
 
 
-def objective_command(variant: str, seed: int, updates: int, output: Path, extra: list[str]) -> tuple[Path, list[str]]:
+def objective_command(
+    variant: str, seed: int, updates: int, output: Path, extra: list[str]
+) -> tuple[Path, list[str]]:
     """The run directory of one run and the command that fills it."""
     name = f"{variant}-seed{seed}"
-    settings = ["eval_samples=0", "log_completions_steps=0", "logging_steps=10", f"seed={seed}", *VARIANTS[variant], *extra]
+    settings = [
+        "eval_samples=0",
+        "log_completions_steps=0",
+        "logging_steps=10",
+        f"seed={seed}",
+        *VARIANTS[variant],
+        *extra,
+    ]
     config = mlx_grpo.load_config(QUICKSTART, settings)
     rollouts = math.ceil(updates / config.num_iterations)
     settings += [f"output_dir={output}", f"run_name={name}", *length_settings(config, rollouts)]
@@ -127,7 +136,12 @@ def train_variant(folder: Path, command: list[str], threads: int) -> str:
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     with open(folder / "output.txt", "w+", encoding="utf-8") as output:
         status = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env={**os.environ, **limits}, stdout=output, stderr=output, check=False
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**os.environ, **limits},
+            stdout=output,
+            stderr=output,
+            check=False,
         ).returncode
         output.seek(0)
         lines = output.read().split("\n")
@@ -139,7 +153,9 @@ def read_run(folder: Path) -> dict:
     records = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     scores = [100 * r["em_strict"] for r in records if r.get("event") == "eval" and r["split"] == "test"]
     updates = [r for r in records if "event" not in r]
-    phases = {tuple(r[f"seconds/{phase}"] for phase in ("rollout", "reward", "train")) for r in updates}  # once a rollout
+    phases = {
+        tuple(r[f"seconds/{phase}"] for phase in ("rollout", "reward", "train")) for r in updates
+    }  # once a rollout
     return {
         "before": scores[0],
         "half": scores[1] if len(scores) > 2 else math.nan,
@@ -162,17 +178,28 @@ def objectives_table(results: dict[str, list[dict]]) -> list[list[str]]:
     header = ["variant", "before, %", "half-way, %", "after, %", "reward, last 5", "s/update"]
     columns = (("before", 1), ("half", 1), ("after", 1), ("reward", 2))
     return [header] + [
-        [name, *(spread([r[key] for r in runs], digits) for key, digits in columns), f"{fmean(r['seconds'] for r in runs):.2f}"]
+        [
+            name,
+            *(spread([r[key] for r in runs], digits) for key, digits in columns),
+            f"{fmean(r['seconds'] for r in runs):.2f}",
+        ]
         for name, runs in results.items()
     ]
 
 
 def objectives(args: argparse.Namespace) -> None:
     output = Path(args.output).resolve()
-    runs = {(v, s): objective_command(v, s, args.updates, output, args.set) for s in args.seeds for v in args.variants}
+    runs = {
+        (v, s): objective_command(v, s, args.updates, output, args.set)
+        for s in args.seeds
+        for v in args.variants
+    }
     done = sum(is_complete(*run) for run in runs.values())
     threads = max(1, (os.cpu_count() or 1) // args.parallel)
-    print(f"{len(runs)} runs, {done} done already, {args.parallel} at a time; each in {output}/VARIANT-seedN", flush=True)
+    print(
+        f"{len(runs)} runs, {done} done already, {args.parallel} at a time; each in {output}/VARIANT-seedN",
+        flush=True,
+    )
     failures = []
     with ThreadPoolExecutor(args.parallel) as pool:
         try:
@@ -184,11 +211,17 @@ def objectives(args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
-    results = {v: [read_run(runs[v, s][0]) for s in args.seeds if is_complete(*runs[v, s])] for v in args.variants}
-    print(f"\nHeld-out exact match of the starter, {args.updates} updates, mean of seeds {args.seeds} (range)\n{machine()}\n")
+    results = {
+        v: [read_run(runs[v, s][0]) for s in args.seeds if is_complete(*runs[v, s])] for v in args.variants
+    }
+    print(
+        f"\nHeld-out exact match of the starter, {args.updates} updates, mean of seeds {args.seeds} (range)\n{machine()}\n"
+    )
     print_table(objectives_table({name: found for name, found in results.items() if found}))
     if failures:
-        raise mlx_grpo.RunError(f"{len(failures)} of {len(runs)} runs failed; their output.txt says why, the same command tries again")
+        raise mlx_grpo.RunError(
+            f"{len(failures)} of {len(runs)} runs failed; their output.txt says why, the same command tries again"
+        )
 
 
 # --- The work ---------------------------------------------------------------------------------------------------
@@ -240,7 +273,9 @@ def model_folder(preset: str) -> Path:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(ROOT / "starter" / "model" / file, aside)
         (aside / "config.json").write_text(json.dumps(config))
-        mx.save_safetensors(str(aside / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "pt"})
+        mx.save_safetensors(
+            str(aside / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "pt"}
+        )
     return folder
 
 
@@ -267,7 +302,10 @@ def completion_lengths(args: argparse.Namespace, turn: int) -> list[int]:
     lengths = []
     for prompt in range(args.prompts):
         draws = random.Random(f"{args.seed}/{turn}/{prompt}")
-        drawn = [draws.lognormvariate(math.log(args.median), completion_sigma(args)) for _ in range(args.completions)]
+        drawn = [
+            draws.lognormvariate(math.log(args.median), completion_sigma(args))
+            for _ in range(args.completions)
+        ]
         lengths += [min(args.tokens, math.ceil(length)) for length in drawn]
     return lengths
 
@@ -297,7 +335,9 @@ def questions(tokenizer, lengths: list[int]) -> list[str]:
     return found
 
 
-REWARDS = "def alternate(completions, **kwargs):\n    return [float(i % 2) for i in range(len(completions))]\n"
+REWARDS = (
+    "def alternate(completions, **kwargs):\n    return [float(i % 2) for i in range(len(completions))]\n"
+)
 
 
 def write_work(folder: Path, texts: list[str]) -> None:
@@ -354,7 +394,9 @@ def rows_ending_at(lengths: list[int]):
 def check_tokens(program: str, tokens: int, lengths: list[int]) -> None:
     """Raises RunError where a program has not done the work it was given."""
     if tokens != sum(lengths):
-        raise mlx_grpo.RunError(f"{program} sampled {tokens} tokens where {sum(lengths)} were asked for; its figures would mean nothing")
+        raise mlx_grpo.RunError(
+            f"{program} sampled {tokens} tokens where {sum(lengths)} were asked for; its figures would mean nothing"
+        )
 
 
 def own_turn(args: argparse.Namespace, trainer, lengths: list[int]) -> dict:
@@ -391,7 +433,10 @@ def machine() -> str:
 
 def warn_if_busy() -> None:
     if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
-        print(f"load average {os.getloadavg()[0]:.1f}: other programs are running, and every figure below may be off", file=sys.stderr)
+        print(
+            f"load average {os.getloadavg()[0]:.1f}: other programs are running, and every figure below may be off",
+            file=sys.stderr,
+        )
 
 
 def best_seconds(function, repeats: int = 5) -> float:
@@ -462,21 +507,39 @@ def seconds_an_update(course: Course, updates: int) -> float | str:
     return "crashed" if course.crashed else median(course.seconds[1:] or course.seconds) / updates
 
 
-def learn_table(courses: list[tuple[Course, Course]], peer: str, updates: int, target: float | None) -> list[list[str]]:
+def learn_table(
+    courses: list[tuple[Course, Course]], peer: str, updates: int, target: float | None
+) -> list[list[str]]:
     """Rows of the table from the courses of each seed, this trainer's and the peer's. updates: on each rollout."""
     levels = [level_to_reach(pair, target) for pair in courses]
     last = [[course.scores[max(course.scores)] for course in pair] for pair in courses]
     rows = {
         "held-out reward before": ([[course.scores[0] for course in pair] for pair in courses], 3),
-        "held-out reward after": ([["crashed" if c.crashed else x for c, x in zip(*both)] for both in zip(courses, last)], 3),
-        f"seconds to {spread(levels, 3)}": ([[c.seconds_to(level) for c in pair] for pair, level in zip(courses, levels)], 1),
-        "seconds of all updates": ([["crashed" if c.crashed else sum(c.seconds) for c in pair] for pair in courses], 1),
+        "held-out reward after": (
+            [["crashed" if c.crashed else x for c, x in zip(*both)] for both in zip(courses, last)],
+            3,
+        ),
+        f"seconds to {spread(levels, 3)}": (
+            [[c.seconds_to(level) for c in pair] for pair, level in zip(courses, levels)],
+            1,
+        ),
+        "seconds of all updates": (
+            [["crashed" if c.crashed else sum(c.seconds) for c in pair] for pair in courses],
+            1,
+        ),
         "seconds an update, median": ([[seconds_an_update(c, updates) for c in pair] for pair in courses], 3),
-        "seconds of the first update": ([[c.seconds[0] if c.seconds else "crashed" for c in pair] for pair in courses], 1),
+        "seconds of the first update": (
+            [[c.seconds[0] if c.seconds else "crashed" for c in pair] for pair in courses],
+            1,
+        ),
     }
     table = [["", "this trainer", peer, "ratio"]]
     for name, (pairs, digits) in rows.items():
-        ratios = [theirs / own for own, theirs in pairs if not isinstance(own, str) and not isinstance(theirs, str) and own]
+        ratios = [
+            theirs / own
+            for own, theirs in pairs
+            if not isinstance(own, str) and not isinstance(theirs, str) and own
+        ]
         ratio = spread(ratios, 2) if ratios and name.startswith("seconds") else "-"
         table.append([name, *(over_seeds(list(program), digits) for program in zip(*pairs)), ratio])
     return table
@@ -505,7 +568,10 @@ def learn(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as name:
             courses.append(learn_once(args, seed, Path(name)))
         own, theirs = (f"{sum(c.seconds):.1f} s, held-out {c.scores[max(c.scores)]:.3f}" for c in courses[-1])
-        print(f"seed {seed}: this trainer {own}; {args.peer} {'crashed' if courses[-1][1].crashed else theirs}", flush=True)
+        print(
+            f"seed {seed}: this trainer {own}; {args.peer} {'crashed' if courses[-1][1].crashed else theirs}",
+            flush=True,
+        )
     turns = len(courses[0][0].seconds)
     print(
         f"\n{Path(args.config).name}, {config.model_name}: {turns * config.num_iterations} updates of {config.batch_size} prompts x "
@@ -516,7 +582,9 @@ def learn(args: argparse.Namespace) -> None:
     print()
     print_table(curve_table(courses, args.peer, config.num_iterations))
     if crashed := sum(theirs.crashed for _, theirs in courses):
-        raise mlx_grpo.RunError(f"{args.peer} crashed in {crashed} of {len(courses)} runs; the last lines of its log are above")
+        raise mlx_grpo.RunError(
+            f"{args.peer} crashed in {crashed} of {len(courses)} runs; the last lines of its log are above"
+        )
 
 
 # --- The commands -----------------------------------------------------------------------------------------------
@@ -539,7 +607,9 @@ def describe_work(args: argparse.Namespace, trainer, lengths: list[list[int]]) -
     )
 
 
-def speed_table(args: argparse.Namespace, own: list[dict], peer: list[dict] | None, tokens: int, work: dict, limits: tuple) -> list[list[str]]:
+def speed_table(
+    args: argparse.Namespace, own: list[dict], peer: list[dict] | None, tokens: int, work: dict, limits: tuple
+) -> list[list[str]]:
     """Rows of the table, one a phase: the first turn, which compiles, and the others' median, mean, speed and share of the ceilings.
 
     own, peer: each turn's seconds; peer None where it crashed. tokens, work: of all turns but the first. The ratio is of the means.
@@ -558,7 +628,13 @@ def speed_table(args: argparse.Namespace, own: list[dict], peer: list[dict] | No
         total = sum(turn[phase] for turn in own[1:])
         flops, moved = work.get(phase, (math.nan, math.nan))
         rate = "-" if phase == "other" else f"{tokens / total:,.{0 if tokens > 10 * total else 2}f}"
-        row = [phase, *seconds(own, phase), rate, percent(flops / total / limits[0]), percent(moved / total / limits[1])]
+        row = [
+            phase,
+            *seconds(own, phase),
+            rate,
+            percent(flops / total / limits[0]),
+            percent(moved / total / limits[1]),
+        ]
         if args.peer and peer is None:
             row += ["crashed", "-", "-", "-"]
         elif args.peer and phase not in peer[0]:
@@ -569,7 +645,12 @@ def speed_table(args: argparse.Namespace, own: list[dict], peer: list[dict] | No
     return table
 
 
-PEER_SETTINGS = {"temperature": 1.0, "learning_rate": 1e-6, "loss_type": "grpo", "beta": 0.0}  # TRL's, for the work of rollout, train and step
+PEER_SETTINGS = {
+    "temperature": 1.0,
+    "learning_rate": 1e-6,
+    "loss_type": "grpo",
+    "beta": 0.0,
+}  # TRL's, for the work of rollout, train and step
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -578,11 +659,16 @@ def speed(args: argparse.Namespace) -> None:
     lengths = [completion_lengths(args, turn) for turn in range(turns)]
     with tempfile.TemporaryDirectory() as name:
         trainer = prepare(args, Path(name), args.set, turns)
-        rows = [row for _, row in mlx_grpo.draw_rows(trainer.rows, trainer.config.seed, 0, turns * args.prompts)]
+        rows = [
+            row for _, row in mlx_grpo.draw_rows(trainer.rows, trainer.config.seed, 0, turns * args.prompts)
+        ]
         print(describe_work(args, trainer, lengths), flush=True)
         warn_if_busy()
         limits = ceilings()
-        print(f"ceilings: {limits[0] / 1e12:.2f} TFLOP/s in a matrix product, {limits[1] / 1e9:.0f} GB/s read and written\n", flush=True)
+        print(
+            f"ceilings: {limits[0] / 1e12:.2f} TFLOP/s in a matrix product, {limits[1] / 1e9:.0f} GB/s read and written\n",
+            flush=True,
+        )
         ids = [row["prompt_ids"] for row in rows]
         work = {"ids": ids, "texts": [row["prompt"] for row in rows], "lengths": sum(lengths, [])}
         settings = {**PEER_SETTINGS, "max_steps": turns}
@@ -597,7 +683,9 @@ def speed(args: argparse.Namespace) -> None:
         raise mlx_grpo.RunError(f"{args.peer} crashed; the last lines of its log are above")
 
 
-def take_turns(args: argparse.Namespace, trainer, peer: Peer | None, lengths: list[list[int]]) -> tuple[list[dict], list[dict] | None]:
+def take_turns(
+    args: argparse.Namespace, trainer, peer: Peer | None, lengths: list[list[int]]
+) -> tuple[list[dict], list[dict] | None]:
     """Each turn's seconds of this trainer and of the peer, which are None where it crashed."""
     own, theirs = [], []
     try:
@@ -613,8 +701,14 @@ def take_turns(args: argparse.Namespace, trainer, peer: Peer | None, lengths: li
                 except PeerCrashed as crash:
                     crash.show()
                     theirs = None
-            whole = list(own[-1])[-1]  # the table comes at the end: whoever stops earlier has seen what there was
-            seconds = [f"{name} {runs[-1][whole]:.3f} s" for name, runs in (("this trainer", own), (args.peer, theirs)) if runs]
+            whole = list(own[-1])[
+                -1
+            ]  # the table comes at the end: whoever stops earlier has seen what there was
+            seconds = [
+                f"{name} {runs[-1][whole]:.3f} s"
+                for name, runs in (("this trainer", own), (args.peer, theirs))
+                if runs
+            ]
             label = f"turn {turn} of {args.repeats}" if turn else "first turn"
             print(f"{label}: {', '.join(seconds)}", file=sys.stderr, flush=True)
     finally:
@@ -670,7 +764,15 @@ def memory(args: argparse.Namespace) -> None:
                 positions = args.prompts * args.completions * (args.prompt_tokens + args.tokens)
                 best = median(seconds[1:])
                 planned = "-" if case.startswith("all") else f"{plan(trainer.work)['peak'] / 2**30:.2f}"
-                table.append([case, f"{mx.get_peak_memory() / 2**30:.2f}", planned, f"{best:.3f}", f"{positions / best:,.0f}"])
+                table.append(
+                    [
+                        case,
+                        f"{mx.get_peak_memory() / 2**30:.2f}",
+                        planned,
+                        f"{best:.3f}",
+                        f"{positions / best:,.0f}",
+                    ]
+                )
                 print(", ".join(map(": ".join, zip(table[0], table[-1]))), file=sys.stderr, flush=True)
             except RuntimeError as error:  # out of memory, as each backend words it
                 table.append([case, "does not fit", "-", "-", "-"])
@@ -706,11 +808,15 @@ def add_work(one: argparse.ArgumentParser, gpu: bool) -> None:
     model = one.add_mutually_exclusive_group()
     preset = "a shape with random weights (default: 0.5b on a GPU, else tiny)"
     model.add_argument("--preset", choices=PRESETS, help=preset)
-    model.add_argument("--model", metavar="DIR", help="a real model instead: a directory, or a hub name that is in the cache")
+    model.add_argument(
+        "--model", metavar="DIR", help="a real model instead: a directory, or a hub name that is in the cache"
+    )
     for flag, default, what in (("--prompts", 8 if gpu else 1, "prompts a step"), ("--completions", 8, "completions a prompt"),
                                 ("--prompt-tokens", 125, "the longest prompt"), ("--tokens", 256 if gpu else 128, "the longest completion"),
                                 ("--repeats", 5, "turns after the first")):  # fmt: skip
-        one.add_argument(flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})")
+        one.add_argument(
+            flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
     one.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawn lengths (default: 0)")
 
 
@@ -721,28 +827,70 @@ def add_lengths(one: argparse.ArgumentParser) -> None:
         "beyond --tokens and cut there; prompts have two thirds of --prompt-tokens or more, uniformly. fixed: all are longest"
     )
     one.add_argument("--lengths", choices=("natural", "fixed"), default="natural", help=natural)
-    one.add_argument("--median", type=positive, metavar="N", help="median of the distribution, in tokens (default: a third of --tokens)")
-    one.add_argument("--cut", type=float, default=0.05, metavar="SHARE", help="share of it beyond --tokens (default: 0.05)")
+    one.add_argument(
+        "--median",
+        type=positive,
+        metavar="N",
+        help="median of the distribution, in tokens (default: a third of --tokens)",
+    )
+    one.add_argument(
+        "--cut", type=float, default=0.05, metavar="SHARE", help="share of it beyond --tokens (default: 0.05)"
+    )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     one = commands.add_parser("objectives", help="train the starter with each variant of the objective")
     names = f"of {', '.join(VARIANTS)} (default: all)"
-    one.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME", help=names)
+    one.add_argument(
+        "--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME", help=names
+    )
     keeps = "holds a directory a run; finished ones are kept (default: outputs/objectives)"
     one.add_argument("--output", default="outputs/objectives", metavar="DIR", help=keeps)
-    one.add_argument("--parallel", type=positive, default=1, metavar="N", help="runs at a time, each with its share of the cores (default: 1)")
-    one.add_argument("--updates", type=positive, default=32, metavar="N", help="updates of each run (default: 32)")
-    one = commands.add_parser("learn", help="train a configuration, then with TRL from the same start, with the same settings")
-    one.add_argument("--config", metavar="FILE", default=str(QUICKSTART), help="the trainer's TOML file (default: the quickstart's)")
-    one.add_argument("--updates", type=positive, metavar="N", help="updates of each run (default: as configured)")
-    one.add_argument("--target", type=float, metavar="X", help="held-out reward to take the time to (default: the highest that both come to)")
+    one.add_argument(
+        "--parallel",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="runs at a time, each with its share of the cores (default: 1)",
+    )
+    one.add_argument(
+        "--updates", type=positive, default=32, metavar="N", help="updates of each run (default: 32)"
+    )
+    one = commands.add_parser(
+        "learn", help="train a configuration, then with TRL from the same start, with the same settings"
+    )
+    one.add_argument(
+        "--config",
+        metavar="FILE",
+        default=str(QUICKSTART),
+        help="the trainer's TOML file (default: the quickstart's)",
+    )
+    one.add_argument(
+        "--updates", type=positive, metavar="N", help="updates of each run (default: as configured)"
+    )
+    one.add_argument(
+        "--target",
+        type=float,
+        metavar="X",
+        help="held-out reward to take the time to (default: the highest that both come to)",
+    )
     for name in ("objectives", "learn"):
         helps = "each run is made once a seed (default: 0,1,2)"
-        commands.choices[name].add_argument("--seeds", type=seed_list, default=[0, 1, 2], metavar="N,..", help=helps)
-    helps = {"rollout": "sampling", "train": "an update", "step": "both, as the trainer does them", "memory": "the peak of an update"}
+        commands.choices[name].add_argument(
+            "--seeds", type=seed_list, default=[0, 1, 2], metavar="N,..", help=helps
+        )
+    helps = {
+        "rollout": "sampling",
+        "train": "an update",
+        "step": "both, as the trainer does them",
+        "memory": "the peak of an update",
+    }
     for name, text in helps.items():
         one = commands.add_parser(name, help=f"{text}, on random weights or a real model")
         add_work(one, on_gpu())
@@ -752,11 +900,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             one.set_defaults(lengths="fixed")
     for name in ("learn", *SPEEDS):
         peers, one = [peer for peer, (_, can) in PEERS.items() if name in can], commands.choices[name]
-        helps = "run this program on the same work, in an environment of its own" + (" (default: trl)" if name == "learn" else "")
+        helps = "run this program on the same work, in an environment of its own" + (
+            " (default: trl)" if name == "learn" else ""
+        )
         one.add_argument("--peer", choices=peers, default="trl" if name == "learn" else None, help=helps)
-        one.add_argument("--peer-python", metavar="PATH", help="an interpreter that has the peer (default: one is made)")
+        one.add_argument(
+            "--peer-python", metavar="PATH", help="an interpreter that has the peer (default: one is made)"
+        )
     for one in commands.choices.values():
-        one.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of mlx-grpo.py; repeatable")
+        one.add_argument(
+            "--set",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="a setting of mlx-grpo.py; repeatable",
+        )
     args = parser.parse_args(argv)
     if args.command in (*SPEEDS, "memory"):
         args.preset = args.preset or ("0.5b" if on_gpu() else "tiny")

@@ -30,15 +30,31 @@ def settings_table() -> str:
     lines, name = [], None
     for line in source.splitlines():
         if heading := re.fullmatch(r"    # (\w+)", line):
-            lines += ["", f"### {heading[1]}", "", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+            lines += [
+                "",
+                f"### {heading[1]}",
+                "",
+                "| key | type | default | meaning |",
+                "| --- | --- | --- | --- |",
+            ]
         elif start := re.match(r"    (\w+): ", line):
             name = start[1]
         comment = re.search(r"  # (.*)", line)
         if name and (comment or name in SHARED):
             field = fields[name]
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            kind = field.type.__name__ if isinstance(field.type, type) else str(field.type).replace(" | None", " or none")
-            shown = "none" if default is None else "the text at the top of mlx-grpo.py" if name == "system_prompt" else f"`{default!r}`"
+            kind = (
+                field.type.__name__
+                if isinstance(field.type, type)
+                else str(field.type).replace(" | None", " or none")
+            )
+            shown = (
+                "none"
+                if default is None
+                else "the text at the top of mlx-grpo.py"
+                if name == "system_prompt"
+                else f"`{default!r}`"
+            )
             meaning = comment[1] if comment else SHARED[name]
             if name in TABLES:
                 meaning += f": {', '.join(TABLES[name])}"
@@ -49,7 +65,9 @@ def settings_table() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the table is stale")
     arguments = parser.parse_args()
     text = GUIDE.read_text(encoding="utf-8")

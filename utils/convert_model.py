@@ -38,8 +38,15 @@ from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle  # noqa: E402
 EXAMPLES = """examples:
   uv run python utils/convert_model.py --hf-path Qwen/Qwen2.5-0.5B-Instruct --quantize --output-dir qwen-4bit
   uv run python utils/convert_model.py --hf-path qwen-4bit --adapter-path outputs/run/final --dequantize --output-dir tuned"""
-KNOWN_TO_WORK = "llama, qwen2, qwen3, mistral, phi, phi3, gemma3, smollm3, gpt2 (for example Qwen/Qwen2.5-0.5B-Instruct)"
-MODES = {"affine": (None, None), "mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # the fixed (bits, group size)
+KNOWN_TO_WORK = (
+    "llama, qwen2, qwen3, mistral, phi, phi3, gemma3, smollm3, gpt2 (for example Qwen/Qwen2.5-0.5B-Instruct)"
+)
+MODES = {
+    "affine": (None, None),
+    "mxfp4": (4, 32),
+    "nvfp4": (4, 16),
+    "mxfp8": (8, 32),
+}  # the fixed (bits, group size)
 DTYPES = ("float16", "bfloat16", "float32")
 RECIPES = ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 ROPE_SETTINGS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
@@ -56,7 +63,12 @@ HARMLESS = re.compile(
 
 # How mlx-lm writes each activation; a model file holds one of them, whatever the config says.
 TANH_GELU = r"gelu_approx|GELU\(approx|geglu"
-ACTIVATIONS = {"silu": r"silu|swiglu|SiLU", "gelu": r"nn\.gelu\b|nn\.GELU\(\)", "gelu_new": TANH_GELU, "gelu_pytorch_tanh": TANH_GELU}
+ACTIVATIONS = {
+    "silu": r"silu|swiglu|SiLU",
+    "gelu": r"nn\.gelu\b|nn\.GELU\(\)",
+    "gelu_new": TANH_GELU,
+    "gelu_pytorch_tanh": TANH_GELU,
+}
 
 
 class ConversionError(Exception):
@@ -79,16 +91,25 @@ def find_source(hf_path, revision=None):
     path = Path(hf_path).expanduser()
     if path.exists():
         if not path.is_dir():
-            raise ConversionError(f"Not a model directory: {hf_path} is a file; give the directory that holds it", 2)
+            raise ConversionError(
+                f"Not a model directory: {hf_path} is a file; give the directory that holds it", 2
+            )
         if revision:
-            raise ConversionError(f"--revision is for hub models, and {hf_path} is a local directory; leave it out", 2)
+            raise ConversionError(
+                f"--revision is for hub models, and {hf_path} is a local directory; leave it out", 2
+            )
         return path
     try:
         wanted = [*DEFAULT_ALLOW_PATTERNS, "tokenizer.pkl"]
         return Path(huggingface_hub.snapshot_download(hf_path, revision=revision, allow_patterns=wanted))
     except HFValidationError:
-        raise ConversionError(f"Model not found: {hf_path} is neither a local directory nor a hub name of the form owner/name", 2) from None
-    except HfHubHTTPError.__bases__ as error:  # OSError and the HTTP client's own, whose module changes with the version
+        raise ConversionError(
+            f"Model not found: {hf_path} is neither a local directory nor a hub name of the form owner/name",
+            2,
+        ) from None
+    except (
+        HfHubHTTPError.__bases__
+    ) as error:  # OSError and the HTTP client's own, whose module changes with the version
         where = f"{hf_path} at revision {revision}" if revision else hf_path
         offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
         cause = str(error).strip().splitlines()[0]
@@ -110,22 +131,34 @@ def read_safetensors_header(path):
     header.pop("__metadata__", None)
     end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=math.inf)
     if end != size:
-        raise ConversionError(f"Damaged weights: {path} holds {size} bytes, not what its header says; download or save it again")
-    return {name: (tensor["shape"], tensor["data_offsets"][1] - tensor["data_offsets"][0]) for name, tensor in header.items()}
+        raise ConversionError(
+            f"Damaged weights: {path} holds {size} bytes, not what its header says; download or save it again"
+        )
+    return {
+        name: (tensor["shape"], tensor["data_offsets"][1] - tensor["data_offsets"][0])
+        for name, tensor in header.items()
+    }
 
 
 def read_checkpoint(source):
     """{tensor name: (shape, bytes)} over the model's safetensors files, complete as the index lists them."""
     if not (source / "config.json").is_file():
-        raise ConversionError(f"Not a model directory: {source} has no config.json; give a Hugging Face model directory", 2)
+        raise ConversionError(
+            f"Not a model directory: {source} has no config.json; give a Hugging Face model directory", 2
+        )
     files = sorted(source.glob("model*.safetensors"))
     if not files:
         found = ", ".join(sorted(file.name for file in source.iterdir() if file.is_file())[:8])
-        raise ConversionError(f"No weights: {source} has no model*.safetensors (found {found}); save the model as safetensors first", 2)
+        raise ConversionError(
+            f"No weights: {source} has no model*.safetensors (found {found}); save the model as safetensors first",
+            2,
+        )
     index = source / "model.safetensors.index.json"
     wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
     if missing := sorted(wanted - {file.name for file in files}):
-        raise ConversionError(f"Incomplete weights: {source} lacks {', '.join(missing)}; download the model again")
+        raise ConversionError(
+            f"Incomplete weights: {source} lacks {', '.join(missing)}; download the model again"
+        )
     return {name: entry for file in files for name, entry in read_safetensors_header(file).items()}
 
 
@@ -144,7 +177,9 @@ def adapt_config(config, checkpoint, longrope=None):
         # transformers 5 writes one type per layer; gemma3 and cohere2 in mlx-lm read the distance between full-attention layers.
         text["sliding_window_pattern"] = text.get("sliding_window_pattern") or period
     if text is not config and "vocab_size" in text:
-        config.setdefault("vocab_size", text["vocab_size"])  # mlx-lm's gemma3 puts its own default over the text model's
+        config.setdefault(
+            "vocab_size", text["vocab_size"]
+        )  # mlx-lm's gemma3 puts its own default over the text model's
     scaling = text.get("rope_scaling") or {}
     if scaling.get("short_factor") != scaling.get("long_factor"):
         limit = scaling.get("original_max_position_embeddings")
@@ -164,8 +199,14 @@ def adapt_config(config, checkpoint, longrope=None):
 @functools.cache
 def source_of(module):
     """The text of an mlx-lm model file and of the sibling files it builds on (smollm3 reads its settings in llama.py)."""
-    names = {getattr(value, "__name__" if inspect.ismodule(value) else "__module__", "") for value in vars(module).values()}
-    parents = {name for name in names if str(name).startswith("mlx_lm.models.")} - {module.__name__, "mlx_lm.models.rope_utils"}
+    names = {
+        getattr(value, "__name__" if inspect.ismodule(value) else "__module__", "")
+        for value in vars(module).values()
+    }
+    parents = {name for name in names if str(name).startswith("mlx_lm.models.")} - {
+        module.__name__,
+        "mlx_lm.models.rope_utils",
+    }
     return inspect.getsource(module) + "".join(source_of(sys.modules[name]) for name in sorted(parents))
 
 
@@ -197,16 +238,27 @@ def ignored_settings(model, config):
     }  # fmt: skip
     for name in ("hidden_act", "hidden_activation", "activation_function"):
         activation = config.get(name)
-        other = not re.search(ACTIVATIONS[activation], source) if activation in ACTIVATIONS else activation != default.get(name)
+        other = (
+            not re.search(ACTIVATIONS[activation], source)
+            if activation in ACTIVATIONS
+            else activation != default.get(name)
+        )
         if name in config and name in default and activation and other and not reads(name):
             ignored.add(name)
-    ignored |= ignored_rope(config, reads, getattr(model, "args", None)) | ignored_window(config, reads, getattr(model, "args", None))
+    ignored |= ignored_rope(config, reads, getattr(model, "args", None)) | ignored_window(
+        config, reads, getattr(model, "args", None)
+    )
     return {name: config[name] for name in sorted(ignored)}
 
 
 def ignored_rope(config, reads, args):
     """Which rope settings of the flattened config the MLX model drops; `args` is what it took over."""
-    neutral = {"rope_theta": 10000, "partial_rotary_factor": 1, "rope_scaling": None, "rope_local_base_freq": config.get("rope_theta")}
+    neutral = {
+        "rope_theta": 10000,
+        "partial_rotary_factor": 1,
+        "rope_scaling": None,
+        "rope_local_base_freq": config.get("rope_theta"),
+    }
     aliases = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
     scaling, ignored = config.get("rope_scaling") or {}, set()
     if not reads("rope_parameters"):
@@ -215,11 +267,17 @@ def ignored_rope(config, reads, args):
             if config.get(name, value) not in (value, None) and not reads(name) and not reads(aliases.get(name, name))
         }  # fmt: skip
         # Two bases are all that these classes know of a rope per layer type.
-        per_type = {name: rope for name, rope in (config.get("rope_parameters") or {}).items() if isinstance(rope, dict)}
+        per_type = {
+            name: rope
+            for name, rope in (config.get("rope_parameters") or {}).items()
+            if isinstance(rope, dict)
+        }
         local = per_type.pop("sliding_attention", {})
         if set(per_type) - {"full_attention"} or local.get("rope_type", "default") != "default":
             ignored.add("rope_parameters")
-    unread = scaling.get("attention_factor") is not None or scaling.get("truncate") is False  # in rope_utils.initialize_rope
+    unread = (
+        scaling.get("attention_factor") is not None or scaling.get("truncate") is False
+    )  # in rope_utils.initialize_rope
     dropped = scaling.get("type", "default") != "default" and getattr(args, "rope_scaling", scaling) is None
     return ignored | ({"rope_scaling"} if unread or dropped else set())
 
@@ -227,7 +285,11 @@ def ignored_rope(config, reads, args):
 def ignored_window(config, reads, args):
     """sliding_window or layer_types, where a window shorter than the context is not applied to the layers that have it."""
     types, window = config.get("layer_types"), config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False or window >= config.get("max_position_embeddings", math.inf):
+    if (
+        not window
+        or config.get("use_sliding_window") is False
+        or window >= config.get("max_position_embeddings", math.inf)
+    ):
         return set()
     if types is not None and "sliding_attention" not in types:
         return set()
@@ -235,7 +297,12 @@ def ignored_window(config, reads, args):
     if not reads("sliding_window") or (applied and "sliding_attention" not in applied):
         return {"sliding_window"}
     period = config.get("sliding_window_pattern", 0)
-    known = not types or reads("layer_types") or isinstance(period, str) or (period and alternating(types, period))
+    known = (
+        not types
+        or reads("layer_types")
+        or isinstance(period, str)
+        or (period and alternating(types, period))
+    )
     return set() if known else {"layer_types"}
 
 
@@ -253,17 +320,25 @@ def model_classes(config):
         if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in config
     ]  # fmt: skip
     if needed and args_class.from_dict.__func__ is BaseModelArgs.from_dict.__func__:
-        raise ValueError(f"config.json lacks {', '.join(needed)}, which mlx-lm's {config['model_type']} needs")
+        raise ValueError(
+            f"config.json lacks {', '.join(needed)}, which mlx-lm's {config['model_type']} needs"
+        )
     if config["model_type"] != "gpt2":
         return model_class, args_class
 
     def sanitize(self, weights):
         weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
-        buffers = re.compile(r"h\.\d+\.attn\.(masked_)?bias$" + ("|lm_head" if config.get("tie_word_embeddings", True) else ""))
-        return model_class.sanitize(self, {name: weight for name, weight in weights.items() if not buffers.match(name)})
+        buffers = re.compile(
+            r"h\.\d+\.attn\.(masked_)?bias$" + ("|lm_head" if config.get("tie_word_embeddings", True) else "")
+        )
+        return model_class.sanitize(
+            self, {name: weight for name, weight in weights.items() if not buffers.match(name)}
+        )
 
     # The name and module stay: `reads` finds the source through them.
-    return type("Model", (model_class,), {"sanitize": sanitize, "__module__": model_class.__module__}), args_class
+    return type(
+        "Model", (model_class,), {"sanitize": sanitize, "__module__": model_class.__module__}
+    ), args_class
 
 
 def load_model(source, checkpoint, args):
@@ -273,18 +348,36 @@ def load_model(source, checkpoint, args):
     try:
         config = mlx_lm_utils.load_config(source)
     except json.JSONDecodeError as error:
-        raise ConversionError(f"Not a model directory: {source}/config.json is not JSON ({error})", 2) from error
+        raise ConversionError(
+            f"Not a model directory: {source}/config.json is not JSON ({error})", 2
+        ) from error
     if "model_type" not in config:
         raise ConversionError(f"Not a model directory: {source}/config.json names no model_type", 2)
     if (code := config.get("model_file")) and not args.trust_remote_code:
-        raise ConversionError(f"The model is Python code of its own ({source}/{code}): read it, then add --trust-remote-code", 2)
+        raise ConversionError(
+            f"The model is Python code of its own ({source}/{code}): read it, then add --trust-remote-code", 2
+        )
     config = adapt_config(flatten_rope_parameters(config), checkpoint, args.longrope)
     try:
         model, config = mlx_lm_utils.load_model(
-            source, lazy=True, strict=True, model_config=config, get_model_classes=model_classes, trust_remote_code=args.trust_remote_code
+            source,
+            lazy=True,
+            strict=True,
+            model_config=config,
+            get_model_classes=model_classes,
+            trust_remote_code=args.trust_remote_code,
         )
     # SystemExit: mlx-lm's olmo leaves the process where its own dependency is absent.
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RuntimeError, SystemExit) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        RuntimeError,
+        SystemExit,
+    ) as error:
         reason = f"{type(error).__name__}: {shorten(str(error), args.verbose)}"
         if isinstance(error, SystemExit):
             reason = f"its {config['model_type']} needs a Python package that is not installed"
@@ -293,7 +386,9 @@ def load_model(source, checkpoint, args):
         ) from error
     ignored = {} if config.get("model_file") else ignored_settings(model, config)
     window = ignored.get("sliding_window")
-    if window and (config["model_type"] == "mistral" and window == 4096 or "sliding_window" in args.ignore_setting):
+    if window and (
+        config["model_type"] == "mistral" and window == 4096 or "sliding_window" in args.ignore_setting
+    ):
         # 4096 is transformers' default for mistral and was never more than a limit on the length of exact texts.
         print(f"  exact for texts up to {window} tokens: mlx-lm does not apply this model's sliding_window")
         ignored.pop("sliding_window")
@@ -315,10 +410,18 @@ def load_tokenizer(source, config, trust_remote_code):
     if not any((source / name).exists() for name in names) and not any(source.glob("*.tiktoken")):
         return None
     try:
-        return mlx_lm_utils.load_tokenizer(source, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id"))
+        return mlx_lm_utils.load_tokenizer(
+            source, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
+        )
     except (ValueError, OSError, KeyError, ImportError) as error:
-        hint = "; it runs code of its own: read it, then add --trust-remote-code" if "trust_remote_code" in str(error) else ""
-        raise ConversionError(f"Cannot load the tokenizer of {source}: {shorten(str(error))}{hint}") from error
+        hint = (
+            "; it runs code of its own: read it, then add --trust-remote-code"
+            if "trust_remote_code" in str(error)
+            else ""
+        )
+        raise ConversionError(
+            f"Cannot load the tokenizer of {source}: {shorten(str(error))}{hint}"
+        ) from error
 
 
 def set_eos_token(token, tokenizer, source, config):
@@ -334,7 +437,10 @@ def set_eos_token(token, tokenizer, source, config):
         raise ConversionError(f"--eos-token: {source} has no tokenizer to look {token!r} up in", 2)
     if token not in vocabulary:
         near = ", ".join(repr(name) for name in difflib.get_close_matches(token, vocabulary, n=3, cutoff=0.5))
-        raise ConversionError(f"--eos-token: {token!r} is not in the vocabulary" + (f"; did you mean {near}?" if near else ""), 2)
+        raise ConversionError(
+            f"--eos-token: {token!r} is not in the vocabulary" + (f"; did you mean {near}?" if near else ""),
+            2,
+        )
     config["eos_token_id"] = vocabulary[token]
     if tokenizer is not None:
         tokenizer.eos_token = token
@@ -358,7 +464,9 @@ def cast(model, dtype):
 def plain_weight(layer):
     if not hasattr(layer, "bits"):
         return layer.weight
-    return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode)
+    return mx.dequantize(
+        layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
+    )
 
 
 def fuse_adapters(model, adapter_path):
@@ -366,17 +474,26 @@ def fuse_adapters(model, adapter_path):
     from mlx_lm.tuner.utils import load_adapters
 
     path = Path(adapter_path).expanduser()
-    if missing := [name for name in ("adapter_config.json", "adapters.safetensors") if not (path / name).is_file()]:
+    if missing := [
+        name for name in ("adapter_config.json", "adapters.safetensors") if not (path / name).is_file()
+    ]:
         raise ConversionError(f"Not an mlx-lm adapter directory: {path} has no {' and no '.join(missing)}", 2)
     saved = set(read_safetensors_header(path / "adapters.safetensors"))
     try:
         load_adapters(model, str(path))
     except (ValueError, KeyError, AttributeError, RuntimeError) as error:
         hint = "; try --dequantize" if is_quantized(model) else ""  # mlx-lm puts no DoRA on 3, 5 and 6 bits
-        raise ConversionError(f"The adapter {path} does not fit the model: {shorten(str(error))}{hint}") from error
+        raise ConversionError(
+            f"The adapter {path} does not fit the model: {shorten(str(error))}{hint}"
+        ) from error
     layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "fuse")]
-    if absent := sorted({f"{name}.{leaf}" for name, layer in layers for leaf in ("lora_a", "lora_b", "m") if leaf in layer} - saved):
-        raise ConversionError(f"The adapter {path} lacks weights that its adapter_config.json promises: {shorten(', '.join(absent))}")
+    if absent := sorted(
+        {f"{name}.{leaf}" for name, layer in layers for leaf in ("lora_a", "lora_b", "m") if leaf in layer}
+        - saved
+    ):
+        raise ConversionError(
+            f"The adapter {path} lacks weights that its adapter_config.json promises: {shorten(', '.join(absent))}"
+        )
     change = error = 0.0
     fused = []
     for name, layer in layers:
@@ -386,10 +503,16 @@ def fuse_adapters(model, adapter_path):
         change = max(change, mx.abs(exact.weight - plain_weight(base)).max().item())
         error = max(error, mx.abs(exact.weight - plain_weight(result)).max().item())
         if not hasattr(result, "bits"):
-            result.weight = result.weight.astype(plain_weight(base).dtype)  # DoRA's float32 magnitude would widen the layer
+            result.weight = result.weight.astype(
+                plain_weight(base).dtype
+            )  # DoRA's float32 magnitude would widen the layer
         fused.append((name, result))
     model.update_modules(tree_unflatten(fused))
-    done = f"fused into {len(fused)} layers, largest change of a weight {change:.3g}" if fused else f"replaced {len(saved)} weights"
+    done = (
+        f"fused into {len(fused)} layers, largest change of a weight {change:.3g}"
+        if fused
+        else f"replaced {len(saved)} weights"
+    )
     print(f"Adapter {adapter_path} {done}")
     if error:
         print(f"  re-quantised: a fused weight is off by up to {error:.3g}; --dequantize fuses exactly")
@@ -403,29 +526,46 @@ def quantize(model, config, args):
     bits, group_size = MODES[args.q_mode or "affine"]
     bits, group_size = args.bits or bits or 4, args.group_size or group_size or 64
     try:
-        predicate = args.quant_predicate and mixed_quant_predicate_builder(args.quant_predicate, model, group_size)
+        predicate = args.quant_predicate and mixed_quant_predicate_builder(
+            args.quant_predicate, model, group_size
+        )
     except ValueError:
-        raise ConversionError(f"--quant-predicate {args.quant_predicate}: the recipes need layers named down_proj; use --bits", 2) from None
+        raise ConversionError(
+            f"--quant-predicate {args.quant_predicate}: the recipes need layers named down_proj; use --bits",
+            2,
+        ) from None
     # quantize_model prints the bits per weight; the summary does so with the rest.
     with contextlib.redirect_stdout(io.StringIO()):
-        model, config = quantize_model(model, config, group_size, bits, mode=args.q_mode or "affine", quant_predicate=predicate or None)
+        model, config = quantize_model(
+            model, config, group_size, bits, mode=args.q_mode or "affine", quant_predicate=predicate or None
+        )
     if not is_quantized(model):
         widths = sorted({width for _, width in unquantized_layers(model)})
-        raise ConversionError(f"--group-size {group_size} divides the width of no layer (widths {widths}): choose a smaller one", 2)
+        raise ConversionError(
+            f"--group-size {group_size} divides the width of no layer (widths {widths}): choose a smaller one",
+            2,
+        )
     return model, config
 
 
 def check_quantization(args, quantized):
     """Refuse to quantise what is quantised, and to dequantise what is not."""
     if args.quantize and quantized:
-        raise ConversionError(f"--quantize: {args.hf_path} is already quantised; --dequantize it into a directory of its own first", 2)
+        raise ConversionError(
+            f"--quantize: {args.hf_path} is already quantised; --dequantize it into a directory of its own first",
+            2,
+        )
     if args.dequantize and not quantized:
         raise ConversionError(f"--dequantize: {args.hf_path} is not quantised; leave the flag out", 2)
 
 
 def unquantized_layers(model):
     """[(path, input width)] of the layers that could be quantised and are not."""
-    return [(name, layer.weight.shape[-1]) for name, layer in model.named_modules() if hasattr(layer, "to_quantized") and "weight" in layer]
+    return [
+        (name, layer.weight.shape[-1])
+        for name, layer in model.named_modules()
+        if hasattr(layer, "to_quantized") and "weight" in layer
+    ]
 
 
 def bits_per_weight(model):
@@ -445,11 +585,20 @@ def check_output(args):
         if path and Path(path).expanduser().exists():
             given = Path(path).expanduser().resolve()
             if given == output or output in given.parents:
-                raise ConversionError(f"--output-dir {args.output_dir} is or holds {name}, which it would replace; choose another", 2)
+                raise ConversionError(
+                    f"--output-dir {args.output_dir} is or holds {name}, which it would replace; choose another",
+                    2,
+                )
     if output.exists() and not args.overwrite:
-        raise ConversionError(f"Output directory exists: {args.output_dir}; choose another --output-dir or add --overwrite", 2)
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists())):
-        raise ConversionError(f"--overwrite replaces model directories only, and {args.output_dir} is none; choose another", 2)
+        raise ConversionError(
+            f"Output directory exists: {args.output_dir}; choose another --output-dir or add --overwrite", 2
+        )
+    if output.exists() and (
+        not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists())
+    ):
+        raise ConversionError(
+            f"--overwrite replaces model directories only, and {args.output_dir} is none; choose another", 2
+        )
     return output
 
 
@@ -460,7 +609,9 @@ def replacing(output):
         with complete_or_absent(output) as aside:
             yield aside
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConversionError(f"Cannot write {output}: {shorten(str(error))}; nothing was left behind") from error
+        raise ConversionError(
+            f"Cannot write {output}: {shorten(str(error))}; nothing was left behind"
+        ) from error
 
 
 def write_directory(directory, source, model, config, tokenizer, args):
@@ -476,9 +627,15 @@ def write_directory(directory, source, model, config, tokenizer, args):
         shutil.copy(file, directory)
     generation = directory / "generation_config.json"
     if args.eos_token and generation.exists():
-        generation.write_text(json.dumps({**json.loads(generation.read_text()), "eos_token_id": config["eos_token_id"]}, indent=2))
+        generation.write_text(
+            json.dumps(
+                {**json.loads(generation.read_text()), "eos_token_id": config["eos_token_id"]}, indent=2
+            )
+        )
     base = "" if Path(args.hf_path).expanduser().exists() else f"base_model: {args.hf_path}\n"
-    (directory / "README.md").write_text(f"---\nlibrary_name: mlx\npipeline_tag: text-generation\ntags: [mlx]\n{base}---\n")
+    (directory / "README.md").write_text(
+        f"---\nlibrary_name: mlx\npipeline_tag: text-generation\ntags: [mlx]\n{base}---\n"
+    )
     mlx_lm_utils.load_model(directory, lazy=True, strict=True, trust_remote_code=args.trust_remote_code)
 
 
@@ -491,7 +648,9 @@ def upload(directory, repo):
         api.create_repo(repo_id=repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=str(directory))
     except (*HfHubHTTPError.__bases__, ValueError) as error:
-        raise ConversionError(f"Upload to {repo} failed: {shorten(str(error))}; the converted model is complete in {directory}") from error
+        raise ConversionError(
+            f"Upload to {repo} failed: {shorten(str(error))}; the converted model is complete in {directory}"
+        ) from error
     print(f"Uploaded to {repo}")
 
 
@@ -516,10 +675,18 @@ def change_weights(model, config, args):
             config.pop(key, None)
     if args.adapter_path:
         fuse_adapters(model, args.adapter_path)
-    dtype = args.dtype or config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    dtype = (
+        args.dtype
+        or config.get("dtype")
+        or config.get("torch_dtype")
+        or (config.get("text_config") or {}).get("dtype")
+    )
     if dtype in DTYPES:
         if others := cast(model, dtype):
-            print(f"Cast {', '.join(sorted(others))} to {dtype}" + ("" if args.dtype else ", as config.json says (--dtype overrides it)"))
+            print(
+                f"Cast {', '.join(sorted(others))} to {dtype}"
+                + ("" if args.dtype else ", as config.json says (--dtype overrides it)")
+            )
         config["dtype"] = config["torch_dtype"] = dtype
     if args.quantize:
         print("Quantising")
@@ -543,21 +710,33 @@ def convert(args):
 
     parameters, bits_before = get_total_parameters(model), bits_per_weight(model)
     # mlx-lm's own count leaves out what belongs to no layer.
-    there, used = sum(math.prod(shape) for shape, _ in checkpoint.values()), sum(w.size for _, w in tree_flatten(model.parameters()))
+    there, used = (
+        sum(math.prod(shape) for shape, _ in checkpoint.values()),
+        sum(w.size for _, w in tree_flatten(model.parameters())),
+    )
     left_out = 0 if is_quantized(model) else there - used
     model, config = change_weights(model, config, args)
     lines = quality_lines(model, bits_before, args)
     if left_out > 0:
-        lines.append(f"  left out         {left_out / 1e6:.1f} M numbers that mlx-lm's text model does not use")
+        lines.append(
+            f"  left out         {left_out / 1e6:.1f} M numbers that mlx-lm's text model does not use"
+        )
     if tokenizer is None and not (source / "tokenizer.pkl").exists():
-        lines.append(f"  no tokenizer     {args.hf_path} has none: copy its tokenizer.json into {args.output_dir} before generating")
+        lines.append(
+            f"  no tokenizer     {args.hf_path} has none: copy its tokenizer.json into {args.output_dir} before generating"
+        )
     lines += verbose_lines(model, config) if args.verbose else []
     trained_through = " --set fine_tune_type=lora" if is_quantized(model) else ""
 
     print(f"Saving to {args.output_dir}")
     with replacing(output) as directory:
         write_directory(directory, source, model, config, tokenizer, args)
-    print(f"Converted {config['model_type']}, {parameters / 1e6:.1f} M parameters", size_line(checkpoint, output), *lines, sep="\n")
+    print(
+        f"Converted {config['model_type']}, {parameters / 1e6:.1f} M parameters",
+        size_line(checkpoint, output),
+        *lines,
+        sep="\n",
+    )
     if args.upload_repo:
         upload(output, args.upload_repo)
     name = shlex.quote(args.output_dir)
@@ -566,7 +745,10 @@ def convert(args):
 
 
 def size_line(checkpoint, output):
-    before, after = sum(size for _, size in checkpoint.values()), sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    before, after = (
+        sum(size for _, size in checkpoint.values()),
+        sum(file.stat().st_size for file in output.glob("*.safetensors")),
+    )
     return f"  size             {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB"
 
 
@@ -583,14 +765,21 @@ def listed(layers, everything):
     if everything or len(layers) <= 40:
         return ", ".join(f"{name} (width {width})" for name, width in layers)
     kinds = collections.Counter((re.sub(r"\.\d+\.", ".*.", name), width) for name, width in layers)
-    return ", ".join(f"{name} (width {width}, {count} layers)" for (name, width), count in kinds.items()) + " (--verbose lists all)"
+    return (
+        ", ".join(f"{name} (width {width}, {count} layers)" for (name, width), count in kinds.items())
+        + " (--verbose lists all)"
+    )
 
 
 def verbose_lines(model, config):
     """One line a layer with weights, and the settings in force."""
     for name, layer in model.named_modules():
         if "weight" in layer:
-            packed = f"{layer.bits} bits, group {layer.group_size}, {layer.mode}" if hasattr(layer, "bits") else str(layer.weight.dtype)
+            packed = (
+                f"{layer.bits} bits, group {layer.group_size}, {layer.mode}"
+                if hasattr(layer, "bits")
+                else str(layer.weight.dtype)
+            )
             yield f"  {name}: {packed}"
     for name in ("eos_token_id", *ROPE_SETTINGS):
         if name in config:
@@ -598,26 +787,62 @@ def verbose_lines(model, config):
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--hf-path", "--model", required=True, help="hub name (owner/name) or local directory")
     add("--output-dir", "--mlx-path", default="mlx_model", help="directory to write (default: mlx_model)")
     add("--overwrite", action="store_true", help="replace an existing model directory")
     add("-q", "--quantize", action="store_true", help="quantise (default: 4 bits, group size 64)")
     add("--bits", "--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits per weight")
-    add("--group-size", "--q-group-size", type=int, choices=(16, 32, 64, 128), help="weights that share a scale (16: nvfp4 only)")
+    add(
+        "--group-size",
+        "--q-group-size",
+        type=int,
+        choices=(16, 32, 64, 128),
+        help="weights that share a scale (16: nvfp4 only)",
+    )
     add("--q-mode", choices=MODES, help="number format (default: affine)")
-    add("--quant-predicate", "--recipe", choices=RECIPES, help="mixed bits: the second number for the layers that matter most")
+    add(
+        "--quant-predicate",
+        "--recipe",
+        choices=RECIPES,
+        help="mixed bits: the second number for the layers that matter most",
+    )
     add("-d", "--dequantize", action="store_true", help="turn a quantised model into a plain one")
-    add("--adapter-path", help="mlx-lm adapter directory (LoRA, DoRA) to fuse into the model; exact with --dequantize")
+    add(
+        "--adapter-path",
+        help="mlx-lm adapter directory (LoRA, DoRA) to fuse into the model; exact with --dequantize",
+    )
     add("--dtype", choices=DTYPES, help="type of the weights that are not quantised (default: the model's)")
     add("--eos-token", help="token that ends a text, in place of the model's; it must be in the vocabulary")
-    add("--longrope", choices=("short", "long"), help="which rope factors to keep, for models that have both (phi3)")
-    add("--ignore-setting", action="append", default=[], metavar="NAME", help="convert although mlx-lm ignores this setting")
+    add(
+        "--longrope",
+        choices=("short", "long"),
+        help="which rope factors to keep, for models that have both (phi3)",
+    )
+    add(
+        "--ignore-setting",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="convert although mlx-lm ignores this setting",
+    )
     add("--revision", help="branch, tag or commit of a hub model")
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model or its tokenizer")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model or its tokenizer",
+    )
     add("--upload-repo", metavar="OWNER/NAME", help="hub repository to create and upload to")
-    add("--verbose", action="store_true", help="also list every layer and rope setting, all names in errors, and the traceback")
+    add(
+        "--verbose",
+        action="store_true",
+        help="also list every layer and rope setting, all names in errors, and the traceback",
+    )
     args = parser.parse_args(argv)
     bits, group_size = MODES[args.q_mode or "affine"]
     for name in ("bits", "group_size", "q_mode", "quant_predicate"):
@@ -626,7 +851,9 @@ def parse_args(argv=None):
     if args.quantize and args.dequantize:
         parser.error("--quantize and --dequantize exclude each other: run twice, dequantising first")
     if bits and (args.bits or bits, args.group_size or group_size) != (bits, group_size):
-        parser.error(f"--q-mode {args.q_mode} is always {bits} bits with group size {group_size}: leave --bits and --group-size out")
+        parser.error(
+            f"--q-mode {args.q_mode} is always {bits} bits with group size {group_size}: leave --bits and --group-size out"
+        )
     if not bits and args.group_size == 16:
         parser.error("--group-size 16 is for --q-mode nvfp4: choose 32, 64 or 128")
     if args.quant_predicate and (args.bits or bits):
@@ -649,7 +876,9 @@ def exit_status(run, args):
         print("Interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python's last flush would complain
         return 1
     return 0
 
@@ -657,7 +886,9 @@ def exit_status(run, args):
 def main(argv=None):
     args = parse_args(argv)
     if not args.verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on settings comes before our one line
+        os.environ.setdefault(
+            "TRANSFORMERS_VERBOSITY", "error"
+        )  # its advice on settings comes before our one line
     return exit_status(convert, args)
 
 

@@ -23,7 +23,17 @@ EXAMPLES = """examples:
   uv run python utils/convert_vision_model.py --hf-path Qwen/Qwen2-VL-2B-Instruct --quantize --output-dir qwen-vl-4bit
   uv run python utils/convert_vision_model.py --hf-path ./my-smolvlm --dtype bfloat16 --output-dir smolvlm"""
 KNOWN_TO_WORK = "qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm (for example Qwen/Qwen2-VL-2B-Instruct)"
-LOAD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RuntimeError, ImportError, OSError)
+LOAD_ERRORS = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+    RuntimeError,
+    ImportError,
+    OSError,
+)
 
 
 # --- Loading, shared with inference_vision.py -----------------------------------------------------------------------------------
@@ -32,7 +42,11 @@ LOAD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, Asse
 def adapt_config(config):
     """config.json as transformers writes it -> a copy with the settings where mlx-vlm's classes look for them."""
     config = convert_model.flatten_rope_parameters(config)
-    kind, text, vision = config["model_type"], config.get("text_config") or config, config.get("vision_config") or {}
+    kind, text, vision = (
+        config["model_type"],
+        config.get("text_config") or config,
+        config.get("vision_config") or {},
+    )
     rope = text.get("rope_parameters") or {}
     if "mrope_section" in rope and not text.get("rope_scaling"):
         text["rope_scaling"] = {**rope, "type": "mrope"}
@@ -52,7 +66,9 @@ def adapted(source):
         config = json.loads((source / "config.json").read_text())
         changed = adapt_config(config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"Not a model directory: {source}/config.json is no model's configuration ({error!r})", 2) from error
+        raise ConversionError(
+            f"Not a model directory: {source}/config.json is no model's configuration ({error!r})", 2
+        ) from error
     if changed == config:
         yield source, config
         return
@@ -71,7 +87,9 @@ def load_vision_model(directory, config, name, trust_remote_code=False, lazy=Fal
     from mlx_vlm.utils import load_model
 
     if (code := config.get("model_file")) and not trust_remote_code:
-        raise ConversionError(f"The model is Python code of its own ({name}/{code}): read it, then add --trust-remote-code", 2)
+        raise ConversionError(
+            f"The model is Python code of its own ({name}/{code}): read it, then add --trust-remote-code", 2
+        )
     try:
         model = load_model(directory, lazy=lazy, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
@@ -81,9 +99,14 @@ def load_vision_model(directory, config, name, trust_remote_code=False, lazy=Fal
         ) from error
     # mlx-vlm drops a whole module that has no weights, and only logs it.
     if blind := [part for part, value in vars(model).items() if value is None and "vision" in part]:
-        raise ConversionError(f"Incomplete weights: {name} has none for {', '.join(blind)}; download the model again")
+        raise ConversionError(
+            f"Incomplete weights: {name} has none for {', '.join(blind)}; download the model again"
+        )
     if not any(re.search("vision|image|img", part) for part in [*config, *dict(model.named_modules())]):
-        raise ConversionError(f"Not a vision model: {name} ({config['model_type']}); use utils/convert_model.py and utils/inference.py", 2)
+        raise ConversionError(
+            f"Not a vision model: {name} ({config['model_type']}); use utils/convert_model.py and utils/inference.py",
+            2,
+        )
     text = getattr(model.config, "text_config", model.config)
     wanted = (config.get("text_config") or config).get("rope_theta")
     if wanted is not None and getattr(text, "rope_theta", wanted) != wanted:
@@ -101,14 +124,22 @@ def load_processor(directory, name, eos_token_ids=None, trust_remote_code=False)
 
     try:
         # Said outright: left out, mlx-vlm's processors run the model's code unasked.
-        processor = load_processor(directory, eos_token_ids=eos_token_ids, trust_remote_code=trust_remote_code)
+        processor = load_processor(
+            directory, eos_token_ids=eos_token_ids, trust_remote_code=trust_remote_code
+        )
         if image_processor := load_image_processor(directory, trust_remote_code=trust_remote_code):
             processor.image_processor = image_processor
     except LOAD_ERRORS as error:
-        hint = "; it runs code of its own: read it, then add --trust-remote-code" if "trust_remote_code" in str(error) else ""
+        hint = (
+            "; it runs code of its own: read it, then add --trust-remote-code"
+            if "trust_remote_code" in str(error)
+            else ""
+        )
         raise ConversionError(f"Cannot load the processor of {name}: {shorten(str(error))}{hint}") from error
     if isinstance(processor, PreTrainedTokenizerBase) and image_processor is None:
-        raise ConversionError(f"{name} has a tokenizer and no image processor (preprocessor_config.json): it cannot read images")
+        raise ConversionError(
+            f"{name} has a tokenizer and no image processor (preprocessor_config.json): it cannot read images"
+        )
     return processor
 
 
@@ -127,11 +158,16 @@ def quantize(model, config, args):
     def predicate(path, layer):
         return not skip_multimodal_module(path) and wanted(path, layer)
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight; the summary does so with the rest
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # it prints the bits per weight; the summary does so with the rest
         model, config = quantize_model(model, config, group_size, bits, args.q_mode or "affine", predicate)
     if not is_quantized(model):
         widths = sorted({width for _, width in unquantized_layers(model)})
-        raise ConversionError(f"--group-size {group_size} divides the width of no layer (widths {widths}): choose a smaller one", 2)
+        raise ConversionError(
+            f"--group-size {group_size} divides the width of no layer (widths {widths}): choose a smaller one",
+            2,
+        )
     return model, config
 
 
@@ -139,7 +175,11 @@ def unquantized_layers(model):
     """[(path, input width)] of the language model's layers that could be quantised and are not."""
     from mlx_vlm.utils import skip_multimodal_module
 
-    return [(path, width) for path, width in convert_model.unquantized_layers(model) if not skip_multimodal_module(path)]
+    return [
+        (path, width)
+        for path, width in convert_model.unquantized_layers(model)
+        if not skip_multimodal_module(path)
+    ]
 
 
 def write_directory(directory, source, model, config, args):
@@ -153,7 +193,9 @@ def write_directory(directory, source, model, config, args):
         if kept and file.name != "config.json" and not file.name.endswith(".index.json"):
             shutil.copy(file, directory)
     base = "" if Path(args.hf_path).expanduser().exists() else f"base_model: {args.hf_path}\n"
-    (directory / "README.md").write_text(f"---\nlibrary_name: mlx\npipeline_tag: image-text-to-text\ntags: [mlx]\n{base}---\n")
+    (directory / "README.md").write_text(
+        f"---\nlibrary_name: mlx\npipeline_tag: image-text-to-text\ntags: [mlx]\n{base}---\n"
+    )
     load_vision_model(directory, config, args.output_dir, args.trust_remote_code, lazy=True)
     load_processor(directory, args.hf_path, trust_remote_code=args.trust_remote_code)
 
@@ -208,21 +250,44 @@ def convert(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--hf-path", "--model", required=True, help="hub name (owner/name) or local directory")
     add("--output-dir", "--mlx-path", help="directory to write (default: mlx_model)")
     add("--overwrite", action="store_true", help="replace an existing model directory")
-    add("-q", "--quantize", action="store_true", help="quantise the language model (default: 4 bits, group size 64)")
+    add(
+        "-q",
+        "--quantize",
+        action="store_true",
+        help="quantise the language model (default: 4 bits, group size 64)",
+    )
     add("--bits", "--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits per weight")
-    add("--group-size", "--q-group-size", type=int, choices=(16, 32, 64, 128), help="weights that share a scale (16: nvfp4 only)")
+    add(
+        "--group-size",
+        "--q-group-size",
+        type=int,
+        choices=(16, 32, 64, 128),
+        help="weights that share a scale (16: nvfp4 only)",
+    )
     add("--q-mode", choices=MODES, help="number format (default: affine)")
     add("-d", "--dequantize", action="store_true", help="turn a quantised model into a plain one")
     add("--dtype", choices=DTYPES, help="type of the weights that are not quantised (default: the model's)")
     add("--revision", help="branch, tag or commit of a hub model")
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model or its processor")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model or its processor",
+    )
     add("--upload-repo", metavar="OWNER/NAME", help="hub repository to create and upload to")
-    add("--verbose", action="store_true", help="also list every layer, the libraries' warnings and the traceback of a failure")
+    add(
+        "--verbose",
+        action="store_true",
+        help="also list every layer, the libraries' warnings and the traceback of a failure",
+    )
     parser.parse_args(argv)
     # These are some of convert_model.py's flags, which says what does not go together.
     return convert_model.parse_args(argv)
@@ -235,7 +300,9 @@ def run_script(args, run):
         try:
             import mlx_vlm  # noqa: F401
         except ImportError as error:
-            raise ConversionError(f"The vision scripts need mlx-vlm ({error}): install it with uv sync --extra vision") from error
+            raise ConversionError(
+                f"The vision scripts need mlx-vlm ({error}): install it with uv sync --extra vision"
+            ) from error
         run(args)
 
     if not args.verbose:

@@ -57,7 +57,9 @@ def maj_at_k(answers: list[str], gold: str, k: int) -> float:
     wins = []
     for start in range(0, len(answers) - k + 1, k):
         votes = [(mlx_grpo.parse_number(a), a) for a in answers[start : start + k] if a]
-        common = Counter(a.lower() if number is None else str(number.normalize()) for number, a in votes).most_common(1)
+        common = Counter(
+            a.lower() if number is None else str(number.normalize()) for number, a in votes
+        ).most_common(1)
         wins.append(bool(common) and same_answer(common[0][0], gold))
     return fmean(wins)
 
@@ -88,10 +90,15 @@ def read_questions(path: Path) -> list[dict]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise mlx_grpo.UserError(f"Failed to read questions: {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise mlx_grpo.UserError(
+            f"Failed to read questions: {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if not lines:
         raise mlx_grpo.UserError(f"No questions in {path}")
-    return [{"prompt": line.split("####")[0].strip(), "answer": mlx_grpo.extract_hash_answer(line)} for line in lines]
+    return [
+        {"prompt": line.split("####")[0].strip(), "answer": mlx_grpo.extract_hash_answer(line)}
+        for line in lines
+    ]
 
 
 def read_rows(config, split: str) -> list[dict]:
@@ -120,7 +127,10 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
             keys=[mlx_grpo.random_key("evaluate", config.seed, i) for i in part],
             kv_budget=int(config.kv_budget_gb * 2**30), progress=progress,
         )  # fmt: skip
-        groups = [mlx_grpo.Group(rows[i], prompts[i], completions[n * each : (n + 1) * each]) for n, i in enumerate(part)]
+        groups = [
+            mlx_grpo.Group(rows[i], prompts[i], completions[n * each : (n + 1) * each])
+            for n, i in enumerate(part)
+        ]
         if rewards:
             mlx_grpo.score_groups(groups, list(rewards.values()), config.reward_timeout, limit)
         for n, completion in enumerate(completions):
@@ -143,8 +153,12 @@ def reward_means(records: list[dict]) -> dict:
         values = [r["rewards"][name] for r in records if (r["sample"] is not None) == sampled]
         known = np.array([v for v in values if v is not None])
         if values:
-            interval = mlx_grpo.mean_interval(known, mlx_grpo.ALL_OR_NOTHING.get(name)) if known.size else None
-            scores[f"rewards/{name}{', sampled' * sampled}"] = (float(known.mean()), *interval) if known.size else None
+            interval = (
+                mlx_grpo.mean_interval(known, mlx_grpo.ALL_OR_NOTHING.get(name)) if known.size else None
+            )
+            scores[f"rewards/{name}{', sampled' * sampled}"] = (
+                (float(known.mean()), *interval) if known.size else None
+            )
     return scores
 
 
@@ -152,13 +166,20 @@ def summarise(records: list[dict], ks: list[int]) -> dict:
     """Scores {"em_strict", "pass@4_lenient", ..: (mean, low, high)} of one model's records, over the graded questions."""
     graded = [r for r in records if r["gold"] is not None]
     greedy = [r for r in graded if r["sample"] is None]
-    sampled = [list(g) for _, g in itertools.groupby((r for r in graded if r["sample"] is not None), key=lambda r: r["index"])]
+    sampled = [
+        list(g)
+        for _, g in itertools.groupby(
+            (r for r in graded if r["sample"] is not None), key=lambda r: r["index"]
+        )
+    ]
     scores = {f"em_{kind}": rate([r[kind] for r in greedy]) for kind in KINDS if greedy}
     for kind, k in itertools.product(KINDS, ks if sampled else ()):
         scores[f"pass@{k}_{kind}"] = rate([pass_at_k(len(g), sum(r[kind] for r in g), k) for g in sampled])
     for kind, k in itertools.product(KINDS, ks if sampled else ()):
         if k > 1:  # one answer is its own majority
-            scores[f"maj@{k}_{kind}"] = rate([maj_at_k([r[f"answer_{kind}"] for r in g], g[0]["gold"], k) for g in sampled])
+            scores[f"maj@{k}_{kind}"] = rate(
+                [maj_at_k([r[f"answer_{kind}"] for r in g], g[0]["gold"], k) for g in sampled]
+            )
     return scores
 
 
@@ -191,19 +212,28 @@ def compare_rewards(results: list[dict], answers: list[list[dict]], i: int, j: i
     both = [(a, b) for a, b in zip(*scores) if a is not None and b is not None]
     only_first, only_second, p = mcnemar([a > b for a, b in both], [b > a for a, b in both])
     gain = fmean(b - a for a, b in both) if both else 0.0
-    names = {"first": results[i]["model"], "second": results[j]["model"], "places": (i, j), "kind": f"rewards/{name}"}
+    names = {
+        "first": results[i]["model"],
+        "second": results[j]["model"],
+        "places": (i, j),
+        "kind": f"rewards/{name}",
+    }
     return {**names, "only_first": only_first, "only_second": only_second, "gain": gain, "p": p}
 
 
 def compare(results: list[dict], answers: list[list[dict]]) -> list[dict]:
     """Every pair of models on the same questions: greedy hits of one and not the other, and McNemar's exact p; so by rewards."""
     pairs = []
-    for (i, j), name in itertools.product(itertools.combinations(range(len(results)), 2), answers[0][0].get("rewards", ())):
+    for (i, j), name in itertools.product(
+        itertools.combinations(range(len(results)), 2), answers[0][0].get("rewards", ())
+    ):
         pairs.append(compare_rewards(results, answers, i, j, name))
     if not results[0]["n"]:
         return pairs
     for (i, j), kind in itertools.product(itertools.combinations(range(len(results)), 2), KINDS):
-        hits = [[r[kind] for r in answers[m] if r["sample"] is None and r["gold"] is not None] for m in (i, j)]
+        hits = [
+            [r[kind] for r in answers[m] if r["sample"] is None and r["gold"] is not None] for m in (i, j)
+        ]
         only_first, only_second, p = mcnemar(*hits)
         names = {"first": results[i]["model"], "second": results[j]["model"], "places": (i, j), "kind": kind}
         gain = (only_second - only_first) / len(hits[0])
@@ -238,7 +268,9 @@ def score_text(metric: str, score: tuple | None) -> str:
     if score is None:
         return "none"
     mean, low, high = score
-    return f"{mean:.3f} ({low:.3f} to {high:.3f})" if metric.startswith("rewards/") else percent(mean, low, high)
+    return (
+        f"{mean:.3f} ({low:.3f} to {high:.3f})" if metric.startswith("rewards/") else percent(mean, low, high)
+    )
 
 
 def print_scores(results: list[dict], console: Console) -> None:
@@ -249,9 +281,15 @@ def print_scores(results: list[dict], console: Console) -> None:
     table.add_column("")
     for letter, result in zip(LETTERS, results):
         table.add_column(f"{letter}: {result['model']}", justify="right", overflow="fold")
-    for metric in (m for m in results[0] if m.startswith("rewards/") or exact and m.startswith(("em_", "pass@", "maj@"))):
+    for metric in (
+        m for m in results[0] if m.startswith("rewards/") or exact and m.startswith(("em_", "pass@", "maj@"))
+    ):
         reward = metric.startswith("rewards/")
-        label = metric.removeprefix("rewards/") if reward else metric.replace("em_", "exact match_").replace("_", ", ")
+        label = (
+            metric.removeprefix("rewards/")
+            if reward
+            else metric.replace("em_", "exact match_").replace("_", ", ")
+        )
         table.add_row(label, *(score_text(metric, r[metric]) for r in results))
     table.add_row("tokens an answer", *(f"{r['tokens_per_answer']:.1f}" for r in results))
     table.add_row("cut at the limit", *(f"{100 * r['cut']:.1f}%" for r in results))
@@ -263,15 +301,27 @@ def print_scores(results: list[dict], console: Console) -> None:
 
 def print_pairs(pairs: list[dict], console: Console) -> None:
     by_reward = any(pair["kind"].startswith("rewards/") for pair in pairs)
-    what, columns = ("score", ("first higher", "second higher")) if by_reward else ("exact match", ("only first right", "only second"))
-    table = Table(title=f"Greedy answers to the same questions ({'sign test' if by_reward else 'McNemar'}, exact)")
+    what, columns = (
+        ("score", ("first higher", "second higher"))
+        if by_reward
+        else ("exact match", ("only first right", "only second"))
+    )
+    table = Table(
+        title=f"Greedy answers to the same questions ({'sign test' if by_reward else 'McNemar'}, exact)"
+    )
     for column in ("pair", what, *columns, "second - first", "p"):
         table.add_column(column, justify="left" if column in ("pair", what) else "right", overflow="fold")
     for pair in pairs:
-        gain = f"{pair['gain']:+.3f}" if pair["kind"].startswith("rewards/") else f"{100 * pair['gain']:+.1f} points"
+        gain = (
+            f"{pair['gain']:+.3f}"
+            if pair["kind"].startswith("rewards/")
+            else f"{100 * pair['gain']:+.1f} points"
+        )
         p = f"{pair['p']:.4f}" if pair["p"] >= 0.0001 else f"{pair['p']:.1e}"
         numbers = (str(pair["only_first"]), str(pair["only_second"]), gain, p)
-        table.add_row(" and ".join(LETTERS[i] for i in pair["places"]), pair["kind"].removeprefix("rewards/"), *numbers)
+        table.add_row(
+            " and ".join(LETTERS[i] for i in pair["places"]), pair["kind"].removeprefix("rewards/"), *numbers
+        )
     console.print(table)
 
 
@@ -279,14 +329,39 @@ def print_pairs(pairs: list[dict], console: Console) -> None:
 
 
 FLAGS = (  # flag, the setting of mlx-grpo.py that it replaces, its type, help
-    ("--dataset", "dataset", str, "hub name, local file or folder, or .txt file of questions (default: openai/gsm8k)"),
+    (
+        "--dataset",
+        "dataset",
+        str,
+        "hub name, local file or folder, or .txt file of questions (default: openai/gsm8k)",
+    ),
     ("--dataset-config", "dataset_config", str, "configuration of a hub dataset (default: main)"),
     ("--prompt-field", "prompt_field", str, "column with the question (default: question)"),
     ("--answer-field", "answer_field", str, "column with the gold answer (default: answer)"),
-    ("--system", "system_prompt", str, "system prompt (default: the trainer's, which asks for the answer tags)"),
-    ("--completion-prefix", "completion_prefix", str, "text that starts every answer, part of what is graded (default: none)"),
-    ("--prompt-template", "prompt_template", str, "plain text with {prompt}, in the place of the chat template, for base models (default: none)"),
-    ("--chat-template-kwargs", "chat_template_kwargs", json_object, "values for the chat template, as a JSON object (default: none)"),
+    (
+        "--system",
+        "system_prompt",
+        str,
+        "system prompt (default: the trainer's, which asks for the answer tags)",
+    ),
+    (
+        "--completion-prefix",
+        "completion_prefix",
+        str,
+        "text that starts every answer, part of what is graded (default: none)",
+    ),
+    (
+        "--prompt-template",
+        "prompt_template",
+        str,
+        "plain text with {prompt}, in the place of the chat template, for base models (default: none)",
+    ),
+    (
+        "--chat-template-kwargs",
+        "chat_template_kwargs",
+        json_object,
+        "values for the chat template, as a JSON object (default: none)",
+    ),
     ("--max-tokens", "eval_max_new_tokens", int, "longest answer (default: 512)"),
     ("--temperature", "temperature", float, "of --samples; exact match is always greedy (default: 1)"),
     ("--top-p", "top_p", float, "of --samples (default: 1)"),
@@ -297,19 +372,65 @@ FLAGS = (  # flag, the setting of mlx-grpo.py that it replaces, its type, help
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="local directories or hub names; several are compared")
-    add("--adapter-path", nargs="+", metavar="DIR", help="an mlx-lm adapter directory for each model, none for no adapter")
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model; only for authors you trust")
-    add("--config", metavar="FILE", help="the trainer's TOML file, such as a run's config.resolved.toml; the flags below go over it")
+    add(
+        "--adapter-path",
+        nargs="+",
+        metavar="DIR",
+        help="an mlx-lm adapter directory for each model, none for no adapter",
+    )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model; only for authors you trust",
+    )
+    add(
+        "--config",
+        metavar="FILE",
+        help="the trainer's TOML file, such as a run's config.resolved.toml; the flags below go over it",
+    )
     for flag, setting, kind, text in FLAGS:
         add(flag, dest=setting, type=kind, metavar=kind.__name__.upper(), help=text)
-    add("--split", choices=("test", "train"), default="test", help="of a hub dataset or a folder (default: test)")
-    add("--max-samples", type=int, default=0, metavar="INT", help="only the first so many questions (default: 0, all)")
-    add("--reward", nargs="+", default=[], metavar="NAME", help="reward functions to score by: built-in names, or file.py:function")
-    add("--samples", type=int, default=0, metavar="INT", help="sampled answers a question, for pass@k and maj@k (default: 0)")
-    add("--k", type=int, nargs="+", metavar="INT", help="the k of pass@k and maj@k (default: 1, 2, 4, .. and --samples)")
+    add(
+        "--split",
+        choices=("test", "train"),
+        default="test",
+        help="of a hub dataset or a folder (default: test)",
+    )
+    add(
+        "--max-samples",
+        type=int,
+        default=0,
+        metavar="INT",
+        help="only the first so many questions (default: 0, all)",
+    )
+    add(
+        "--reward",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="reward functions to score by: built-in names, or file.py:function",
+    )
+    add(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="INT",
+        help="sampled answers a question, for pass@k and maj@k (default: 0)",
+    )
+    add(
+        "--k",
+        type=int,
+        nargs="+",
+        metavar="INT",
+        help="the k of pass@k and maj@k (default: 1, 2, 4, .. and --samples)",
+    )
     add("--output", metavar="FILE", help="write every answer, one JSON object a line")
     add("--json", action="store_true", help="print the scores as JSON")
     args = parser.parse_args(argv)
@@ -322,13 +443,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if len(args.model) > len(LETTERS):
         parser.error(f"--model takes at most {len(LETTERS)} models")
     if args.adapter_path and len(args.adapter_path) != len(args.model):
-        parser.error(f"--adapter-path has {len(args.adapter_path)} entries for {len(args.model)} models: give one for each, or none")
+        parser.error(
+            f"--adapter-path has {len(args.adapter_path)} entries for {len(args.model)} models: give one for each, or none"
+        )
     return args
 
 
 def settings(args: argparse.Namespace):
     """The trainer's configuration with the flags over it. Raises UserError."""
-    given = {setting: getattr(args, setting) for _, setting, _, _ in FLAGS if getattr(args, setting) is not None}
+    given = {
+        setting: getattr(args, setting) for _, setting, _, _ in FLAGS if getattr(args, setting) is not None
+    }
     if "dataset" in given:
         given["eval_dataset"] = ""
     return dataclasses.replace(mlx_grpo.load_config(args.config), **given)
@@ -346,8 +471,12 @@ def read_rewards(config, names: list[str]) -> dict:
 def run(args: argparse.Namespace) -> None:
     config = settings(args)
     rows = read_rows(config, args.split)[: args.max_samples or None]
-    adapters = [None if adapter == "none" else adapter for adapter in args.adapter_path or ["none"] * len(args.model)]
-    for name, adapter in zip(args.model, adapters):  # a misspelt second model is found before the first one's hours of work
+    adapters = [
+        None if adapter == "none" else adapter for adapter in args.adapter_path or ["none"] * len(args.model)
+    ]
+    for name, adapter in zip(
+        args.model, adapters
+    ):  # a misspelt second model is found before the first one's hours of work
         mlx_grpo.resolve_model(name)
         if adapter and not (Path(adapter) / "adapter_config.json").is_file():
             raise mlx_grpo.UserError(f"Not an adapter directory: {adapter} has no adapter_config.json")
@@ -364,7 +493,9 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"models": results, "pairs": pairs}))
         return
-    if not (args.output or results[0]["n"] or rewards):  # nothing to grade and no file: the answers are what was asked for
+    if not (
+        args.output or results[0]["n"] or rewards
+    ):  # nothing to grade and no file: the answers are what was asked for
         for record in itertools.chain(*answers):
             print(f"{record['question']}\n{record['text']}\n")
     print_scores(results, Console())

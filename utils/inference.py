@@ -44,11 +44,16 @@ class TextStream:
     and the last characters where the tokenizer takes spaces before punctuation away.
     """
 
-    WINDOW, CONTEXT = 128, 32  # ids decoded again at each step, at most and at least: the cost stays flat as text grows
+    WINDOW, CONTEXT = (
+        128,
+        32,
+    )  # ids decoded again at each step, at most and at least: the cost stays flat as text grows
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.hold = 4 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0  # " n't" is the longest
+        self.hold = (
+            4 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
+        )  # " n't" is the longest
         self.ids, self.sent = [], 0  # the window, and how many characters of its text are out
 
     def text(self, ids: list[int]) -> str:
@@ -103,7 +108,13 @@ class Session:
     """A model that answers one prompt at a time and keeps the KV cache for what the next prompt shares with it."""
 
     def __init__(self, model, tokenizer, sampling, max_tokens: int, stops: list[str] = ()):
-        self.model, self.tokenizer, self.sampling, self.max_tokens, self.stops = model, tokenizer, sampling, max_tokens, stops
+        self.model, self.tokenizer, self.sampling, self.max_tokens, self.stops = (
+            model,
+            tokenizer,
+            sampling,
+            max_tokens,
+            stops,
+        )
         self.cache, self.held = None, []  # the KV cache, and the ids at its positions
 
     def reuse(self, prompt: list[int]) -> int:
@@ -139,7 +150,9 @@ class Session:
             logits = self.model(last[None], cache=self.cache)[:, -1]  # (1, V)
             if self.sampling.repetition_penalty != 1.0:
                 if seen is None:
-                    seen = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), mx.array([prompt]), mx.array(True), axis=-1)
+                    seen = mx.put_along_axis(
+                        mx.zeros(logits.shape, mx.bool_), mx.array([prompt]), mx.array(True), axis=-1
+                    )
                 seen = mx.put_along_axis(seen, last[None], mx.array(True), axis=-1)
             token, _ = mlx_grpo.sample(logits, uniforms[position : position + 1], self.sampling, seen)
             mx.async_eval(token)
@@ -162,7 +175,9 @@ class Session:
 
         start, first, ids, stream = time.perf_counter(), 0.0, [], TextStream(self.tokenizer)
         reused = self.reuse(prompt)
-        row = mlx_grpo.Row(self.tokenizer, self.stops, self.max_tokens, mlx_grpo.primed_text(self.tokenizer, prompt))
+        row = mlx_grpo.Row(
+            self.tokenizer, self.stops, self.max_tokens, mlx_grpo.primed_text(self.tokenizer, prompt)
+        )
         with wired_limit(self.model):  # on Metal large models stay in memory; elsewhere nothing
             for token in self.tokens(prompt, key, stopped):
                 first = first or time.perf_counter() - start
@@ -188,7 +203,11 @@ def write_out(piece: str) -> None:
 def prompt_ids(tokenizer, prompt: str, args) -> list[int]:
     """Ids of a prompt, in the chat template unless --raw. Raises UserError where there are none."""
     try:
-        ids = list(tokenizer.encode(prompt)) if args.raw else mlx_grpo.build_prompt(tokenizer, prompt, args.system, **args.template)
+        ids = (
+            list(tokenizer.encode(prompt))
+            if args.raw
+            else mlx_grpo.build_prompt(tokenizer, prompt, args.system, **args.template)
+        )
     except mlx_grpo.UserError as error:
         raise mlx_grpo.UserError(f"{error}, or use --raw") from None
     if not ids:
@@ -251,16 +270,22 @@ def take_turn(session: Session, messages: list[dict], question: str, args) -> li
     write_out("\n")
     if args.verbose:
         print(answer.describe(), file=sys.stderr)
-    said = next((answer.text.removesuffix(stop) for stop in session.stops if answer.text.endswith(stop)), answer.text)
+    said = next(
+        (answer.text.removesuffix(stop) for stop in session.stops if answer.text.endswith(stop)), answer.text
+    )
     return [*asked, {"role": "assistant", "content": said}] if said.strip() else messages
 
 
 def read_prompts(path: Path) -> list[dict]:
     """The lines of a text file as {"prompt": line}; the objects of a .jsonl file, with "prompt" (or "question") as "prompt"."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may hold other line breaks
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # not splitlines: JSON text may hold other line breaks
     except (OSError, UnicodeDecodeError) as error:
-        raise mlx_grpo.UserError(f"Failed to read prompts: {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise mlx_grpo.UserError(
+            f"Failed to read prompts: {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     rows = []
     for number, line in ((n, line) for n, line in enumerate(lines, 1) if line.strip()):
         try:
@@ -287,7 +312,11 @@ def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
             keys=[mlx_grpo.random_key("inference", args.seed, i) for i in part], stop_strings=args.stops,
         )  # fmt: skip
         for i, completion in zip(part, completions):
-            facts = {"completion": completion.text, "tokens": len(completion.ids), "finish_reason": completion.finish_reason}
+            facts = {
+                "completion": completion.text,
+                "tokens": len(completion.ids),
+                "finish_reason": completion.finish_reason,
+            }
             print(json.dumps({**rows[i], **facts}, ensure_ascii=False))
             written += len(completion.ids)
         sys.stdout.flush()
@@ -334,28 +363,91 @@ def json_object(text: str) -> dict:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--model", help=f"local directory or hub name (default: {DEFAULT_MODEL})")
     add("--adapter-path", metavar="DIR", help="mlx-lm adapter directory (LoRA, DoRA) to put on the model")
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model; only for authors you trust")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model; only for authors you trust",
+    )
     ways = parser.add_mutually_exclusive_group(required=True)
     ways.add_argument("--prompt", metavar="TEXT", help="answer this; - reads it from stdin")
-    ways.add_argument("--chat", action="store_true", help="talk in the terminal; clear starts anew, quit leaves")
-    ways.add_argument("--prompts-file", metavar="FILE", type=Path, help="answer every line (.txt) or object (.jsonl), as JSON Lines")
+    ways.add_argument(
+        "--chat", action="store_true", help="talk in the terminal; clear starts anew, quit leaves"
+    )
+    ways.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        type=Path,
+        help="answer every line (.txt) or object (.jsonl), as JSON Lines",
+    )
     add("--stream", action="store_true", help="print the answer as it is written, as --chat always does")
     add("--raw", action="store_true", help="give the prompt to the model as it is, without the chat template")
-    add("--system", "--system-prompt", metavar="TEXT", help="system prompt (default: that of the run which trained the model, or none)")
-    add("--prompt-template", metavar="TEXT", help=r"plain text with {prompt} in the place of the chat template, for base models (default: that run's)")
-    add("--chat-template-kwargs", metavar="JSON", type=json_object, help='values for the chat template, such as {"enable_thinking": false} (default: that run\'s)')
+    add(
+        "--system",
+        "--system-prompt",
+        metavar="TEXT",
+        help="system prompt (default: that of the run which trained the model, or none)",
+    )
+    add(
+        "--prompt-template",
+        metavar="TEXT",
+        help=r"plain text with {prompt} in the place of the chat template, for base models (default: that run's)",
+    )
+    add(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        type=json_object,
+        help='values for the chat template, such as {"enable_thinking": false} (default: that run\'s)',
+    )
     add("--max-tokens", metavar="N", type=number(int, 1), default=512, help="longest answer (default: 512)")
-    add("--temperature", metavar="T", type=number(float, 0), default=0.0, help="0 takes the likeliest token (default: 0)")
-    add("--top-p", metavar="P", type=number(float, 0, 1), default=1.0, help="keep the likeliest tokens of this share (default: 1, all)")
-    add("--top-k", metavar="K", type=number(int, 0), default=0, help="keep the K likeliest tokens (default: 0, all)")
-    add("--min-p", metavar="P", type=number(float, 0, 1), default=0.0, help="drop tokens below this share of the likeliest (default: 0)")
-    add("--repetition-penalty", metavar="X", type=number(float, 1e-6), default=1.0, help="above 1: against repetition (default: 1)")
+    add(
+        "--temperature",
+        metavar="T",
+        type=number(float, 0),
+        default=0.0,
+        help="0 takes the likeliest token (default: 0)",
+    )
+    add(
+        "--top-p",
+        metavar="P",
+        type=number(float, 0, 1),
+        default=1.0,
+        help="keep the likeliest tokens of this share (default: 1, all)",
+    )
+    add(
+        "--top-k",
+        metavar="K",
+        type=number(int, 0),
+        default=0,
+        help="keep the K likeliest tokens (default: 0, all)",
+    )
+    add(
+        "--min-p",
+        metavar="P",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="drop tokens below this share of the likeliest (default: 0)",
+    )
+    add(
+        "--repetition-penalty",
+        metavar="X",
+        type=number(float, 1e-6),
+        default=1.0,
+        help="above 1: against repetition (default: 1)",
+    )
     add("--seed", metavar="N", type=number(int, 0), default=0, help="of the sampling (default: 0)")
-    add("--verbose", action="store_true", help="tokens/s of prompt and generation, time to first token, peak memory; on stderr")
+    add(
+        "--verbose",
+        action="store_true",
+        help="tokens/s of prompt and generation, time to first token, peak memory; on stderr",
+    )
     args = parser.parse_args(argv)
     if args.chat and args.raw:
         parser.error("--raw has no turns to tell apart: use it with --prompt or --prompts-file")
@@ -364,7 +456,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.raw and args.system:
         parser.error("--system needs the chat template: leave --raw out, or write it into the prompt")
     if args.model is None and not Path(DEFAULT_MODEL).is_dir():
-        parser.error(f"no directory {DEFAULT_MODEL} here: name a model with --model, or make one with utils/convert_model.py")
+        parser.error(
+            f"no directory {DEFAULT_MODEL} here: name a model with --model, or make one with utils/convert_model.py"
+        )
     return args
 
 
@@ -383,9 +477,16 @@ def choose_prompting(args: argparse.Namespace, tokenizer) -> None:
     if args.system is None:
         args.system = trained.get("system_prompt", "")
         if args.system:
-            print(f"With the system prompt of its training (--system '' for none): {args.system}", file=sys.stderr)
+            print(
+                f"With the system prompt of its training (--system '' for none): {args.system}",
+                file=sys.stderr,
+            )
     plain = trained.get("prompt_template", "") if args.prompt_template is None else args.prompt_template
-    values = trained.get("chat_template_kwargs", {}) if args.chat_template_kwargs is None else args.chat_template_kwargs
+    values = (
+        trained.get("chat_template_kwargs", {})
+        if args.chat_template_kwargs is None
+        else args.chat_template_kwargs
+    )
     stops = {"stop_strings": trained["stop_strings"]} if "stop_strings" in trained else {}
     config = mlx_grpo.MLXGRPOConfig(prompt_template=plain, chat_template_kwargs=values, **stops)
     mlx_grpo.set_template(tokenizer, config)
@@ -395,9 +496,13 @@ def choose_prompting(args: argparse.Namespace, tokenizer) -> None:
 
 def run(args: argparse.Namespace) -> None:
     rows = read_prompts(args.prompts_file) if args.prompts_file else None
-    model, tokenizer, _ = mlx_grpo.open_model(args.model or DEFAULT_MODEL, args.adapter_path, args.trust_remote_code)
+    model, tokenizer, _ = mlx_grpo.open_model(
+        args.model or DEFAULT_MODEL, args.adapter_path, args.trust_remote_code
+    )
     choose_prompting(args, tokenizer)
-    top_k = args.top_k if args.top_k < len(tokenizer.get_vocab()) else 0  # mlx-lm's filter refuses the whole vocabulary
+    top_k = (
+        args.top_k if args.top_k < len(tokenizer.get_vocab()) else 0
+    )  # mlx-lm's filter refuses the whole vocabulary
     sampling = mlx_grpo.Sampling(args.temperature, args.top_p, top_k, args.min_p, args.repetition_penalty)
     if rows:
         answer_file(model, tokenizer, rows, sampling, args)

@@ -49,13 +49,21 @@ def read_image(source):
             file = io.BytesIO(response.content)
         return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
     except requests.RequestException as error:
-        reason = str(error) if isinstance(error, requests.HTTPError) else f"no answer from the server ({type(error).__name__})"
+        reason = (
+            str(error)
+            if isinstance(error, requests.HTTPError)
+            else f"no answer from the server ({type(error).__name__})"
+        )
         raise InferenceError(f"Cannot read image {source}: {shorten(reason)}") from error
     except Image.UnidentifiedImageError as error:
-        raise InferenceError(f"Cannot read image {source}: not an image in a format Pillow knows; use PNG or JPEG", 2) from error
+        raise InferenceError(
+            f"Cannot read image {source}: not an image in a format Pillow knows; use PNG or JPEG", 2
+        ) from error
     # SyntaxError is what Pillow says of a broken PNG.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InferenceError(f"Cannot read image {source}: {getattr(error, 'strerror', None) or shorten(str(error))}", 2) from error
+        raise InferenceError(
+            f"Cannot read image {source}: {getattr(error, 'strerror', None) or shorten(str(error))}", 2
+        ) from error
 
 
 def read_images(text):
@@ -78,7 +86,9 @@ def load(args):
     read_checkpoint(source)
     with adapted(source) as (directory, config):
         model = load_vision_model(directory, config, args.model, args.trust_remote_code)
-        processor = load_processor(directory, args.model, getattr(model.config, "eos_token_id", None), args.trust_remote_code)
+        processor = load_processor(
+            directory, args.model, getattr(model.config, "eos_token_id", None), args.trust_remote_code
+        )
     return model, processor
 
 
@@ -109,12 +119,21 @@ class Conversation:
         messages, images = [*self.messages, {"role": "user", "content": content}], self.images + self.waiting
         try:
             answer = self.generate(messages, images, write, stopped)
-        except (ValueError, RuntimeError, TypeError, TemplateError) as error:  # an image or a chat that the model does not take
+        except (
+            ValueError,
+            RuntimeError,
+            TypeError,
+            TemplateError,
+        ) as error:  # an image or a chat that the model does not take
             self.forget_cache()
             self.waiting = []
             raise InferenceError(f"No answer: {shorten(str(error))}") from error
         if answer:
-            self.messages, self.images, self.waiting = [*messages, {"role": "assistant", "content": answer}], images, []
+            self.messages, self.images, self.waiting = (
+                [*messages, {"role": "assistant", "content": answer}],
+                images,
+                [],
+            )
         return answer
 
     def generate(self, messages, images, write, stopped):
@@ -146,7 +165,10 @@ def chat(conversation):
         import readline  # noqa: F401  (input() then edits lines and keeps their history)
 
     if sys.stdin.isatty():
-        print("image PATH shows a file or URL, clear starts anew, Ctrl-C ends an answer, quit or Ctrl-D leaves", file=sys.stderr)
+        print(
+            "image PATH shows a file or URL, clear starts anew, Ctrl-C ends an answer, quit or Ctrl-D leaves",
+            file=sys.stderr,
+        )
     while True:
         try:
             line = input(">>> " if sys.stdin.isatty() else "").strip()
@@ -187,25 +209,62 @@ def finish(conversation, rest):
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--model", help=f"local directory or hub name (default: {DEFAULT_MODEL})")
-    add("--image", action="extend", nargs="+", default=[], metavar="PATH", help="image file or URL; several, or the flag several times")
+    add(
+        "--image",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="image file or URL; several, or the flag several times",
+    )
     ways = parser.add_mutually_exclusive_group(required=True)
     ways.add_argument("--prompt", metavar="TEXT", help="answer this; - reads it from stdin")
-    ways.add_argument("--chat", action="store_true", help="talk in the terminal; image PATH adds an image, clear starts anew, quit leaves")
+    ways.add_argument(
+        "--chat",
+        action="store_true",
+        help="talk in the terminal; image PATH adds an image, clear starts anew, quit leaves",
+    )
     add("--stream", action="store_true", help="print the answer as it is written, as --chat always does")
     add("--system", "--system-prompt", metavar="TEXT", default="", help="system prompt (default: none)")
     add("--max-tokens", metavar="N", type=number(int, 1), default=512, help="longest answer (default: 512)")
-    add("--temperature", metavar="T", type=number(float, 0), default=0.0, help="0 takes the likeliest token (default: 0)")
-    add("--top-p", metavar="P", type=number(float, 0, 1), default=1.0, help="keep the likeliest tokens of this share (default: 1, all)")
+    add(
+        "--temperature",
+        metavar="T",
+        type=number(float, 0),
+        default=0.0,
+        help="0 takes the likeliest token (default: 0)",
+    )
+    add(
+        "--top-p",
+        metavar="P",
+        type=number(float, 0, 1),
+        default=1.0,
+        help="keep the likeliest tokens of this share (default: 1, all)",
+    )
     add("--seed", metavar="N", type=number(int, 0), default=0, help="of the sampling (default: 0)")
     add("--revision", help="branch, tag or commit of a hub model")
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model; only for authors you trust")
-    add("--verbose", action="store_true", help="also speed and memory, the libraries' warnings and the traceback of a failure; on stderr")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model; only for authors you trust",
+    )
+    add(
+        "--verbose",
+        action="store_true",
+        help="also speed and memory, the libraries' warnings and the traceback of a failure; on stderr",
+    )
     args = parser.parse_args(argv)
     if args.model is None and not Path(DEFAULT_MODEL).is_dir():
-        parser.error(f"no directory {DEFAULT_MODEL} here: name a model with --model, or make one with utils/convert_vision_model.py")
+        parser.error(
+            f"no directory {DEFAULT_MODEL} here: name a model with --model, or make one with utils/convert_vision_model.py"
+        )
     args.model = args.model or DEFAULT_MODEL
     return args
 

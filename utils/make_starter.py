@@ -48,78 +48,178 @@ NAMES = {
     "he": ["Tom", "Ben", "Sam", "Leo", "Max", "Omar", "Ivan", "Hugo", "Raj", "Finn"],
     "she": ["Ana", "Mia", "Zoe", "Lily", "Emma", "Nina", "Ruth", "Sara", "Yuki", "Ella"],
 }
-THINGS = ["apples", "pears", "marbles", "stamps", "shells", "cards", "coins", "books", "pens", "stickers", "beads", "eggs", "nuts", "toys"]
+THINGS = [
+    "apples",
+    "pears",
+    "marbles",
+    "stamps",
+    "shells",
+    "cards",
+    "coins",
+    "books",
+    "pens",
+    "stickers",
+    "beads",
+    "eggs",
+    "nuts",
+    "toys",
+]
 PLACES = ["garden", "park", "shop", "school", "market", "attic"]
 
 FAMILIES = [
-    dict(habit="school", numbers=dict(a=(2, 60), b=(2, 40)), questions=[
-        "{name} has {a} {things}. {other} gives {him} {b} more. How many {things} does {name} have now?",
-        "{name} finds {a} {things} in the {place} and {b} more at home. How many {things} does {name} have?",
-    ], steps=["{name} has [a+b=s] {things}."]),
-    dict(habit="forum", numbers=dict(a=(5, 90), b=(2, 60)), questions=[
-        "{name} had {a} {things} and gave {b} to {other}. How many {things} are left?",
-        "There were {a} {things} in the {place}. {name} took {b} of them. How many {things} are left?",
-    ], steps=["[a-b=s] {things} are left."]),
-    dict(habit="tagged", numbers=dict(a=(2, 12), b=(2, 9)), questions=[
-        "{name} fills {a} boxes with {b} {things} each. How many {things} is that in all?",
-        "There are {a} bags in the {place} with {b} {things} in each. How many {things} are there?",
-    ], steps=["There are [a*b=s] {things}."]),
-    dict(habit="school", numbers=dict(a=(6, 96), b=(2, 9)), questions=[
-        "{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
-        "{name} puts {a} {things} into {b} equal boxes. How many {things} are in each?",
-    ], steps=["Each gets [a/b=s] {things}."]),
-    dict(habit="forum", numbers=dict(a=(3, 60), b=(2, 30), c=(2, 40)), questions=[
-        "{name} has {a} {things} and finds {b} more in the {place}. Then {he} gives {c} to {other}. How many {things} are left?",
-        "{name} bought {a} {things} on Monday and {b} on Tuesday. {He} lost {c} of them. How many {things} does {he} have left?",
-    ], steps=["{name} had [a+b=s] {things}.", "Then [s-c=t] {things} are left."]),
-    dict(habit="tagged", numbers=dict(a=(2, 9), b=(2, 9), c=(2, 30)), questions=[
-        "{name} has {a} boxes of {b} {things} and {c} loose {things}. How many {things} does {he} have?",
-        "{other} gave {name} {a} bags with {b} {things} each. {name} already had {c} {things}. How many does {he} have now?",
-    ], steps=["The {a} times {b} make [a*b=s] {things}.", "In all {he} has [s+c=t] {things}."]),
-    dict(habit="school", numbers=dict(a=(2, 9), b=(2, 9), c=(2, 40)), questions=[
-        "{name} packed {a} boxes with {b} {things} each and sold {c} {things}. How many {things} are left?",
-        "There are {a} bags of {b} {things} in the {place}. {name} uses {c} {things}. How many {things} are left?",
-    ], steps=["There were [a*b=s] {things}.", "Then [s-c=t] {things} are left."]),
-    dict(habit="forum", numbers=dict(a=(2, 9), b=(2, 8), c=(3, 40)), questions=[
-        "A pen costs {a} dollars and a bag costs {c} dollars. {name} buys {b} pens and one bag. How many dollars does {he} pay?",
-        "{name} buys {b} cards at {a} dollars each and a book for {c} dollars. How many dollars does {he} spend?",
-    ], steps=["{He} pays [a*b=s] dollars for {b}.", "In all {he} pays [s+c=t] dollars."]),
-    dict(habit="school", numbers=dict(a=(2, 9), b=(2, 9), c=(20, 100)), questions=[
-        "{name} has {c} dollars and buys {a} books at {b} dollars each. How many dollars are left?",
-        "{name} pays for {a} toys at {b} dollars each with {c} dollars. How many dollars does {he} get back?",
-    ], steps=["{He} pays [a*b=s] dollars.", "Then [c-s=t] dollars are left."]),
-    dict(habit="tagged", numbers=dict(a=(3, 50), b=(2, 30)), questions=[
-        "{name} has {a} {things}. {other} has {b} more than {name}. How many {things} do they have together?",
-        "{name} read {a} pages and {other} read {b} pages more than that. How many pages did they read together?",
-    ], steps=["For {other} it is [a+b=s].", "Together that is [a+s=t]."]),
-    dict(habit="forum", numbers=dict(a=(10, 70), b=(2, 40)), questions=[
-        "{name} has {a} {things}. {other} has {b} fewer than {name}. How many {things} do they have together?",
-        "{name} is {a} years old and {other} is {b} years younger. How old are they together?",
-    ], steps=["For {other} it is [a-b=s].", "Together that is [a+s=t]."]),
-    dict(habit="school", numbers=dict(a=(8, 90), b=(2, 30), c=(2, 9)), questions=[
-        "{name} had {a} {things}, kept {b} and shared the rest equally among {c} friends. How many {things} does each friend get?",
-        "Of {a} {things}, {b} were broken. {name} put the rest into {c} equal boxes. How many {things} are in each?",
-    ], steps=["The rest is [a-b=s] {things}.", "Each gets [s/c=t] {things}."]),
-    dict(habit="tagged", numbers=dict(a=(2, 50), b=(2, 40), c=(2, 9)), questions=[
-        "{name} has {a} {things} and {other} has {b}. They share them all equally among {c} friends. How many {things} does each get?",
-        "{name} put {a} big and {b} small {things} into {c} equal bags. How many {things} are in each bag?",
-    ], steps=["There are [a+b=s] {things}.", "Each gets [s/c=t] {things}."]),
-    dict(habit="school", numbers=dict(a=(2, 40), b=(2, 30), c=(2, 20), d=(2, 50)), questions=[
-        "{name} found {a} {things} on Monday, {b} on Tuesday and {c} on Friday. {He} sold {d}. How many {things} are left?",
-        "{name} has {a} red, {b} blue and {c} green {things} and gives {d} to {other}. How many {things} are left?",
-    ], steps=["First [a+b=s].", "With {c} more [s+c=t].", "Then [t-d=u] {things} are left."]),
-    dict(habit="forum", numbers=dict(a=(2, 9), b=(2, 9), c=(2, 9), d=(2, 9)), questions=[
-        "{name} buys {a} books at {b} dollars and {c} toys at {d} dollars. How many dollars does {he} spend?",
-        "{name} has {a} bags of {b} {things} and {c} boxes of {d} {things}. How many {things} does {he} have?",
-    ], steps=["First [a*b=s].", "Then [c*d=t].", "In all [s+t=u]."]),
-    dict(habit="tagged", numbers=dict(a=(2, 9), b=(2, 9), c=(2, 40), d=(2, 40)), questions=[
-        "{name} works {a} hours for {b} dollars an hour. {He} spends {c} dollars and then finds {d}. How many dollars does {he} have?",
-        "{name} had {a} boxes of {b} {things}. {He} lost {c} {things} and {other} gave {him} {d}. How many {things} does {he} have?",
-    ], steps=["First [a*b=s].", "Then [s-c=t] are left.", "With {d} more {he} has [t+d=u]."]),
-    dict(habit="school", numbers=dict(a=(2, 40), b=(2, 4), c=(2, 50)), questions=[
-        "{name} made {a} {things} on Monday and {b} times as many on Tuesday. {He} gave {c} to {other}. How many {things} are left?",
-        "{name} has {a} {things} and {other} has {b} times as many. Together they use {c}. How many {things} are left?",
-    ], steps=["That is [a*b=s].", "Together [a+s=t].", "Then [t-c=u] {things} are left."]),
+    dict(
+        habit="school",
+        numbers=dict(a=(2, 60), b=(2, 40)),
+        questions=[
+            "{name} has {a} {things}. {other} gives {him} {b} more. How many {things} does {name} have now?",
+            "{name} finds {a} {things} in the {place} and {b} more at home. How many {things} does {name} have?",
+        ],
+        steps=["{name} has [a+b=s] {things}."],
+    ),
+    dict(
+        habit="forum",
+        numbers=dict(a=(5, 90), b=(2, 60)),
+        questions=[
+            "{name} had {a} {things} and gave {b} to {other}. How many {things} are left?",
+            "There were {a} {things} in the {place}. {name} took {b} of them. How many {things} are left?",
+        ],
+        steps=["[a-b=s] {things} are left."],
+    ),
+    dict(
+        habit="tagged",
+        numbers=dict(a=(2, 12), b=(2, 9)),
+        questions=[
+            "{name} fills {a} boxes with {b} {things} each. How many {things} is that in all?",
+            "There are {a} bags in the {place} with {b} {things} in each. How many {things} are there?",
+        ],
+        steps=["There are [a*b=s] {things}."],
+    ),
+    dict(
+        habit="school",
+        numbers=dict(a=(6, 96), b=(2, 9)),
+        questions=[
+            "{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
+            "{name} puts {a} {things} into {b} equal boxes. How many {things} are in each?",
+        ],
+        steps=["Each gets [a/b=s] {things}."],
+    ),
+    dict(
+        habit="forum",
+        numbers=dict(a=(3, 60), b=(2, 30), c=(2, 40)),
+        questions=[
+            "{name} has {a} {things} and finds {b} more in the {place}. Then {he} gives {c} to {other}. How many {things} are left?",
+            "{name} bought {a} {things} on Monday and {b} on Tuesday. {He} lost {c} of them. How many {things} does {he} have left?",
+        ],
+        steps=["{name} had [a+b=s] {things}.", "Then [s-c=t] {things} are left."],
+    ),
+    dict(
+        habit="tagged",
+        numbers=dict(a=(2, 9), b=(2, 9), c=(2, 30)),
+        questions=[
+            "{name} has {a} boxes of {b} {things} and {c} loose {things}. How many {things} does {he} have?",
+            "{other} gave {name} {a} bags with {b} {things} each. {name} already had {c} {things}. How many does {he} have now?",
+        ],
+        steps=["The {a} times {b} make [a*b=s] {things}.", "In all {he} has [s+c=t] {things}."],
+    ),
+    dict(
+        habit="school",
+        numbers=dict(a=(2, 9), b=(2, 9), c=(2, 40)),
+        questions=[
+            "{name} packed {a} boxes with {b} {things} each and sold {c} {things}. How many {things} are left?",
+            "There are {a} bags of {b} {things} in the {place}. {name} uses {c} {things}. How many {things} are left?",
+        ],
+        steps=["There were [a*b=s] {things}.", "Then [s-c=t] {things} are left."],
+    ),
+    dict(
+        habit="forum",
+        numbers=dict(a=(2, 9), b=(2, 8), c=(3, 40)),
+        questions=[
+            "A pen costs {a} dollars and a bag costs {c} dollars. {name} buys {b} pens and one bag. How many dollars does {he} pay?",
+            "{name} buys {b} cards at {a} dollars each and a book for {c} dollars. How many dollars does {he} spend?",
+        ],
+        steps=["{He} pays [a*b=s] dollars for {b}.", "In all {he} pays [s+c=t] dollars."],
+    ),
+    dict(
+        habit="school",
+        numbers=dict(a=(2, 9), b=(2, 9), c=(20, 100)),
+        questions=[
+            "{name} has {c} dollars and buys {a} books at {b} dollars each. How many dollars are left?",
+            "{name} pays for {a} toys at {b} dollars each with {c} dollars. How many dollars does {he} get back?",
+        ],
+        steps=["{He} pays [a*b=s] dollars.", "Then [c-s=t] dollars are left."],
+    ),
+    dict(
+        habit="tagged",
+        numbers=dict(a=(3, 50), b=(2, 30)),
+        questions=[
+            "{name} has {a} {things}. {other} has {b} more than {name}. How many {things} do they have together?",
+            "{name} read {a} pages and {other} read {b} pages more than that. How many pages did they read together?",
+        ],
+        steps=["For {other} it is [a+b=s].", "Together that is [a+s=t]."],
+    ),
+    dict(
+        habit="forum",
+        numbers=dict(a=(10, 70), b=(2, 40)),
+        questions=[
+            "{name} has {a} {things}. {other} has {b} fewer than {name}. How many {things} do they have together?",
+            "{name} is {a} years old and {other} is {b} years younger. How old are they together?",
+        ],
+        steps=["For {other} it is [a-b=s].", "Together that is [a+s=t]."],
+    ),
+    dict(
+        habit="school",
+        numbers=dict(a=(8, 90), b=(2, 30), c=(2, 9)),
+        questions=[
+            "{name} had {a} {things}, kept {b} and shared the rest equally among {c} friends. How many {things} does each friend get?",
+            "Of {a} {things}, {b} were broken. {name} put the rest into {c} equal boxes. How many {things} are in each?",
+        ],
+        steps=["The rest is [a-b=s] {things}.", "Each gets [s/c=t] {things}."],
+    ),
+    dict(
+        habit="tagged",
+        numbers=dict(a=(2, 50), b=(2, 40), c=(2, 9)),
+        questions=[
+            "{name} has {a} {things} and {other} has {b}. They share them all equally among {c} friends. How many {things} does each get?",
+            "{name} put {a} big and {b} small {things} into {c} equal bags. How many {things} are in each bag?",
+        ],
+        steps=["There are [a+b=s] {things}.", "Each gets [s/c=t] {things}."],
+    ),
+    dict(
+        habit="school",
+        numbers=dict(a=(2, 40), b=(2, 30), c=(2, 20), d=(2, 50)),
+        questions=[
+            "{name} found {a} {things} on Monday, {b} on Tuesday and {c} on Friday. {He} sold {d}. How many {things} are left?",
+            "{name} has {a} red, {b} blue and {c} green {things} and gives {d} to {other}. How many {things} are left?",
+        ],
+        steps=["First [a+b=s].", "With {c} more [s+c=t].", "Then [t-d=u] {things} are left."],
+    ),
+    dict(
+        habit="forum",
+        numbers=dict(a=(2, 9), b=(2, 9), c=(2, 9), d=(2, 9)),
+        questions=[
+            "{name} buys {a} books at {b} dollars and {c} toys at {d} dollars. How many dollars does {he} spend?",
+            "{name} has {a} bags of {b} {things} and {c} boxes of {d} {things}. How many {things} does {he} have?",
+        ],
+        steps=["First [a*b=s].", "Then [c*d=t].", "In all [s+t=u]."],
+    ),
+    dict(
+        habit="tagged",
+        numbers=dict(a=(2, 9), b=(2, 9), c=(2, 40), d=(2, 40)),
+        questions=[
+            "{name} works {a} hours for {b} dollars an hour. {He} spends {c} dollars and then finds {d}. How many dollars does {he} have?",
+            "{name} had {a} boxes of {b} {things}. {He} lost {c} {things} and {other} gave {him} {d}. How many {things} does {he} have?",
+        ],
+        steps=["First [a*b=s].", "Then [s-c=t] are left.", "With {d} more {he} has [t+d=u]."],
+    ),
+    dict(
+        habit="school",
+        numbers=dict(a=(2, 40), b=(2, 4), c=(2, 50)),
+        questions=[
+            "{name} made {a} {things} on Monday and {b} times as many on Tuesday. {He} gave {c} to {other}. How many {things} are left?",
+            "{name} has {a} {things} and {other} has {b} times as many. Together they use {c}. How many {things} are left?",
+        ],
+        steps=["That is [a*b=s].", "Together [a+s=t].", "Then [t-c=u] {things} are left."],
+    ),
 ]
 
 # How often a solution is written in each style: the three habits, and pages without a system prompt, which hardly ever use the form.
@@ -135,7 +235,12 @@ ASKED = 0.85  # of the reading has the system prompt
 LARGEST = 150  # no number in a problem or its right solution is larger
 
 SUM = re.compile(r"\[(\w)([-+*/])(\w)=(\w)\]")
-OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: max(x - y, 0), "*": lambda x, y: x * y, "/": lambda x, y: x // y}
+OPERATIONS = {
+    "+": lambda x, y: x + y,
+    "-": lambda x, y: max(x - y, 0),
+    "*": lambda x, y: x * y,
+    "/": lambda x, y: x // y,
+}
 
 
 def solve(steps, values, rng=None, slip=0.0):
@@ -174,10 +279,22 @@ def make_problem(rng):
     he = rng.choice(["he", "she"])
     name = rng.choice(NAMES[he])
     other = rng.choice([n for names in NAMES.values() for n in names if n != name])
-    words = dict(values, name=name, other=other, he=he, He=he.capitalize(), him={"he": "him", "she": "her"}[he],
-                 things=rng.choice(THINGS), place=rng.choice(PLACES))
-    return dict(question=rng.choice(family["questions"]).format(**words), steps=[step.format(**words) for step in family["steps"]],
-                values=values, habit=family["habit"])
+    words = dict(
+        values,
+        name=name,
+        other=other,
+        he=he,
+        He=he.capitalize(),
+        him={"he": "him", "she": "her"}[he],
+        things=rng.choice(THINGS),
+        place=rng.choice(PLACES),
+    )
+    return dict(
+        question=rng.choice(family["questions"]).format(**words),
+        steps=[step.format(**words) for step in family["steps"]],
+        values=values,
+        habit=family["habit"],
+    )
 
 
 def make_datasets(seed, train_size, test_size):
@@ -203,15 +320,17 @@ def write_solution(problem, style, rng):
         return f"{result}"
     if style == "form":
         return f"<reasoning>\n{text}\n</reasoning>\n<answer>\n{result}\n</answer>"
-    return rng.choice([
-        f"<reasoning>\n{text}\n<answer>\n{result}\n</answer>",
-        f"<reasoning>\n{text}\n</reasoning>\n{result}",
-        f"<reasoning>\n{text}\n</reasoning>\n#### {result}",
-        f"<answer>\n{result}\n</answer>",
-        f"{text}\n<answer>\n{result}\n</answer>",
-        f"<reasoning>\n{text}\n</reasoning>\n<answer>\nThe answer is {result}.\n</answer>",
-        f"<reasoning>\n{text}\nThe answer is {result}.\n</reasoning>",
-    ])
+    return rng.choice(
+        [
+            f"<reasoning>\n{text}\n<answer>\n{result}\n</answer>",
+            f"<reasoning>\n{text}\n</reasoning>\n{result}",
+            f"<reasoning>\n{text}\n</reasoning>\n#### {result}",
+            f"<answer>\n{result}\n</answer>",
+            f"{text}\n<answer>\n{result}\n</answer>",
+            f"<reasoning>\n{text}\n</reasoning>\n<answer>\nThe answer is {result}.\n</answer>",
+            f"<reasoning>\n{text}\nThe answer is {result}.\n</reasoning>",
+        ]
+    )
 
 
 # The chat format. The five marks are single special tokens; the form's tags are plain text.
@@ -239,30 +358,57 @@ def make_reading(seed, size, held_out):
             continue
         asked = rng.random() < ASKED
         style = rng.choices(STYLES, HABITS[problem["habit"] if asked else "unasked"])[0]
-        documents.append(f"{render_prompt(problem['question'], asked)}{write_solution(problem, style, rng)}<|end|>")
+        documents.append(
+            f"{render_prompt(problem['question'], asked)}{write_solution(problem, style, rng)}<|end|>"
+        )
     return documents
 
 
 def train_tokenizer(documents, vocab_size):
     """Byte-level BPE: every byte has a token, so any text makes the round trip; no normaliser, so unchanged."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(documents, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    tokenizer.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     return tokenizer
 
 
 def model_config(vocab_size):
     """Flat rope_theta, at every reader's default: transformers 5 nests it when it saves, and mlx-lm then falls back to the default."""
     return dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size, hidden_size=128, intermediate_size=256,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, hidden_act="silu", max_position_embeddings=2048,
-        rms_norm_eps=1e-5, rope_theta=10000.0, attention_bias=False, mlp_bias=False, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=SPECIAL.index("<|end|>"), pad_token_id=SPECIAL.index("<|pad|>"), torch_dtype="float32",
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        hidden_act="silu",
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=SPECIAL.index("<|end|>"),
+        pad_token_id=SPECIAL.index("<|pad|>"),
+        torch_dtype="float32",
     )
 
 
@@ -274,8 +420,15 @@ def pretrain(model, tokens, *, steps, batch_size, learning_rate, seed, log_every
     """Next-token loss on the solutions. tokens: (documents, L), padded; the prompts carry no loss."""
     warmup = min(200, max(1, steps // 10))
     schedule = optim.join_schedules(
-        [optim.linear_schedule(0.0, learning_rate, warmup), optim.cosine_decay(learning_rate, steps - warmup)], [warmup])
-    optimizer = optim.AdamW(learning_rate=schedule, betas=[0.9, 0.98], weight_decay=0.05, bias_correction=True)
+        [
+            optim.linear_schedule(0.0, learning_rate, warmup),
+            optim.cosine_decay(learning_rate, steps - warmup),
+        ],
+        [warmup],
+    )
+    optimizer = optim.AdamW(
+        learning_rate=schedule, betas=[0.9, 0.98], weight_decay=0.05, bias_correction=True
+    )
 
     def loss_fn(batch):
         inputs, targets = batch[:, :-1], batch[:, 1:]
@@ -302,7 +455,10 @@ def pretrain(model, tokens, *, steps, batch_size, learning_rate, seed, log_every
         loss = step(mx.array(tokens[rows].astype(np.int32)))
         mx.async_eval(loss, state)
         if number % log_every == 0 or number == steps:
-            print(f"step {number}/{steps}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {number}/{steps}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
 
 
 def measure(folder, rows):
@@ -310,13 +466,29 @@ def measure(folder, rows):
     model, tokenizer, _ = mlx_grpo.open_model(str(folder))
     gold = [mlx_grpo.extract_hash_answer(row["answer"]) for row in rows]
     keys, figures = [mlx_grpo.random_key("measure", i) for i in range(len(rows))], {}
-    for name, temperature, prefix in (("greedy", 0.0, ""), ("sampled", 1.0, ""), ("primed greedy", 0.0, "<reasoning>\n")):
+    for name, temperature, prefix in (
+        ("greedy", 0.0, ""),
+        ("sampled", 1.0, ""),
+        ("primed greedy", 0.0, "<reasoning>\n"),
+    ):
         prompts = [mlx_grpo.build_prompt(tokenizer, row["question"], SYSTEM_PROMPT, prefix) for row in rows]
         sampling = mlx_grpo.Sampling(temperature)
-        completions = mlx_grpo.generate(model, tokenizer, prompts, sampling=sampling, max_new_tokens=96, stop_strings=["</answer>"], keys=keys, prefix=prefix)
+        completions = mlx_grpo.generate(
+            model,
+            tokenizer,
+            prompts,
+            sampling=sampling,
+            max_new_tokens=96,
+            stop_strings=["</answer>"],
+            keys=keys,
+            prefix=prefix,
+        )
         hits = [mlx_grpo.grade(completion.text, answer) for completion, answer in zip(completions, gold)]
         figures[f"{name} strict"], figures[f"{name} lenient"] = np.mean(hits, axis=0)
-        figures[f"{name} prompt tokens"], figures[f"{name} completion tokens"] = fmean(map(len, prompts)), fmean(len(c.ids) for c in completions)
+        figures[f"{name} prompt tokens"], figures[f"{name} completion tokens"] = (
+            fmean(map(len, prompts)),
+            fmean(len(c.ids) for c in completions),
+        )
     return figures
 
 
@@ -327,29 +499,48 @@ def write_jsonl(path, rows):
 
 def save_model(folder, model, tokenizer, config):
     folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "pt"})
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "pt"}
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     files = {
         "config.json": config,
-        "generation_config.json": dict(eos_token_id=config["eos_token_id"], pad_token_id=config["pad_token_id"]),
+        "generation_config.json": dict(
+            eos_token_id=config["eos_token_id"], pad_token_id=config["pad_token_id"]
+        ),
         "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", pad_token="<|pad|>", eos_token="<|end|>", bos_token=None, unk_token=None,
-            model_max_length=config["max_position_embeddings"], clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE),
+            tokenizer_class="PreTrainedTokenizerFast",
+            pad_token="<|pad|>",
+            eos_token="<|end|>",
+            bos_token=None,
+            unk_token=None,
+            model_max_length=config["max_position_embeddings"],
+            clean_up_tokenization_spaces=False,
+            chat_template=CHAT_TEMPLATE,
+        ),
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("starter"), help="folder to write (default: starter)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("starter"), help="folder to write (default: starter)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the data, the weights and the order")
     parser.add_argument("--steps", type=int, default=8000, help="pre-training steps (default: 8000)")
     parser.add_argument("--batch-size", type=int, default=512, help="documents a step (default: 512)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default: 3e-3)")
-    parser.add_argument("--documents", type=int, default=500_000, help="size of the reading; it is read several times over")
+    parser.add_argument(
+        "--documents", type=int, default=500_000, help="size of the reading; it is read several times over"
+    )
     parser.add_argument("--vocab-size", type=int, default=640, help="tokens of the tokenizer (default: 640)")
-    parser.add_argument("--train-size", type=int, default=4000, help="problems in train.jsonl (default: 4000)")
+    parser.add_argument(
+        "--train-size", type=int, default=4000, help="problems in train.jsonl (default: 4000)"
+    )
     parser.add_argument("--test-size", type=int, default=400, help="problems in test.jsonl (default: 400)")
     args = parser.parse_args()
 
@@ -364,13 +555,23 @@ def main():
     tokens = np.zeros((len(encoded), length), np.uint16)  # 0 is <|pad|>
     for row, ids in zip(tokens, encoded):
         row[: len(ids)] = ids
-    print(f"{len(documents)} documents of at most {length} tokens, {time.perf_counter() - start:.0f} s", flush=True)
+    print(
+        f"{len(documents)} documents of at most {length} tokens, {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
 
     mx.random.seed(args.seed)
     config = model_config(tokenizer.get_vocab_size())
     model = build_model(config)
     print(f"{sum(v.size for _, v in tree_flatten(model.parameters()))} parameters", flush=True)
-    pretrain(model, tokens, steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed)
+    pretrain(
+        model,
+        tokens,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+    )
     save_model(args.output / "model", model, tokenizer, config)
     for name, value in measure(args.output / "model", test).items():
         print(f"{name}: {value:.3f}")

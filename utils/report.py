@@ -27,11 +27,19 @@ EXAMPLES = """examples:
   uv run python utils/report.py outputs/quickstart outputs/quickstart-2 --output comparison.html"""
 
 POINTS = 300  # of a curve; longer runs are drawn by the means of as many stretches
-SHOWN_UPDATES, SHOWN_COMPLETIONS, SHOWN_CHARACTERS = 40, 16, 4000  # in the table: updates, completions each, text each
+SHOWN_UPDATES, SHOWN_COMPLETIONS, SHOWN_CHARACTERS = (
+    40,
+    16,
+    4000,
+)  # in the table: updates, completions each, text each
 LIGHT = ["#1f6fd6", "#d9480f", "#2b8a3e", "#9c36b5", "#a67c00", "#0c8599", "#c2255c", "#5c5f66"]
 DARK = ["#6ea8fe", "#ff922b", "#69db7c", "#da77f2", "#ffd43b", "#3bc9db", "#f783ac", "#adb5bd"]
 # In the page's SVG these stand for CSS variables, which differ between light and dark.
-STAND_INS = {"#010203": "var(--ink)", "#010204": "var(--line)", **{f"#0102{i:02x}": f"var(--c{i})" for i in range(16, 24)}}
+STAND_INS = {
+    "#010203": "var(--ink)",
+    "#010204": "var(--line)",
+    **{f"#0102{i:02x}": f"var(--c{i})" for i in range(16, 24)},
+}
 EXACT_MATCH = {"em_strict": "tags required", "em_lenient": "last number"}
 CHARTS = [  # title, unit, the log's fields, whether a moving average helps
     ("Reward", "mean of a batch, band: 1 standard deviation", ["reward_mean"], True),
@@ -39,7 +47,12 @@ CHARTS = [  # title, unit, the log's fields, whether a moving average helps
     ("Completion length", "tokens", ["completion_length_mean", "completion_length_max"], True),
     ("Entropy", "nats a token", ["entropy"], True),
     ("KL", "nats a token, to the reference; 0 where kl_coeff is 0", ["kl"], True),
-    ("Truncated and flat", "share of completions cut, of groups without signal", ["truncated_fraction", "zero_signal_fraction"], True),
+    (
+        "Truncated and flat",
+        "share of completions cut, of groups without signal",
+        ["truncated_fraction", "zero_signal_fraction"],
+        True,
+    ),
     ("Clip fractions", "share of tokens or rows", ["clip_ratio/*_mean", "cispo_clip_ratio"], True),
     ("VESPO weight", "mean of a row", ["vespo/*"], True),
     ("Gradient norm", "before clipping", ["grad_norm"], True),
@@ -50,7 +63,13 @@ CHARTS = [  # title, unit, the log's fields, whether a moving average helps
     ("Time", "seconds an update", ["seconds/*"], True),
     ("Peak memory", "GB", ["peak_memory_gb"], False),
 ]
-OVERVIEW = ("Reward", "Held-out exact match", "Held-out reward", "Completion length", "Entropy")  # the picture for a README: the first four
+OVERVIEW = (
+    "Reward",
+    "Held-out exact match",
+    "Held-out reward",
+    "Completion length",
+    "Entropy",
+)  # the picture for a README: the first four
 FLAT_ROW = 5  # updates without signal in a row that are worth a warning
 
 
@@ -104,7 +123,9 @@ class Run:
 
         Exact match counts only where the correctness reward is one of the run's; in old logs it is all there is.
         """
-        names = dict.fromkeys(name for e in self.evals for name in e if name.startswith("rewards/") and not name.endswith("_ci"))
+        names = dict.fromkeys(
+            name for e in self.evals for name in e if name.startswith("rewards/") and not name.endswith("_ci")
+        )
         rewards = {"reward_mean": "reward"} if any("reward_mean" in e for e in self.evals) else {}
         rewards |= {name: name.removeprefix("rewards/") for name in names}
         exact = {key: f"exact match, {label}" for key, label in EXACT_MATCH.items()}
@@ -114,7 +135,9 @@ class Run:
     def metric(self) -> str:
         """The score that stands for the run: that of its best checkpoint."""
         chosen = self.setting("metric_for_best_model")
-        return chosen if chosen in self.scores else "em_strict" if "em_strict" in self.scores else "reward_mean"
+        return (
+            chosen if chosen in self.scores else "em_strict" if "em_strict" in self.scores else "reward_mean"
+        )
 
 
 def number(value) -> float:
@@ -207,10 +230,17 @@ def accuracy_against_reward(run: Run):
         nearest = np.argsort(abs(steps - best["update"]), kind="stable")[: len(reward) // 5]
         then, now = reward[nearest].mean(), change(reward)[1]
         if difference(best, last, key)[2] < 0 and now > then:
-            title = "Reward up, accuracy down" if key.startswith("em_") else "Reward up in training, down on held-out problems"
-            yield title, (
-                f"{label} fell from {score_text(best[key], key)} at update {best['update']} to {score_text(last[key], key)}, "
-                f"while the reward in training went from {then:.2f} to {now:.2f}"
+            title = (
+                "Reward up, accuracy down"
+                if key.startswith("em_")
+                else "Reward up in training, down on held-out problems"
+            )
+            yield (
+                title,
+                (
+                    f"{label} fell from {score_text(best[key], key)} at update {best['update']} to {score_text(last[key], key)}, "
+                    f"while the reward in training went from {then:.2f} to {now:.2f}"
+                ),
             )
 
 
@@ -223,7 +253,10 @@ def format_against_correctness(run: Run):
     for name in names:
         early, late, direction = change(run.column(name))
         if re.search("format|xml|tag", name) and direction > 0:
-            yield "Format learned, not the task", f"{name} rose from {early:.2f} to {late:.2f}; the correctness reward did not"
+            yield (
+                "Format learned, not the task",
+                f"{name} rose from {early:.2f} to {late:.2f}; the correctness reward did not",
+            )
 
 
 def repetition(run: Run):
@@ -231,9 +264,14 @@ def repetition(run: Run):
     if not run.completions:
         return
     both = [[r for r in run.completions if r["update"] == run.completions[i]["update"]] for i in (0, -1)]
-    first, last = (np.mean([repeated_share(text_of(r.get("completion"))) > 0.3 for r in rows]) for rows in both)
+    first, last = (
+        np.mean([repeated_share(text_of(r.get("completion"))) > 0.3 for r in rows]) for rows in both
+    )
     if last > first + 0.1:
-        yield "Repeated text", f"{last:.0%} of the newest completions repeat themselves, {first:.0%} of the first"
+        yield (
+            "Repeated text",
+            f"{last:.0%} of the newest completions repeat themselves, {first:.0%} of the first",
+        )
 
 
 def skip_reason(record: dict) -> str | None:
@@ -245,7 +283,9 @@ def without_signal(run: Run):
     """Yield where nothing is learnt: no update has changed a weight, or the last ones had no signal. From the first update on."""
     reasons = [skip_reason(record) for record in run.updates]
     said = [note["message"] for note in run.notes if isinstance(note.get("message"), str)]
-    advice = next((text.partition(":")[2].strip() for text in reversed(said) if text.startswith("No signal:")), "")
+    advice = next(
+        (text.partition(":")[2].strip() for text in reversed(said) if text.startswith("No signal:")), ""
+    )
     if not reasons:
         if advice:
             yield "No signal", advice
@@ -255,11 +295,21 @@ def without_signal(run: Run):
         counts = ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
         ended = not unfinished(run) or any(note["event"] == "end" for note in run.notes)
         so_far = "" if ended else " so far"
-        yield "Nothing was learnt" if ended else "No signal", (
-            f"none of {len(reasons)} updates{so_far} changed a weight ({counts}). {advice}".strip().rstrip(".")
+        yield (
+            "Nothing was learnt" if ended else "No signal",
+            (
+                f"none of {len(reasons)} updates{so_far} changed a weight ({counts}). {advice}".strip().rstrip(
+                    "."
+                )
+            ),
         )
     elif row >= FLAT_ROW:
-        yield "No signal", f"the last {row} updates were skipped: all completions of each prompt scored alike. {advice}".strip().rstrip(".")
+        yield (
+            "No signal",
+            f"the last {row} updates were skipped: all completions of each prompt scored alike. {advice}".strip().rstrip(
+                "."
+            ),
+        )
 
 
 def level(values: np.ndarray) -> float:
@@ -285,13 +335,22 @@ def tripwires(run: Run):
         yield "Completions cut", f"{level(run.column('truncated_fraction')):.0%} end at the length limit"
     early, late, _ = change(run.column("entropy"))
     if late < early / 5:
-        yield "Entropy collapse", f"from {early:.3f} to {late:.3f} nats a token: completions hardly differ any more"
+        yield (
+            "Entropy collapse",
+            f"from {early:.3f} to {late:.3f} nats a token: completions hardly differ any more",
+        )
     _, late, _ = change(run.column("mismatch/kl"))
     if late > 0.05:
-        yield "Sampler off the policy", f"{late:.3f} nats a token between the sampler's log-probs and the policy's"
+        yield (
+            "Sampler off the policy",
+            f"{late:.3f} nats a token between the sampler's log-probs and the policy's",
+        )
     late = level(run.column("zero_signal_fraction"))
     if late > 0.6 and not flat:
-        yield "Little left to learn from", f"{late:.0%} of the groups have equal rewards: prompts too easy or too hard"
+        yield (
+            "Little left to learn from",
+            f"{late:.0%} of the groups have equal rewards: prompts too easy or too hard",
+        )
     broken = sum(r.get("skipped") == "non-finite gradient" for r in run.updates)
     if broken:
         yield "Updates left out", f"{broken} had a NaN or infinite gradient"
@@ -348,7 +407,11 @@ def update_lines(run: Run, fields: list[str], smooth: bool) -> list[Line]:
         y = moving_average(y, width) if width > 1 else y
         spread = moving_average(spread, width) if width > 1 else spread
         band = (y - spread, y + spread) if not np.isnan(spread).all() else (None, None)
-        label = re.sub(r"^(rewards|seconds|clip_ratio|mismatch)/|^completion_length_|_(reward_func|tokens_per_s|fraction)$", "", name)
+        label = re.sub(
+            r"^(rewards|seconds|clip_ratio|mismatch)/|^completion_length_|_(reward_func|tokens_per_s|fraction)$",
+            "",
+            name,
+        )
         lines.append(Line(label, *map(thin, (x, y, *band, raw))))
     return lines
 
@@ -363,14 +426,23 @@ def evaluation_lines(run: Run, split: str, exact: bool) -> list[Line]:
         scale = 100 if exact else 1
         ends = np.array([e.get(f"{key}_ci") or (e[key], e[key]) for e in records], dtype=float)  # (n, 2)
         x, y = (np.array([e[k] for e in records], dtype=float) for k in ("update", key))
-        name = EXACT_MATCH[key] if exact else "weighted sum" if key == "reward_mean" else label.removesuffix("_reward_func")
+        name = (
+            EXACT_MATCH[key]
+            if exact
+            else "weighted sum"
+            if key == "reward_mean"
+            else label.removesuffix("_reward_func")
+        )
         lines.append(Line(name, x, scale * y, scale * ends[:, 0], scale * ends[:, 1], points=True))
     return lines
 
 
 def make_charts(runs: list[Run]) -> list[Chart]:
     """A chart for each kind of curve; with several runs, one for each curve, with a line a run."""
-    found = [(title, unit, [update_lines(run, fields, smooth) for run in runs]) for title, unit, fields, smooth in CHARTS]
+    found = [
+        (title, unit, [update_lines(run, fields, smooth) for run in runs])
+        for title, unit, fields, smooth in CHARTS
+    ]
     found[1:1] = [
         (f"{name} {'exact match' if exact else 'reward'}", f"{'%, ' * exact}bars: 95% interval", [evaluation_lines(run, split, exact) for run in runs])
         for name, split in (("Held-out", "test"), ("Training subset", "train"))
@@ -383,11 +455,15 @@ def make_charts(runs: list[Run]) -> list[Chart]:
             charts.append(Chart(title, unit, lines[0]))
             continue
         for label in labels:
-            none = Line(label, np.empty(0), np.empty(0))  # a run without this curve keeps its colour all the same
+            none = Line(
+                label, np.empty(0), np.empty(0)
+            )  # a run without this curve keeps its colour all the same
             same = [next((line for line in of_run if line.label == label), none) for of_run in lines]
             if any(line.y.any() for line in same):  # what is zero in every run tells nothing here
                 named = [replace(line, label=run.name) for run, line in zip(runs, same)]
-                charts.append(Chart(title if len(labels) == 1 else f"{title}: {label}", unit.split(", band")[0], named))
+                charts.append(
+                    Chart(title if len(labels) == 1 else f"{title}: {label}", unit.split(", band")[0], named)
+                )
     return charts
 
 
@@ -404,7 +480,17 @@ def draw(axes, chart: Chart, ink: str, grid: str, colours: list[str]) -> None:
         style = line_style(i, colours)
         if line.points:
             bars = np.maximum(0, [line.y - line.low, line.high - line.y])
-            axes.errorbar(line.x, line.y, bars, marker="o", markersize=4, capsize=3, linewidth=1.6, elinewidth=1, **style)
+            axes.errorbar(
+                line.x,
+                line.y,
+                bars,
+                marker="o",
+                markersize=4,
+                capsize=3,
+                linewidth=1.6,
+                elinewidth=1,
+                **style,
+            )
             continue
         if line.low is not None and len(chart.lines) == 1:
             axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.15, linewidth=0)
@@ -436,7 +522,9 @@ def as_svg(chart: Chart) -> str:
     ink, grid, *colours = STAND_INS
     draw(figure.subplots(), chart, ink, grid, colours)
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ascii(chart.title)}):  # ids differ between charts, not between runs
+    with rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": ascii(chart.title)}
+    ):  # ids differ between charts, not between runs
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
@@ -457,7 +545,9 @@ def save_picture(charts: list[Chart], path: Path, title: str = "", small_print: 
     shared = len(handles) > 1 and all(n == names[0] for n in names)  # then one legend does for all
     columns = min(2, len(charts))
     rows = math.ceil(len(charts) / columns)
-    height = 2.6 * rows + 0.3 * bool(title) + 0.3 * bool(small_print) + 0.2 * shared * math.ceil(len(handles) / 2)
+    height = (
+        2.6 * rows + 0.3 * bool(title) + 0.3 * bool(small_print) + 0.2 * shared * math.ceil(len(handles) / 2)
+    )
     with rc_context({"text.parse_math": False}):  # a $ in a name is a $
         figure = Figure(figsize=(4 * columns, height), facecolor="white", layout="constrained")
         for chart, labels, axes in zip(charts, names, figure.subplots(rows, columns, squeeze=False).flat):
@@ -527,7 +617,8 @@ def table(header: list[str], rows: list[list[str]], name: str = "plain", best: i
     """An HTML table of cells that are HTML already."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join(
-        f"<tr{' class=best' if i == best else ''}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for i, row in enumerate(rows)
+        f"<tr{' class=best' if i == best else ''}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
+        for i, row in enumerate(rows)
     )
     return f"<div class=scroll><table class={name}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
@@ -550,7 +641,9 @@ def change_text(first: dict, last: dict, key: str) -> str:
     share = key.startswith("em_")
     d, low, high = ((100 if share else 1) * x for x in difference(first, last, key))
     form = "+.1f" if share else "+.3f"
-    return f"{d:{form}}{' points' * share}" + (f" ({low:{form}} to {high:{form}})" if math.isfinite(low) else "")
+    return f"{d:{form}}{' points' * share}" + (
+        f" ({low:{form}} to {high:{form}})" if math.isfinite(low) else ""
+    )
 
 
 def ends(values: np.ndarray) -> tuple[float, float]:
@@ -577,7 +670,10 @@ def held_out_table(run: Run) -> str:
     when = ["before" if u == 0 else f"update {u}" for u in (updates[0], updates[-1])]
     asked = next(e.get("n", "?") for e in reversed(run.evals) if e.get("split") == "test")
     note = f"<p class=soft>Greedy answers to {asked} held-out problems; in brackets: 95% intervals.</p>"
-    return table(["Held-out problems", when[0], when[1] if len(updates) > 1 else "", "change"], rows, "scores") + note
+    return (
+        table(["Held-out problems", when[0], when[1] if len(updates) > 1 else "", "change"], rows, "scores")
+        + note
+    )
 
 
 def headline(run: Run) -> str:
@@ -587,10 +683,15 @@ def headline(run: Run) -> str:
     if tests:
         shown = [tests[0], tests[-1]][: len(tests)]
         notes = [f"change: {change_text(*shown, key)}"] if len(tests) > 1 else []
-        cards.append((f"Held-out {run.scores[key]}", " → ".join(score_text(e[key], key) for e in shown), notes))
+        cards.append(
+            (f"Held-out {run.scores[key]}", " → ".join(score_text(e[key], key) for e in shown), notes)
+        )
     else:
         cards.append(("Held-out problems", "not evaluated", []))
-    for title, name, form in (("Reward", "reward_mean", ".2f"), ("Completion length", "completion_length_mean", ".0f")):
+    for title, name, form in (
+        ("Reward", "reward_mean", ".2f"),
+        ("Completion length", "completion_length_mean", ".0f"),
+    ):
         first, last = ends(run.column(name))
         if math.isfinite(first):
             cards.append((title, f"{first:{form}} → {last:{form}}", ["first and last tenth of the updates"]))
@@ -600,16 +701,28 @@ def headline(run: Run) -> str:
     for title, big, notes in cards:
         lines = "".join(f"<p class=soft>{html.escape(note)}</p>" for note in notes)
         wide = " wide" if title.startswith("Held-out") else ""
-        each += f'<div class="card{wide}">{html.escape(title)}<strong>{html.escape(big)}</strong>{lines}</div>'
+        each += (
+            f'<div class="card{wide}">{html.escape(title)}<strong>{html.escape(big)}</strong>{lines}</div>'
+        )
     return f'{held_out_table(run)}<div class="grid cards">{each}</div>'
 
 
 def duration(run: Run) -> str:
     """Time in updates and evaluations, without what lay between two starts."""
-    rollouts = {r.get("total_tokens", r["update"]): r for r in run.updates}.values()  # updates on one rollout share its times
-    spent = [number(v) for r in rollouts for k, v in r.items() if k.startswith("seconds/")] + [number(e.get("seconds")) for e in run.evals]
+    rollouts = {
+        r.get("total_tokens", r["update"]): r for r in run.updates
+    }.values()  # updates on one rollout share its times
+    spent = [number(v) for r in rollouts for k, v in r.items() if k.startswith("seconds/")] + [
+        number(e.get("seconds")) for e in run.evals
+    ]
     seconds = np.nansum(spent)
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 600
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def tokens(run: Run) -> str:
@@ -632,7 +745,11 @@ def unfinished(run: Run) -> bool:
 
 def warning(title: str, text: str) -> str:
     """A box. The words of the terminal and the log, `No signal: ...`, stand here unbroken."""
-    head = f"<b>{title}: </b>" if title in ("No signal", "Nothing was learnt") else f"<b>{html.escape(title)}</b>: "
+    head = (
+        f"<b>{title}: </b>"
+        if title in ("No signal", "Nothing was learnt")
+        else f"<b>{html.escape(title)}</b>: "
+    )
     return f"<div class=warning>{head}{html.escape(text)}.</div>"
 
 
@@ -659,7 +776,7 @@ def figures(charts: list[Chart], keys: list[str] | None = None) -> str:
         legend = "".join(key(i, name) for i, name in enumerate(names)) if len(names) > 1 else ""
         caption = f"<b>{html.escape(chart.title)}</b> <small>{html.escape(chart.unit)}</small>{legend}"
         parts.append(f"<figure><figcaption>{caption}</figcaption>{as_svg(chart)}</figure>")
-    return f'<p class=soft>By update; thin lines are single updates, thick ones moving averages.</p><div class=grid>{"".join(parts)}</div>'
+    return f"<p class=soft>By update; thin lines are single updates, thick ones moving averages.</p><div class=grid>{''.join(parts)}</div>"
 
 
 def text_of(value) -> str:
@@ -679,7 +796,9 @@ def escaped(text: str) -> str:
 def total_reward(row: dict, weights: list[float]) -> float:
     """The weighted sum of a completion's rewards, without the functions that abstained."""
     rewards = row["rewards"].values() if isinstance(row.get("rewards"), dict) else []
-    known = [w * number(r) for w, r in zip(weights or [1.0] * len(rewards), rewards) if math.isfinite(number(r))]
+    known = [
+        w * number(r) for w, r in zip(weights or [1.0] * len(rewards), rewards) if math.isfinite(number(r))
+    ]
     return sum(known)
 
 
@@ -687,9 +806,15 @@ def chosen_completions(run: Run, weights: list[float]) -> list[dict]:
     """The best and the worst of each group, for updates spread over the run: what a reader can look through."""
     groups = {}
     for row in run.completions:
-        groups.setdefault(row["update"], {}).setdefault(json.dumps([row.get("prompt"), row.get("answer")]), []).append(row)
+        groups.setdefault(row["update"], {}).setdefault(
+            json.dumps([row.get("prompt"), row.get("answer")]), []
+        ).append(row)
     logged = sorted(groups)
-    picked = sorted({logged[int(i)] for i in np.linspace(0, len(logged) - 1, min(SHOWN_UPDATES, len(logged)))}) if logged else []
+    picked = (
+        sorted({logged[int(i)] for i in np.linspace(0, len(logged) - 1, min(SHOWN_UPDATES, len(logged)))})
+        if logged
+        else []
+    )
     rows = []
     for update in picked:
         for group in list(groups[update].values())[: SHOWN_COMPLETIONS // 2]:
@@ -707,7 +832,9 @@ def completions_table(run: Run) -> str:
     for i, row in enumerate(chosen):
         total, length = total_reward(row, weights), number(row.get("length"))
         rewards = row["rewards"].items() if isinstance(row.get("rewards"), dict) else []
-        values = ((n.removesuffix("_reward_func"), "-" if math.isnan(number(r)) else f"{r:g}") for n, r in rewards)
+        values = (
+            (n.removesuffix("_reward_func"), "-" if math.isnan(number(r)) else f"{r:g}") for n, r in rewards
+        )
         chips = "".join(f"<span class=chip>{html.escape(n)} {r}</span> " for n, r in values)
         facts = f"{length:.0f} tokens, ended by {html.escape(text_of(row.get('finish_reason')))}"
         rows.append(
@@ -717,7 +844,9 @@ def completions_table(run: Run) -> str:
             f"<td><b>{total:.2f}</b> <span class=soft>update {row['update']}</span><br>{chips}<br><span class=soft>{facts}</span></td></tr>"
         )
     updates = list(dict.fromkeys(row["update"] for row in chosen))
-    choices = "".join(f"<option value={u}{' selected' * (u == updates[-1])}>update {u}</option>" for u in updates)
+    choices = "".join(
+        f"<option value={u}{' selected' * (u == updates[-1])}>update {u}</option>" for u in updates
+    )
     return f"""<p class=soft>The best and the worst of each group: {len(chosen)} of {len(run.completions)} logged. All are in completions.jsonl.</p>
 <div class=bar><button id=back type=button aria-label="earlier update">←</button><select id=update aria-label="update">
 <option value="">all updates</option>{choices}</select>
@@ -743,18 +872,32 @@ def settings_tables(run: Run) -> str:
     if not run.settings:
         return "<p class=soft>No settings.json.</p>"
     rows = [
-        [code(name), code(setting_text(run, name)), code(json.dumps(setting.get("default"))), html.escape(str(setting.get("source")))]
+        [
+            code(name),
+            code(setting_text(run, name)),
+            code(json.dumps(setting.get("default"))),
+            html.escape(str(setting.get("source"))),
+        ]
         for name, setting in run.settings.items()
         if setting.get("value") != setting.get("default")
     ]
-    all_of_them = table(["Setting", "Value"], [[code(name), code(setting_text(run, name))] for name in run.settings])
-    given = table(["Differs from the default", "Value", "Default", "From"], rows) if rows else "<p class=soft>All defaults.</p>"
+    all_of_them = table(
+        ["Setting", "Value"], [[code(name), code(setting_text(run, name))] for name in run.settings]
+    )
+    given = (
+        table(["Differs from the default", "Value", "Default", "From"], rows)
+        if rows
+        else "<p class=soft>All defaults.</p>"
+    )
     return f"{given}<details><summary>All {len(run.settings)} settings</summary>{all_of_them}</details>"
 
 
 def machine_table(run: Run) -> str:
     facts = {k: v for k, v in run.start.items() if k != "updates"}
-    rows = [[html.escape(k.replace("_", " ")), f"<code>{html.escape(text_of(v))}</code>"] for k, v in facts.items()]
+    rows = [
+        [html.escape(k.replace("_", " ")), f"<code>{html.escape(text_of(v))}</code>"]
+        for k, v in facts.items()
+    ]
     return table(["", ""], rows) if rows else "<p class=soft>There is no machine.json.</p>"
 
 
@@ -796,9 +939,32 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
         scores.append((tests[-1][metric] if tests else -math.inf, np.nan_to_num(reward)))
         cells = [setting_text(run, n) for n in differ[:3]]
         cells += [with_interval(e, metric) for e in (tests[0], tests[-1])] if tests else ["-", "-"]
-        cells += [f"{reward:.2f}", f"{ends(run.column('completion_length_mean'))[1]:.0f}", progress(run), tokens(run), duration(run)]
-        rows.append([key(i, f"{numbers[i]}  {run.name}"), *map(html.escape, cells), html.escape(", ".join(t for t, _ in tripwires(run)) or "none")])
-    header = ["Run", *differ[:3], "Before", "After", "Reward", "Length", "Updates", "Tokens", "Time", "Warnings"]
+        cells += [
+            f"{reward:.2f}",
+            f"{ends(run.column('completion_length_mean'))[1]:.0f}",
+            progress(run),
+            tokens(run),
+            duration(run),
+        ]
+        rows.append(
+            [
+                key(i, f"{numbers[i]}  {run.name}"),
+                *map(html.escape, cells),
+                html.escape(", ".join(t for t, _ in tripwires(run)) or "none"),
+            ]
+        )
+    header = [
+        "Run",
+        *differ[:3],
+        "Before",
+        "After",
+        "Reward",
+        "Length",
+        "Updates",
+        "Tokens",
+        "Time",
+        "Warnings",
+    ]
     settings = [[code(cell) for cell in (n, *(setting_text(run, n) for run in runs))] for n in differ]
     return page(
         "Comparison: MLX-GRPO",
@@ -823,7 +989,9 @@ def pictures(runs: list[Run], charts: list[Chart], folder: Path) -> None:
     save_picture(overview[:4] or charts[:4], folder / "curves.png", title, ", ".join(machine + versions))
     (folder / "curves").mkdir(exist_ok=True)
     for chart in charts:
-        save_picture([chart], folder / "curves" / (re.sub(r"\W+", "-", chart.title.lower()).strip("-") + ".png"))
+        save_picture(
+            [chart], folder / "curves" / (re.sub(r"\W+", "-", chart.title.lower()).strip("-") + ".png")
+        )
 
 
 def write_report(paths: list[Path], output: Path | None = None, png: bool = False) -> Path:
@@ -838,7 +1006,11 @@ def write_report(paths: list[Path], output: Path | None = None, png: bool = Fals
         if names.count(run.name) > 1:
             run.name = "/".join(run.path.resolve().parts[-2:])
     if output is None:
-        output = paths[0] / "report.html" if len(runs) == 1 else Path(os.path.commonpath([p.resolve().parent for p in paths])) / "comparison.html"
+        output = (
+            paths[0] / "report.html"
+            if len(runs) == 1
+            else Path(os.path.commonpath([p.resolve().parent for p in paths])) / "comparison.html"
+        )
     charts = make_charts(runs)
     text = run_page(runs[0], charts) if len(runs) == 1 else comparison_page(runs, charts)
     aside = output.with_name(f".{output.name}.{os.getpid()}")
@@ -849,17 +1021,33 @@ def write_report(paths: list[Path], output: Path | None = None, png: bool = Fals
             pictures(runs, charts, output.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise ReportError(f"Failed to write the report: {error.filename or output}: {error.strerror}") from None
+        raise ReportError(
+            f"Failed to write the report: {error.filename or output}: {error.strerror}"
+        ) from None
     return output
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="report.py", description=__doc__.split("\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="report.py",
+        description=__doc__.split("\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's directory; several are compared")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="default: report.html in the run, or comparison.html beside the runs")
-    parser.add_argument("--png", action="store_true", help="also curves.png (the four main ones) and curves/ (one picture each)")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a run's directory; several are compared"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="default: report.html in the run, or comparison.html beside the runs",
+    )
+    parser.add_argument(
+        "--png",
+        action="store_true",
+        help="also curves.png (the four main ones) and curves/ (one picture each)",
+    )
     arguments = parser.parse_args(argv)
     try:
         print(write_report(arguments.runs, arguments.output, arguments.png))

@@ -17,7 +17,17 @@ from mlx_grpo.backends import use_fast_backend  # noqa: E402
 if __name__ == "__main__":
     use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
 
-from benchmark import PRESETS, cache_folder, machine, model_folder, on_gpu, positive, print_table, questions, write_work  # noqa: E402
+from benchmark import (
+    PRESETS,
+    cache_folder,
+    machine,
+    model_folder,
+    on_gpu,
+    positive,
+    print_table,
+    questions,
+    write_work,
+)  # noqa: E402
 from inference import exit_status  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx_grpo  # noqa: E402
@@ -83,14 +93,27 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     gpu = on_gpu()
-    parser.add_argument("--preset", choices=PRESETS, default="0.5b" if gpu else "tiny", help="the model's shape (default: 0.5b on a GPU, else tiny)")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="0.5b" if gpu else "tiny",
+        help="the model's shape (default: 0.5b on a GPU, else tiny)",
+    )
     for flag, default, what in (("--prompts", 32 if gpu else 4, "prompts an update, over all ranks"), ("--completions", 8, "completions a prompt"),
                                 ("--prompt-tokens", 125, "tokens a prompt"), ("--tokens", 256 if gpu else 64, "tokens a completion"),
                                 ("--repeats", 5, "measurements; the median counts")):  # fmt: skip
-        parser.add_argument(flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of mlx-grpo.py; repeatable")
+        parser.add_argument(
+            flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of mlx-grpo.py; repeatable"
+    )
     return parser.parse_args(argv)
 
 

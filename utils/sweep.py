@@ -47,7 +47,9 @@ def grid_points(axes: list[str]) -> list[dict[str, str]]:
         if names.count(key) > 1:
             raise mlx_grpo.UserError(f"--grid {key} is given twice; list all its values in one")
         if key in ("run_name", "output_dir"):
-            raise mlx_grpo.UserError(f"--grid {key}: each point has a directory of its own; use --output for the folder that holds them")
+            raise mlx_grpo.UserError(
+                f"--grid {key}: each point has a directory of its own; use --output for the folder that holds them"
+            )
     return [dict(zip(names, values)) for values in itertools.product(*(values for _, values in parsed))]
 
 
@@ -70,8 +72,14 @@ def run_point(config: Path, run_dir: Path, settings: list[str]) -> int:
         command += ["--set", setting]
     if checkpoints(run_dir):
         command.append("--resume")
-    elif (run_dir / "training_log.jsonl").is_file():  # stopped before its first checkpoint: keep the records, begin anew
-        aside = next(p for i in itertools.count(1) if not (p := run_dir.with_name(f"{run_dir.name}.interrupted-{i}")).exists())
+    elif (
+        run_dir / "training_log.jsonl"
+    ).is_file():  # stopped before its first checkpoint: keep the records, begin anew
+        aside = next(
+            p
+            for i in itertools.count(1)
+            if not (p := run_dir.with_name(f"{run_dir.name}.interrupted-{i}")).exists()
+        )
         run_dir.rename(aside)
     # Ctrl-C reaches the trainer by itself, which saves a checkpoint and ends; a SIGTERM is passed on to it.
     signal.signal(signal.SIGINT, lambda number, frame: None)
@@ -112,7 +120,13 @@ def sweep(config: Path, points: list[dict[str, str]], folder: Path, settings: li
             failed.append(f"{run_dir.name} (status {status})")
     logs = [run_dir for run_dir in run_dirs if (run_dir / "training_log.jsonl").is_file()]
     if logs:
-        report = [sys.executable, str(ROOT / "utils" / "report.py"), *map(str, logs), "--output", str(folder / "comparison.html")]
+        report = [
+            sys.executable,
+            str(ROOT / "utils" / "report.py"),
+            *map(str, logs),
+            "--output",
+            str(folder / "comparison.html"),
+        ]
         if subprocess.run(report).returncode:
             failed.append("the comparison")
         print("\n".join(map(summary, logs)))
@@ -123,18 +137,41 @@ def sweep(config: Path, points: list[dict[str, str]], folder: Path, settings: li
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="sweep.py", description=__doc__.split("\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="sweep.py",
+        description=__doc__.split("\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", type=Path, help="the trainer's TOML file")
-    parser.add_argument("--grid", metavar="KEY=VALUE,VALUE", action="append", required=True, help="a setting and its values; repeat for more axes")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of every point; repeatable")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="holds the runs and comparison.html; outputs/sweep-CONFIG by default")
+    parser.add_argument(
+        "--grid",
+        metavar="KEY=VALUE,VALUE",
+        action="append",
+        required=True,
+        help="a setting and its values; repeat for more axes",
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of every point; repeatable"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="holds the runs and comparison.html; outputs/sweep-CONFIG by default",
+    )
     arguments = parser.parse_args(argv)
     try:
         points = grid_points(arguments.grid)
         for point in points:  # a wrong value is found before the first point trains
-            mlx_grpo.load_config(arguments.config, [*arguments.set, *(f"{key}={value}" for key, value in point.items())])
-        return sweep(arguments.config, points, arguments.output or Path("outputs") / f"sweep-{arguments.config.stem}", arguments.set)
+            mlx_grpo.load_config(
+                arguments.config, [*arguments.set, *(f"{key}={value}" for key, value in point.items())]
+            )
+        return sweep(
+            arguments.config,
+            points,
+            arguments.output or Path("outputs") / f"sweep-{arguments.config.stem}",
+            arguments.set,
+        )
     except mlx_grpo.UserError as error:
         print(error, file=sys.stderr)
         return 2

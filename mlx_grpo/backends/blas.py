@@ -22,7 +22,9 @@ def load_blas() -> None:
     os.environ.setdefault("MKL_CBWR", "AUTO")  # the same bits on every run
     os.environ.setdefault("KMP_BLOCKTIME", "0")  # a thread with nothing to do sleeps: the core has other work
     in_environment = sorted(glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*")))
-    for name in filter(None, [*in_environment, ctypes.util.find_library("openblas"), ctypes.util.find_library("mkl_rt")]):
+    for name in filter(
+        None, [*in_environment, ctypes.util.find_library("openblas"), ctypes.util.find_library("mkl_rt")]
+    ):
         with contextlib.suppress(OSError):
             LOADED.append(ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL))
             return
@@ -35,7 +37,10 @@ def blas_name() -> str:
 
 def set_blas_threads(count: int) -> int:
     """Let one matrix product use so many cores; how many it could use before."""
-    for get, set_ in (("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"), ("openblas_get_num_threads", "openblas_set_num_threads")):
+    for get, set_ in (
+        ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
+        ("openblas_get_num_threads", "openblas_set_num_threads"),
+    ):
         if LOADED and hasattr(LOADED[0], set_):
             before = getattr(LOADED[0], get)()
             getattr(LOADED[0], set_)(count)

@@ -15,9 +15,14 @@ import mlx.nn as nn
 from mlx_grpo.backends.device import on_cuda
 
 MLX_ATTENTION, MLX_ROPE, MLX_LINEAR = mx.fast.scaled_dot_product_attention, mx.fast.rope, nn.Linear.__call__
-ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one input, as models call them
+ONE_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+)  # layers of one input, as models call them
 HALVES = {mx.bfloat16: "bf16", mx.float16: "f16"}  # PTX's names
-MOST_READS = 2**26  # numbers that the blocks of a launch read; more keep the GPU busy for longer than MLX's launches take the host
+MOST_READS = (
+    2**26
+)  # numbers that the blocks of a launch read; more keep the GPU busy for longer than MLX's launches take the host
 
 # A block has 32 rows and 16 columns of the result of one LAYER, and each of its W warps every W-th 32 of the K inputs. A thread
 # reads 16 bytes of a row or column at once, two products' worth: the order of the inputs within 32 is free, if it is one for both.
@@ -186,13 +191,19 @@ def cuda_kernel(name, inputs, outputs, source, constants, **options):
 def linear_kernel(dtype, count: int, biased: bool, warps: int):
     numbers = range(count)
     biases = [f"bias{i}" if biased else "(decltype(weight0))nullptr" for i in numbers]
-    layer = f"int N = weight0_shape[0]; auto weight = weight0, bias = {biases[0]}; auto out = out0;" + "".join(
-        f"if (column >= N) column -= N, N = weight{i}_shape[0], weight = weight{i}, bias = {biases[i]}, out = out{i};" for i in numbers[1:]
+    layer = (
+        f"int N = weight0_shape[0]; auto weight = weight0, bias = {biases[0]}; auto out = out0;"
+        + "".join(
+            f"if (column >= N) column -= N, N = weight{i}_shape[0], weight = weight{i}, bias = {biases[i]}, out = out{i};"
+            for i in numbers[1:]
+        )
     )
     inputs = ["x", *(f"weight{i}" for i in numbers), *(f"bias{i}" for i in numbers if biased)]
     header = MULTIPLY.replace("HALF", HALVES[dtype])
     source = LINEAR.replace("LAYER", layer)
-    return cuda_kernel("few_rows_linear", inputs, [f"out{i}" for i in numbers], source, {"W": warps}, header=header)
+    return cuda_kernel(
+        "few_rows_linear", inputs, [f"out{i}" for i in numbers], source, {"W": warps}, header=header
+    )
 
 
 class Linears:
@@ -213,7 +224,10 @@ class Linears:
         return part
 
     def compute(self, x) -> list:
-        weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers if "bias" in layer]
+        weights, biases = (
+            [layer.weight for layer in self.layers],
+            [layer.bias for layer in self.layers if "bias" in layer],
+        )
         inputs, widths = x.shape[-1], [weight.shape[0] for weight in weights]
         across, down = sum(widths) // 16, -(-x.size // (32 * inputs))  # blocks
         if x.dtype != weights[0].dtype or across * down * (32 + 16) * inputs > MOST_READS:
@@ -223,7 +237,8 @@ class Linears:
             inputs=[x, *weights, *biases],
             output_shapes=[(*x.shape[:-1], width) for width in widths],
             output_dtypes=[x.dtype] * len(widths),
-            grid=(across * warps * 32, down, 1), threadgroup=(warps * 32, 1, 1),
+            grid=(across * warps * 32, down, 1),
+            threadgroup=(warps * 32, 1, 1),
         )
 
 
@@ -244,7 +259,10 @@ def launches(model) -> dict[int, tuple[Linears, int]]:
     found = {}
     for module in model.modules() if has_tensor_cores() else []:
         children = {name: layer for name, layer in module.children().items() if fits(layer)}
-        for names in (*((name,) for name in children), *ONE_INPUT):  # what is of one input in the place of what is alone
+        for names in (
+            *((name,) for name in children),
+            *ONE_INPUT,
+        ):  # what is of one input in the place of what is alone
             layers = [children.get(name) for name in names]
             if None not in layers and len(set(map(form, layers))) == 1:
                 launch = Linears(layers)
@@ -258,11 +276,23 @@ def launches(model) -> dict[int, tuple[Linears, int]]:
 @functools.cache
 def attention_kernel(dim: int, group: int, scale: float, masked: bool):
     constants = {
-        "D": dim, "G": group, "SCALE": f"{scale * math.log2(math.e)!r}f",
-        "SEEN": "mask[(mask_shape[0] > 1 ? n * mask_strides[0] : 0) + s * mask_strides[3]]" if masked else "true",
+        "D": dim,
+        "G": group,
+        "SCALE": f"{scale * math.log2(math.e)!r}f",
+        "SEEN": "mask[(mask_shape[0] > 1 ? n * mask_strides[0] : 0) + s * mask_strides[3]]"
+        if masked
+        else "true",
     }
     inputs = ["queries", "keys", "values"] + ["mask"] * masked
-    return cuda_kernel("few_rows_attention", inputs, ["out"], ATTENTION, constants, header=UNPACK, ensure_row_contiguous=False)
+    return cuda_kernel(
+        "few_rows_attention",
+        inputs,
+        ["out"],
+        ATTENTION,
+        constants,
+        header=UNPACK,
+        ensure_row_contiguous=False,
+    )
 
 
 def covers(queries, keys, values, *, scale, mask=None, sinks=None, **kwargs) -> bool:
@@ -274,8 +304,15 @@ def covers(queries, keys, values, *, scale, mask=None, sinks=None, **kwargs) -> 
     else:
         mask_fits = mask is None
     return (
-        length == 1 and dim in (32, 64, 128, 256) and group <= 8 and group * dim <= 1024 and values.shape == keys.shape
-        and queries.dtype == keys.dtype == values.dtype and mask_fits and sinks is None and not kwargs
+        length == 1
+        and dim in (32, 64, 128, 256)
+        and group <= 8
+        and group * dim <= 1024
+        and values.shape == keys.shape
+        and queries.dtype == keys.dtype == values.dtype
+        and mask_fits
+        and sinks is None
+        and not kwargs
     )
 
 
@@ -285,8 +322,11 @@ def attention(queries, keys, values, *, scale, mask=None, **kwargs):
         return MLX_ATTENTION(queries, keys, values, scale=scale, mask=mask, **kwargs)
     (rows, heads, _, dim), key_heads = queries.shape, keys.shape[1]
     return attention_kernel(dim, heads // key_heads, scale, mask is not None)(
-        inputs=[queries, keys, values] if mask is None else [queries, keys, values, mask], output_shapes=[queries.shape],
-        output_dtypes=[queries.dtype], grid=(rows * key_heads * 256, 1, 1), threadgroup=(256, 1, 1),
+        inputs=[queries, keys, values] if mask is None else [queries, keys, values, mask],
+        output_shapes=[queries.shape],
+        output_dtypes=[queries.dtype],
+        grid=(rows * key_heads * 256, 1, 1),
+        threadgroup=(256, 1, 1),
     )[0]
 
 
@@ -295,17 +335,35 @@ def attention(queries, keys, values, *, scale, mask=None, **kwargs):
 
 @functools.cache
 def rope_kernel(dim: int, base: float, scale: float, by_row: bool):
-    constants = {"D": dim, "BASE": f"{math.log2(base)!r}f", "SCALE": f"{scale!r}f", "OFFSET": "offset[n]" if by_row else "offset[0]"}
-    return cuda_kernel("few_rows_rope", ["x", "offset"], ["out"], ROPE, constants, ensure_row_contiguous=False)
+    constants = {
+        "D": dim,
+        "BASE": f"{math.log2(base)!r}f",
+        "SCALE": f"{scale!r}f",
+        "OFFSET": "offset[n]" if by_row else "offset[0]",
+    }
+    return cuda_kernel(
+        "few_rows_rope", ["x", "offset"], ["out"], ROPE, constants, ensure_row_contiguous=False
+    )
 
 
 def rope(x, dims, *, traditional, base, scale, offset, freqs=None, **kwargs):
     """Rotary embedding of one position of each row, x (N, H, 1, D), the position an array: () or (N,)."""
-    one = x.ndim == 4 and x.shape[2:] == (1, dims) and isinstance(offset, mx.array) and offset.shape in ((), x.shape[:1])
+    one = (
+        x.ndim == 4
+        and x.shape[2:] == (1, dims)
+        and isinstance(offset, mx.array)
+        and offset.shape in ((), x.shape[:1])
+    )
     if traditional or freqs is not None or kwargs or not one:
-        return MLX_ROPE(x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, **kwargs)
+        return MLX_ROPE(
+            x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, **kwargs
+        )
     return rope_kernel(dims, base, scale, offset.ndim == 1)(
-        inputs=[x, offset], output_shapes=[x.shape], output_dtypes=[x.dtype], grid=(x.size // 2, 1, 1), threadgroup=(128, 1, 1)
+        inputs=[x, offset],
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        grid=(x.size // 2, 1, 1),
+        threadgroup=(128, 1, 1),
     )[0]
 
 

@@ -41,7 +41,9 @@ def widen(model) -> str:
     if not half_is_slow() or not any(sizes.values()):
         return ""
     half = max(sizes, key=sizes.get)
-    model.own_precision = OwnPrecision(half, frozenset(name for name, a in arrays.items() if a.dtype == mx.float32))
+    model.own_precision = OwnPrecision(
+        half, frozenset(name for name, a in arrays.items() if a.dtype == mx.float32)
+    )
     model.set_dtype(mx.float32)
     del arrays
     for _, array in tree_flatten(model.parameters()):

@@ -81,7 +81,13 @@ class Attention(nn.Module):
         q, k = (
             norm(
                 mx.fast.rope(
-                    a, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._freqs
+                    a,
+                    self.head_dim,
+                    traditional=False,
+                    base=None,
+                    scale=1.0,
+                    offset=offset,
+                    freqs=self._freqs,
                 )
             )
             for a in (q, k)
@@ -140,12 +146,18 @@ class Backbone(nn.Module):
         else:
             halves = cache.update_and_fetch(x[:, None, :, : D // 2], x[:, None, :, D // 2 :])
             if hasattr(cache, "bits"):
-                halves = [mx.dequantize(*half, group_size=cache.group_size, bits=cache.bits) for half in halves]
-            history = mx.concatenate([half[:, 0] for half in halves], axis=-1).astype(x.dtype)  # (B, past + T, D)
+                halves = [
+                    mx.dequantize(*half, group_size=cache.group_size, bits=cache.bits) for half in halves
+                ]
+            history = mx.concatenate([half[:, 0] for half in halves], axis=-1).astype(
+                x.dtype
+            )  # (B, past + T, D)
         before = mx.pad(history, ((0, 0), (1, 0), (0, 0)))[:, -T - 1 : -1]
         # A row's first position has none before it; in a padded batch rows begin at different places.
         first = mx.reshape(mx.array(offset), (-1, 1, 1)) + mx.arange(T)[None, :, None] <= 0
-        gate = self.smear_lambda.astype(x.dtype) * mx.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
+        gate = self.smear_lambda.astype(x.dtype) * mx.sigmoid(
+            self.smear_gate(x[..., :SMEAR_CHANNELS])
+        )  # (B, T, 1)
         return x + mx.where(first, 0, gate * before).astype(x.dtype)
 
     def __call__(self, ids, cache=None):
@@ -154,8 +166,16 @@ class Backbone(nn.Module):
         x = x0 = self.smear(x, cache[-1])
         masks = {}
         for window in {self.args.window(layer) for layer in range(len(self.h))}:
-            past = 0 if cache[0] is None else cache[0].offset if isinstance(cache[0].offset, int) else cache[0].size()
-            limit = window + 1 if past + x.shape[1] > window + 1 else None  # mlx-lm counts the position itself
+            past = (
+                0
+                if cache[0] is None
+                else cache[0].offset
+                if isinstance(cache[0].offset, int)
+                else cache[0].size()
+            )
+            limit = (
+                window + 1 if past + x.shape[1] > window + 1 else None
+            )  # mlx-lm counts the position itself
             masks[window] = create_attention_mask(x, cache[0], window_size=limit)
         for i, layer in enumerate(self.h):
             # The lambdas are float32 whatever the weights are; the sum is rounded once.

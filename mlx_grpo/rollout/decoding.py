@@ -1,8 +1,8 @@
 """Decoding: the completions of a batch of prompts, position by position; rows leave as they finish.
 
-    prompts (P, L), left-padded --prefill once, cache repeated--> N = P*G rows
-    each position:  last ids (N, 1) --model, cache--> logits (N, V) --draw--> ids (N,), log-probs (N,)
-    each block of 8 positions:  the ids go to the host, which looks for ends; rows that have ended leave
+prompts (P, L), left-padded --prefill once, cache repeated--> N = P*G rows
+each position:  last ids (N, 1) --model, cache--> logits (N, V) --draw--> ids (N,), log-probs (N,)
+each block of 8 positions:  the ids go to the host, which looks for ends; rows that have ended leave
 """
 
 import mlx.core as mx
@@ -20,7 +20,12 @@ class Row:
 
     def __init__(self, tokenizer, stop_strings, max_tokens, primed=""):
         """primed: the text that the prompt ends with and the completion begins with, as far as it is scored."""
-        self.tokenizer, self.stop_strings, self.max_tokens, self.primed = tokenizer, stop_strings, max_tokens, primed
+        self.tokenizer, self.stop_strings, self.max_tokens, self.primed = (
+            tokenizer,
+            stop_strings,
+            max_tokens,
+            primed,
+        )
         self.awake = None  # the ids after which stop strings count; None until it is known whether, or how long, the model thinks
         self.ids, self.logps, self.finish_reason = [], [], ""
 
@@ -94,7 +99,12 @@ def ids_seen(tokens: mx.array, pads: mx.array | None, repeats: int, vocabulary: 
 
 
 def decode(
-    decoder: Decoder, tokens: mx.array, pads: mx.array | None, rows: list[Row], uniforms: mx.array, draw,
+    decoder: Decoder,
+    tokens: mx.array,
+    pads: mx.array | None,
+    rows: list[Row],
+    uniforms: mx.array,
+    draw,
     penalised: bool,
 ):
     """Decode the completions of P prompts as one batch into `rows` (P*G), leaving out rows as they finish.

@@ -28,6 +28,6 @@ def remembered(history: dict[str, str], outcomes: list[tuple[int, str]], window:
 
 
 def lately(history: dict[str, str], row: int, window: int) -> str:
-    """"easy" or "hard" where all of a row's last `window` outcomes were that; else ""."""
+    """ "easy" or "hard" where all of a row's last `window` outcomes were that; else ""."""
     letters = history.get(str(row), "")
     return WORDS.get(letters[0], "") if len(letters) == window and len(set(letters)) == 1 else ""

@@ -169,7 +169,10 @@ def checkpointed(call):
     def call_checkpointed(layer, x, *args, **kwargs):
         if not layer.training:
             return call(layer, x, *args, **kwargs)
-        cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch") or hasattr(a, "advance")), None)
+        cache = next(
+            (a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch") or hasattr(a, "advance")),
+            None,
+        )
         # The graph keeps a twin, without what the layer adds: a cache that refers to a graph that refers to it is never freed.
         twin = copy.copy(cache)
         args = [twin if a is cache else a for a in args]
@@ -179,11 +182,15 @@ def checkpointed(call):
 
         def run(parameters, x, stored, args, kwargs):
             layer.update(parameters)
-            state.update({name: own_copy(x) for name, x in (before | stored).items()})  # as it was: the backward pass comes here again
+            state.update(
+                {name: own_copy(x) for name, x in (before | stored).items()}
+            )  # as it was: the backward pass comes here again
             out = call(layer, x, *args, **kwargs)
             return out, {name: state.pop(name) for name in stored}
 
-        stored = {name: before[name] for name in ("keys", "values", "cache") if name in before}  # ArraysCache has its states in `cache`
+        stored = {
+            name: before[name] for name in ("keys", "values", "cache") if name in before
+        }  # ArraysCache has its states in `cache`
         out, stored = mx.checkpoint(run)(*enter(layer.trainable_parameters(), x), stored, args, kwargs)
         if cache is not None:
             vars(cache).update(state | stored)

@@ -40,7 +40,12 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     mx.save_safetensors(str(folder / "optimizer.safetensors"), dict(tree_flatten(snapshot.optimizer)))
     if snapshot.stale:
         mx.save_safetensors(str(folder / "sampler.safetensors"), snapshot.stale)
-    plain = {"config": snapshot.config, "logs": snapshot.logs, "inputs": snapshot.inputs, "state": snapshot.state}
+    plain = {
+        "config": snapshot.config,
+        "logs": snapshot.logs,
+        "inputs": snapshot.inputs,
+        "state": snapshot.state,
+    }
     (folder / "trainer_state.json").write_text(json.dumps(plain, indent=2))
 
 
@@ -55,13 +60,23 @@ def read_snapshot(folder: Path) -> Snapshot:
             weights |= mx.load(str(file))
         optimizer = tree_unflatten(list(mx.load(str(folder / "optimizer.safetensors")).items()))
         sampler = mx.load(str(stale)) if stale.is_file() else {}
-        return Snapshot(dict(plain["state"]), dict(plain["config"]), sizes, dict(plain["inputs"]), weights, optimizer, sampler)
+        return Snapshot(
+            dict(plain["state"]),
+            dict(plain["config"]),
+            sizes,
+            dict(plain["inputs"]),
+            weights,
+            optimizer,
+            sampler,
+        )
     except (ValueError, TypeError, AttributeError, KeyError, OSError, RuntimeError):
         raise UserError(not_resumable(folder)) from None
 
 
 def not_resumable(folder: Path) -> str:
-    return f"Cannot resume {folder}: it is not a checkpoint of this model, or of another version of this program"
+    return (
+        f"Cannot resume {folder}: it is not a checkpoint of this model, or of another version of this program"
+    )
 
 
 def changed_settings(then: dict, now: dict, asked: set[str], folder: Path) -> dict[str, list]:
@@ -69,7 +84,11 @@ def changed_settings(then: dict, now: dict, asked: set[str], folder: Path) -> di
 
     asked: those given by --set.
     """
-    changed = {name: [then.get(name), now[name]] for name in now if now[name] != then.get(name) and name not in MAY_CHANGE}
+    changed = {
+        name: [then.get(name), now[name]]
+        for name in now
+        if now[name] != then.get(name) and name not in MAY_CHANGE
+    }
     if refused := [name for name in changed if name not in MAY_BE_SET or name not in asked]:
         raise UserError(f"Cannot resume {folder}: changed settings would alter the run: {', '.join(refused)}")
     return changed

@@ -1,6 +1,6 @@
 """The run's directory on disk: which one it is, its lock, checkpoints that are complete or absent, and the logs.
 
-    OUTPUT_DIR/RUN_NAME/    config.resolved.toml  training_log.jsonl  completions.jsonl  checkpoint-STEP/  final/
+OUTPUT_DIR/RUN_NAME/    config.resolved.toml  training_log.jsonl  completions.jsonl  checkpoint-STEP/  final/
 """
 
 import contextlib
@@ -72,9 +72,16 @@ def write_directory(folder: Path, write) -> None:
         with complete_or_absent(folder) as aside:
             write(aside)
             files = sorted(p for p in aside.rglob("*") if p.is_file())
-            manifest = {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
+            manifest = {
+                str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": file_digest(p)}
+                for p in files
+            }
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    except (OSError, RuntimeError, ValueError) as error:  # MLX's failed write is a RuntimeError, a name that leads outside a ValueError
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # MLX's failed write is a RuntimeError, a name that leads outside a ValueError
         raise RunError(f"Failed to save checkpoint: {error}") from None
 
 
@@ -117,13 +124,19 @@ def find_checkpoint(run_dir: Path, given: str) -> Path | None:
         if not folder.is_dir():
             raise UserError(f"Checkpoint not found: {folder}")
         if fault := damage(folder):
-            raise UserError(f"Checkpoint not found: {folder} is not complete ({fault}); resume from an earlier one")
+            raise UserError(
+                f"Checkpoint not found: {folder} is not complete ({fault}); resume from an earlier one"
+            )
         return folder
     for folder in reversed(checkpoints(run_dir)):
         if not (fault := damage(folder)):
             return folder
         print(f"Checkpoint {folder} is skipped: {fault}", file=sys.stderr)
-    if (run_dir / "config.resolved.toml").is_file() and not checkpoints(run_dir) and not (run_dir / "final").exists():
+    if (
+        (run_dir / "config.resolved.toml").is_file()
+        and not checkpoints(run_dir)
+        and not (run_dir / "final").exists()
+    ):
         print(f"No checkpoint yet in {run_dir}: the run starts again")
         return None
     raise UserError(f"Checkpoint not found: {run_dir} has none to resume from")
@@ -157,11 +170,22 @@ def choose_run_dir(output_dir: Path, run_name: str, name: str, resume: str | Non
     base = output_dir.expanduser() / (run_name or name)
     numbered = [base] + [base.with_name(f"{base.name}-{n}") for n in range(2, 10000)]
     if resume is not None:
-        begun = [path for path in itertools.takewhile(lambda path: any(path.glob("*.jsonl")) or holds_update(path), numbered)]
+        begun = [
+            path
+            for path in itertools.takewhile(
+                lambda path: any(path.glob("*.jsonl")) or holds_update(path), numbered
+            )
+        ]
         return base if run_name or not begun else begun[-1]
     if run_name and holds_update(base):
-        raise UserError(f"Run directory holds a run already: {base}. Continue it with --resume, or choose another run_name")
-    return base if run_name else next(path for path in numbered if not holds_update(path) and not is_locked(path))
+        raise UserError(
+            f"Run directory holds a run already: {base}. Continue it with --resume, or choose another run_name"
+        )
+    return (
+        base
+        if run_name
+        else next(path for path in numbered if not holds_update(path) and not is_locked(path))
+    )
 
 
 def lock_directory(path: Path):
@@ -170,7 +194,9 @@ def lock_directory(path: Path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"Run directory is in use by another process: {path}. Wait for it, or choose another run_name") from None
+        raise UserError(
+            f"Run directory is in use by another process: {path}. Wait for it, or choose another run_name"
+        ) from None
     return file
 
 

@@ -72,7 +72,9 @@ class Ranks:
         if self.size == 1:
             return items
         loads, mine = [0] * self.size, set()
-        for place in sorted(range(len(items)), key=lambda i: -cost(items[i])):  # the largest first, to the least loaded
+        for place in sorted(
+            range(len(items)), key=lambda i: -cost(items[i])
+        ):  # the largest first, to the least loaded
             rank = loads.index(min(loads))
             loads[rank] += cost(items[place])
             if rank == self.rank:
@@ -90,7 +92,9 @@ class Ranks:
             return result
         except RuntimeError as error:
             if self.watch:
-                self.watch.join(self.timeout + GRACE)  # which names the rank that is gone, and ends this process
+                self.watch.join(
+                    self.timeout + GRACE
+                )  # which names the rank that is gone, and ends this process
             raise RunError(f"The connection between the ranks failed: {error}") from None
         finally:
             self.waiting_since = None
@@ -100,11 +104,15 @@ class Ranks:
         if self.size == 1:
             return [value]
         data, start = np.frombuffer(pickle.dumps(value), np.uint8), time.perf_counter()
-        sizes = self.exchange(lambda: mx.distributed.all_gather(mx.array([data.size]), group=self.group)).tolist()
+        sizes = self.exchange(
+            lambda: mx.distributed.all_gather(mx.array([data.size]), group=self.group)
+        ).tolist()
         self.waited += time.perf_counter() - start
         padded = np.zeros(max(sizes), np.uint8)
         padded[: data.size] = data
-        rows = np.array(self.exchange(lambda: mx.distributed.all_gather(mx.array(padded), group=self.group))).reshape(self.size, -1)
+        rows = np.array(
+            self.exchange(lambda: mx.distributed.all_gather(mx.array(padded), group=self.group))
+        ).reshape(self.size, -1)
         return [PlainData(io.BytesIO(row[:size].tobytes())).load() for row, size in zip(rows, sizes)]
 
     def merge(self, part: list | RunError) -> list:
@@ -125,7 +133,13 @@ class Ranks:
         """The sum over the ranks of a tree of gradients, added in float32: in half precision small parts would be lost."""
         if self.size == 1:
             return tree
-        flat, summed = [(name, a.astype(mx.float32)) for name, a in sorted(tree_flatten(tree), key=lambda item: item[0])], []
+        flat, summed = (
+            [
+                (name, a.astype(mx.float32))
+                for name, a in sorted(tree_flatten(tree), key=lambda item: item[0])
+            ],
+            [],
+        )
         mx.eval(flat)
         self.gather(None)  # so that waiting for slower ranks is not counted as communication
         start = time.perf_counter()
@@ -136,7 +150,9 @@ class Ranks:
             names, arrays = zip(*piece)
             # One collective an evaluation: the order of several is not the same on all ranks. The factor makes the
             # average a sum, exactly for 2, 4, 8 ... ranks.
-            total = self.exchange(lambda: [a * self.size for a in nn.average_gradients(list(arrays), self.group, PIECE)])  # noqa: B023
+            total = self.exchange(
+                lambda: [a * self.size for a in nn.average_gradients(list(arrays), self.group, PIECE)]
+            )  # noqa: B023
             summed += zip(names, total)
         self.communicated += time.perf_counter() - start
         return tree_unflatten(summed)
@@ -145,8 +161,13 @@ class Ranks:
         """Rank 0's values of a tree of arrays that has the same names and shapes on every rank."""
         if self.size == 1:
             return tree
-        flat = [(name, a if self.rank == 0 else mx.zeros_like(a)) for name, a in sorted(tree_flatten(tree), key=lambda item: item[0])]  # a file has an order of its own
-        return tree_unflatten([(name, self.exchange(lambda: mx.distributed.all_sum(a, group=self.group))) for name, a in flat])  # noqa: B023
+        flat = [
+            (name, a if self.rank == 0 else mx.zeros_like(a))
+            for name, a in sorted(tree_flatten(tree), key=lambda item: item[0])
+        ]  # a file has an order of its own
+        return tree_unflatten(
+            [(name, self.exchange(lambda: mx.distributed.all_sum(a, group=self.group))) for name, a in flat]
+        )  # noqa: B023
 
     # Agreement
 
@@ -158,13 +179,17 @@ class Ranks:
         for rank, other in enumerate(digests):
             if other != digests[0]:
                 names = [name for name in {**digests[0], **other} if other.get(name) != digests[0].get(name)]
-                raise RunError(f"Weights differ between ranks 0 and {rank} {when}: {names[0]} and {len(names) - 1} more. Nothing is saved of it")
+                raise RunError(
+                    f"Weights differ between ranks 0 and {rank} {when}: {names[0]} and {len(names) - 1} more. Nothing is saved of it"
+                )
 
     def must_agree(self, **facts) -> None:
         """Raise UserError where a rank was started with another of the named things."""
         for rank, other in enumerate(found := self.gather(facts)):
             if different := [name for name in facts if other[name] != found[0][name]]:
-                raise UserError(f"Ranks 0 and {rank} differ in {', '.join(different)}: every rank needs the same settings, model and data")
+                raise UserError(
+                    f"Ranks 0 and {rank} differ in {', '.join(different)}: every rank needs the same settings, model and data"
+                )
 
     def timing(self, seconds: dict) -> tuple[dict, dict]:
         """`seconds` by phase, each the slowest rank's, and what the log says of this update's exchanges."""
@@ -172,7 +197,10 @@ class Ranks:
             return seconds, {}
         found = self.gather([seconds, self.waited, self.communicated])
         slowest = {phase: max(each[phase] for each, _, _ in found) for phase in seconds}
-        return slowest, {"wait_by_rank": [wait for _, wait, _ in found], "communication_time": max(time for _, _, time in found)}
+        return slowest, {
+            "wait_by_rank": [wait for _, wait, _ in found],
+            "communication_time": max(time for _, _, time in found),
+        }
 
     # Start and end
 
@@ -191,7 +219,9 @@ class Ranks:
             return
         sys.stdout.flush()
         if error is None:
-            self.gather(None)  # nobody leaves before all are here: the launcher ends the rest when one is gone
+            self.gather(
+                None
+            )  # nobody leaves before all are here: the launcher ends the rest when one is gone
             self.watch.leave(None)
             self.quiet.close()
             return
@@ -240,13 +270,17 @@ def start_ranks(timeout: float) -> Ranks:
     rank = os.environ.get("MLX_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "?"))
 
     if rank == "0":
-        print(f"ranks      waiting at most {timeout:g} s for {size} of them to come up on {backend}", flush=True)
+        print(
+            f"ranks      waiting at most {timeout:g} s for {size} of them to come up on {backend}", flush=True
+        )
     # MLX waits without an end and holds the interpreter, so that no thread of Python's could end it. Exit status 1.
     faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
     try:
         group = mx.distributed.init(strict=True, backend=backend)
         if group.size() != size:
-            raise RunError(f"Rank {rank}: {size} ranks were asked for, and MLX's {backend} backend found {group.size()}")
+            raise RunError(
+                f"Rank {rank}: {size} ranks were asked for, and MLX's {backend} backend found {group.size()}"
+            )
         mx.eval(mx.distributed.all_sum(mx.array(1), group=group))  # some backends connect only now
     except RuntimeError as error:
         raise RunError(f"Rank {rank}: the {backend} backend did not start: {error}") from None
@@ -287,7 +321,9 @@ def connect(ranks: Ranks) -> dict[int, socket.socket]:
             hello = connection.recv(39, socket.MSG_WAITALL).decode().split()
         except TimeoutError:
             if time.monotonic() > deadline:
-                raise RunError(f"Ranks {sorted(set(range(1, ranks.size)) - set(found))} did not connect to rank 0's port {port}") from None
+                raise RunError(
+                    f"Ranks {sorted(set(range(1, ranks.size)) - set(found))} did not connect to rank 0's port {port}"
+                ) from None
             continue
         except (OSError, UnicodeDecodeError):
             continue
@@ -340,7 +376,9 @@ class Watch(threading.Thread):
                 self.hear(key.data)
             for rank in list(self.peers):
                 if time.monotonic() - heard[rank] > self.timeout:
-                    self.end(f"Rank {rank} hangs: nothing has been heard of it for distributed_timeout = {self.timeout:g} s")
+                    self.end(
+                        f"Rank {rank} hangs: nothing has been heard of it for distributed_timeout = {self.timeout:g} s"
+                    )
             if self.ranks.rank == 0 and max(self.waits.values()) <= self.timeout:
                 patience = self.timeout
             elif self.ranks.rank == 0 and max(self.waits.values()) > patience:
@@ -348,7 +386,11 @@ class Watch(threading.Thread):
                 if not busy and min(self.waits.values()) > self.timeout:
                     self.end(f"All ranks wait for each other since {self.timeout:g} s: the exchange is stuck")
                 if busy:
-                    print(f"Waiting for rank {', '.join(map(str, busy))} for {patience:.0f} s; alive, but still at work", file=sys.stderr, flush=True)
+                    print(
+                        f"Waiting for rank {', '.join(map(str, busy))} for {patience:.0f} s; alive, but still at work",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 patience += self.timeout
 
     def hear(self, rank: int) -> None:
@@ -363,7 +405,10 @@ class Watch(threading.Thread):
             if "end" in message:
                 self.drop(rank)
                 if message["end"] is not None:
-                    self.end("" if rank == 0 else f"rank {rank}: {message['end']}", GRACE if self.ranks.rank == 0 else 3 * GRACE)
+                    self.end(
+                        "" if rank == 0 else f"rank {rank}: {message['end']}",
+                        GRACE if self.ranks.rank == 0 else 3 * GRACE,
+                    )
                 return
         if not data:
             self.drop(rank)

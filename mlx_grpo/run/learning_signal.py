@@ -18,7 +18,10 @@ IN_TAGS = {  # built-in rewards that want the answer tags
     "correctness_reward_func", "int_reward_func", "strict_format_reward_func", "soft_format_reward_func",
     "xmlcount_reward_func",
 }  # fmt: skip
-WANT_NUMBERS = {"correctness_reward_func", "last_number_reward_func"}  # those that compare with the gold answer
+WANT_NUMBERS = {
+    "correctness_reward_func",
+    "last_number_reward_func",
+}  # those that compare with the gold answer
 MOST_PAID = {"correctness_reward_func": 2.0, "last_number_reward_func": 1.0, "math_verify_reward_func": 2.0}
 
 
@@ -114,7 +117,11 @@ def likely_cures(
         cures.append(f"if {known[0]:.3g} is all there is to earn, take harder prompts")
     if not any("</answer>" in completion.text.partition("<answer>")[2] for completion in completions):
         wants_tags = bool(IN_TAGS & set(names))
-        seen = "no completion has an <answer>" if wants_tags else "the form that the reward asks for may never be met"
+        seen = (
+            "no completion has an <answer>"
+            if wants_tags
+            else "the form that the reward asks for may never be met"
+        )
         cures.append(
             f"{seen}: ask for a shorter form in system_prompt, begin it by completion_prefix, or show an example in "
             "the prompt"

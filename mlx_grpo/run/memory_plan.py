@@ -35,7 +35,9 @@ class Work:
     item: int  # bytes of one weight or activation
     hidden: int
     wide: int  # width of the feed-forward layer
-    scores: int  # attention's numbers kept for the backward pass, of a position and a key: 0 where it is fused
+    scores: (
+        int  # attention's numbers kept for the backward pass, of a position and a key: 0 where it is fused
+    )
     layers: int
     vocabulary: int
     kv_per_token: int  # KV cache of one position of one row, over all layers
@@ -104,23 +106,37 @@ def plan(work: Work) -> dict[str, int]:
 
 def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[str]:
     """For each size of machine in GB, the mildest change of settings whose peak is within `share` of its memory."""
-    adapters = replace(work, trained=max(1, work.trained // 100), has_reference=False)  # of rank 8: about a hundredth
+    adapters = replace(
+        work, trained=max(1, work.trained // 100), has_reference=False
+    )  # of rank 8: about a hundredth
     ladder = [
-        replace(base, grad_checkpoint=checkpoint, micro_batch_tokens=max(1, work.micro_batch_tokens // divisor))
-        for base, checkpoint, divisor in itertools.product((work, adapters), sorted({work.grad_checkpoint, True}), (1, 2, 4, 8))
+        replace(
+            base, grad_checkpoint=checkpoint, micro_batch_tokens=max(1, work.micro_batch_tokens // divisor)
+        )
+        for base, checkpoint, divisor in itertools.product(
+            (work, adapters), sorted({work.grad_checkpoint, True}), (1, 2, 4, 8)
+        )
     ]
     lines = []
     for size in sizes:
-        fits = {"kv_budget": min(work.kv_budget, size * GB // 4), "memory_limit": min(work.memory_limit, size * GB // 2)}
+        fits = {
+            "kv_budget": min(work.kv_budget, size * GB // 4),
+            "memory_limit": min(work.memory_limit, size * GB // 2),
+        }
         peaks = [plan(replace(step, **fits))["peak"] + host_bytes(step) for step in ladder]
-        step, peak = next(((step, peak) for step, peak in zip(ladder, peaks) if peak <= share * size * GB), (None, 0))
+        step, peak = next(
+            ((step, peak) for step, peak in zip(ladder, peaks) if peak <= share * size * GB), (None, 0)
+        )
         if step is None:
-            lines.append(f"{size} GB: too small for this model; quantise it (utils/convert_model.py --quantize), or take a smaller one")
+            lines.append(
+                f"{size} GB: too small for this model; quantise it (utils/convert_model.py --quantize), or take a smaller one"
+            )
             continue
         changes = {
             "fine_tune_type=lora": step.trained != work.trained,
             "grad_checkpoint=true": step.grad_checkpoint != work.grad_checkpoint,
-            f"micro_batch_tokens={step.micro_batch_tokens}": step.micro_batch_tokens != work.micro_batch_tokens,
+            f"micro_batch_tokens={step.micro_batch_tokens}": step.micro_batch_tokens
+            != work.micro_batch_tokens,
         }
         settings = " ".join(f"--set {change}" for change, made in changes.items() if made) or "as it is"
         lines.append(f"{size} GB: {settings} (about {peak / GB:.1f} GB)")
@@ -157,21 +173,30 @@ def work_of(learner, lengths: set[int], rows: int, compiled: int = 0) -> Work:
     )  # fmt: skip
 
 
-def print_plan(work: Work, config, training: int, held_out: int, updates: int, ranks: int, ways: Sequence[str] = ()) -> None:
+def print_plan(
+    work: Work, config, training: int, held_out: int, updates: int, ranks: int, ways: Sequence[str] = ()
+) -> None:
     """What the run will do, and hold. ways: lines that say how (ways.py). Raises UserError where several ranks cannot hold it."""
     prompts = config.prompts_per_update
     rows = prompts * config.num_generations
-    print(f"model      {config.model_name}: {work.trained / 1e6:.2f}M trainable parameters, on {mx.default_device()}")
+    print(
+        f"model      {config.model_name}: {work.trained / 1e6:.2f}M trainable parameters, on {mx.default_device()}"
+    )
     for line in ways:
         print(line)
     print(f"data       {training} training prompts, {held_out} held-out")
     print(f"updates    {updates} of {prompts} prompts x {config.num_generations} completions")
     print(f"tokens     at most {rows * config.rollout_tokens * updates // config.num_iterations:,} sampled")
     if ranks > 1:
-        print(f"ranks      {ranks}, each with the whole model and its share of the prompts: the memory below is one rank's")
+        print(
+            f"ranks      {ranks}, each with the whole model and its share of the prompts: the memory below is one rank's"
+        )
     held = {name: size / GB for name, size in plan(work).items()}
     if held["peak"] * GB + (0 if on_cuda() else host_bytes(work)) > memory_bytes():
-        print(f"Warning: memory may not suffice: about {held['peak']:.1f} GB at the peak of {memory_bytes() / GB:.1f} GB. {LESS_MEMORY}", file=sys.stderr)
+        print(
+            f"Warning: memory may not suffice: about {held['peak']:.1f} GB at the peak of {memory_bytes() / GB:.1f} GB. {LESS_MEMORY}",
+            file=sys.stderr,
+        )
     if ranks > 1 and held["weights"] + held["optimizer"] > memory_bytes() / GB:
         raise UserError(
             f"The model does not fit one rank: weights and optimizer take {held['weights'] + held['optimizer']:.1f} GB of "
@@ -179,6 +204,11 @@ def print_plan(work: Work, config, training: int, held_out: int, updates: int, r
         )
     for doubt in doubts(config):
         print(f"Warning: {doubt}", file=sys.stderr)
-    print(f"memory     about {held.pop('peak'):.2f} GB at the peak: " + ", ".join(f"{n} {v:.2f}" for n, v in held.items() if v > 0.005))
+    print(
+        f"memory     about {held.pop('peak'):.2f} GB at the peak: "
+        + ", ".join(f"{n} {v:.2f}" for n, v in held.items() if v > 0.005)
+    )
     if work.compiled:
-        print(f"host       about {host_bytes(work) / GB:.2f} GB more, of the host's, for at most {work.compiled} compiled shapes")
+        print(
+            f"host       about {host_bytes(work) / GB:.2f} GB more, of the host's, for at most {work.compiled} compiled shapes"
+        )

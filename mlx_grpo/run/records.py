@@ -21,7 +21,11 @@ def end_of(completion) -> str:
 
 def thinking_facts(texts: list[str]) -> dict:
     """The share of completions that were cut while thinking, where the model thinks at all."""
-    return {"cut_thinking_fraction": float(np.mean([is_thinking(t) for t in texts]))} if any(map(has_thought, texts)) else {}
+    return (
+        {"cut_thinking_fraction": float(np.mean([is_thinking(t) for t in texts]))}
+        if any(map(has_thought, texts))
+        else {}
+    )
 
 
 def completion_records(update: int, groups: list, names: list[str]) -> list[dict]:
@@ -54,7 +58,9 @@ def update_facts(groups: list, rewards: np.ndarray, advantages: np.ndarray, name
         **{f"rewards/{name}": nan_mean(values) for name, values in zip(names, per_function)},
         "completion_length_mean": float(lengths.mean()),
         "completion_length_max": int(lengths.max()),
-        "truncated_fraction": float(np.mean([completion.finish_reason == "length" for completion in completions])),
+        "truncated_fraction": float(
+            np.mean([completion.finish_reason == "length" for completion in completions])
+        ),
         **thinking_facts([completion.text for completion in completions]),
         "zero_signal_fraction": float(np.mean(~advantages.any(axis=1))),
     }

@@ -22,7 +22,9 @@ MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 def has_exact_match(record: dict) -> bool:
     """Whether an evaluation's exact match is what the run is after: the correctness reward is among its rewards."""
-    return "rewards/correctness_reward_func" in record or not any(name.startswith("rewards/") for name in record)
+    return "rewards/correctness_reward_func" in record or not any(
+        name.startswith("rewards/") for name in record
+    )
 
 
 def score_rows(record: dict) -> list[tuple[str, str]]:
@@ -52,7 +54,10 @@ def describe_evaluation(record: dict) -> str:
     """held-out reward 2.310 (2.205 to 2.415), exact match 26.0% (20.4-32.5), lenient 100.0%, n=200"""
     parts = [f"reward {score_text(record, 'reward_mean')}"] if "reward_mean" in record else []
     if has_exact_match(record):
-        parts += [f"exact match {score_text(record, 'em_strict')}", f"lenient {score_text(record, 'em_lenient', False)}"]
+        parts += [
+            f"exact match {score_text(record, 'em_strict')}",
+            f"lenient {score_text(record, 'em_lenient', False)}",
+        ]
     split = "held-out" if record["split"] == "test" else "training subset"
     parts.append(f"n={record['n']}")
     if record.get("cut_thinking"):
@@ -68,10 +73,16 @@ def figures(record: dict) -> dict[str, str]:
     shown |= {
         "length": f"{record['completion_length_mean']:.0f}",
         "truncated": f"{record['truncated_fraction']:.0%}",
-        **({"thinking": f"{record['cut_thinking_fraction']:.0%}"} if record.get("cut_thinking_fraction") else {}),
+        **(
+            {"thinking": f"{record['cut_thinking_fraction']:.0%}"}
+            if record.get("cut_thinking_fraction")
+            else {}
+        ),
         "no-signal": f"{record['zero_signal_fraction']:.0%}",
         "rollout": f"{record['rollout_tokens_per_s']:.0f} tok/s",
-        "train": "none" if record["train_tokens_per_s"] is None else f"{record['train_tokens_per_s']:.0f} tok/s",
+        "train": "none"
+        if record["train_tokens_per_s"] is None
+        else f"{record['train_tokens_per_s']:.0f} tok/s",
         "memory": f"{record['peak_memory_gb']:.2f} GB",
         "lr": f"{record['lr']:.1e}",
     }
@@ -95,19 +106,26 @@ class Monitor:
         self.trackers = Trackers()
         self.done = 0  # updates
         self.record = None  # the last one shown; between them the display keeps its numbers
-        self.rewards, self.shown_rewards = [], 0  # of each update since the start of this process; how many are shown
+        self.rewards, self.shown_rewards = (
+            [],
+            0,
+        )  # of each update since the start of this process; how many are shown
         self.held_out = None  # the newest evaluation on held-out data
         self.times = collections.deque(maxlen=20)  # (updates done, when), for the time that is left
         self.doing, self.since, self.note = "", 0.0, ""
         self.live = None
-        self.warned = self.warned_of_thinking = False  # that the sampler has drifted too far from the policy to learn from: once is enough
+        self.warned = self.warned_of_thinking = (
+            False  # that the sampler has drifted too far from the policy to learn from: once is enough
+        )
 
     def __enter__(self):
         if self.console.file.isatty() and self.console.is_interactive:
             from rich.live import Live
 
             # Twice a second moves the clock; updates and phases redraw at once. A stderr that goes elsewhere is let alone.
-            self.live = Live(self, console=self.console, refresh_per_second=2, redirect_stderr=sys.stderr.isatty())
+            self.live = Live(
+                self, console=self.console, refresh_per_second=2, redirect_stderr=sys.stderr.isatty()
+            )
             self.live.start()
         return self
 
@@ -146,7 +164,9 @@ class Monitor:
         """Show an evaluation's log record; the report comes next. when: "update 25", or "before training"."""
         if record["split"] == "test":
             self.held_out = record
-        self.trackers.scalars({f"eval/{record['split']}/{k}": v for k, v in numbers(record).items()}, record["update"])
+        self.trackers.scalars(
+            {f"eval/{record['split']}/{k}": v for k, v in numbers(record).items()}, record["update"]
+        )
         self.say(f"{when}: {describe_evaluation(record)}")
         self.phase("reporting")
 
@@ -175,7 +195,9 @@ class Monitor:
             if not self.live:
                 words = " ".join(f"{name} {value}" for name, value in figures(record).items())
                 left = self.seconds_left()
-                self.say(f"update {self.done}/{self.updates} {words}" + (f" left {clock(left)}" if left else ""))
+                self.say(
+                    f"update {self.done}/{self.updates} {words}" + (f" left {clock(left)}" if left else "")
+                )
         if self.live:
             self.live.refresh()
 
@@ -188,7 +210,9 @@ class Monitor:
         totals = np.asarray(totals, dtype=float)
         lowest, highest = (np.nan_to_num(totals, nan=nan) for nan in (np.inf, -np.inf))
         b = int(np.argmax(highest.max(axis=1) > lowest.min(axis=1)))
-        chosen = [(name, int(i)) for name, i in (("best", highest[b].argmax()), ("worst", lowest[b].argmin()))]
+        chosen = [
+            (name, int(i)) for name, i in (("best", highest[b].argmax()), ("worst", lowest[b].argmin()))
+        ]
         update, question = records[0]["update"], records[b * totals.shape[1]]["prompt"]
         told = [(name, totals[b, i], records[b * totals.shape[1] + i]) for name, i in chosen]
         if self.live:
@@ -196,7 +220,9 @@ class Monitor:
             return
         self.say(f"sample {update} prompt: {shortened(question_text(question), 400)}")
         for name, total, record in told:
-            self.say(f"sample {update} {name} {total:.3f} ({reward_words(record)}): {shortened(record['completion'], 400)}")
+            self.say(
+                f"sample {update} {name} {total:.3f} ({reward_words(record)}): {shortened(record['completion'], 400)}"
+            )
 
     def stopping(self) -> None:
         """Called by a signal handler, which may have interrupted a write: nothing is printed where the display can tell."""
@@ -222,7 +248,10 @@ class Monitor:
     def __rich_console__(self, console, options):
         from rich.text import Text
 
-        width, plain = max(10, options.max_width - self.MARGIN), not console.encoding.lower().startswith("utf")
+        width, plain = (
+            max(10, options.max_width - self.MARGIN),
+            not console.encoding.lower().startswith("utf"),
+        )
         lines = [self.progress_line(width, plain)]
         if self.record:
             lines.append(self.reward_line(width, plain))
@@ -247,7 +276,9 @@ class Monitor:
         line = Text(head)
         if bar >= 5:
             full = bar * self.done // max(1, self.updates)
-            line.append(("#" if plain else "━") * full, "green").append(("-" if plain else "─") * (bar - full), "dim").append(" ")
+            line.append(("#" if plain else "━") * full, "green").append(
+                ("-" if plain else "─") * (bar - full), "dim"
+            ).append(" ")
         return line.append(tail)
 
     def reward_line(self, width: int, plain: bool):
@@ -258,7 +289,9 @@ class Monitor:
         known = [v for v in values if v is not None and math.isfinite(v)]
         tail = f" {min(known):.2f} to {max(known):.2f}" if known else ""
         line = Text("reward ").append(figures(self.record)["reward"], "bold").append(" ")
-        return line.append(sparkline(values, max(1, width - line.cell_len - len(tail)), plain), "cyan").append(tail, "dim")
+        return line.append(
+            sparkline(values, max(1, width - line.cell_len - len(tail)), plain), "cyan"
+        ).append(tail, "dim")
 
     def figure_lines(self, width: int) -> list:
         """The other numbers, in as many columns as there is room for."""
@@ -291,7 +324,9 @@ class Monitor:
         table.add_row("sample", f"update {update}")
         table.add_row(Text("prompt", "dim"), self.few_lines(question, width, 4))
         for name, total, record in told:
-            head = Text(f"{total:.3f}", "bold").append(f" = {escaped(reward_words(record), self.console.encoding)}", "dim")
+            head = Text(f"{total:.3f}", "bold").append(
+                f" = {escaped(reward_words(record), self.console.encoding)}", "dim"
+            )
             table.add_row(Text(name, "dim"), head)
             table.add_row("", self.few_lines(record["completion"], width, 6))
         return table
@@ -310,7 +345,10 @@ class Monitor:
 
 def reward_words(record: dict) -> str:
     """correctness 2.0, int 0.5, ...: each reward function's own, before its weight."""
-    words = [f"{n.removesuffix('_reward_func')} {'none' if r is None else f'{r:.3g}'}" for n, r in record["rewards"].items()]
+    words = [
+        f"{n.removesuffix('_reward_func')} {'none' if r is None else f'{r:.3g}'}"
+        for n, r in record["rewards"].items()
+    ]
     return ", ".join(words)
 
 
@@ -348,7 +386,9 @@ def print_outcome(run_dir: Path, outcome: dict, nothing_learnt: str = "") -> Non
         table.add_column(column, justify="left" if not column else "right")
     records = [outcome[when].get("test") or {} for when in ("before", "after")]
     for label, key in score_rows(records[1] or records[0]):
-        table.add_row(label, *(score_text(record, key) if key in record else "not evaluated" for record in records))
+        table.add_row(
+            label, *(score_text(record, key) if key in record else "not evaluated" for record in records)
+        )
     Console().print(table)
     final = run_dir / "final"
     if (run_dir / "report.html").is_file():
@@ -360,6 +400,11 @@ def print_outcome(run_dir: Path, outcome: dict, nothing_learnt: str = "") -> Non
 def write_report(run_dir: Path) -> None:
     """Rewrite report.html, in a process of its own: whatever goes wrong with it, the run goes on."""
     command = [sys.executable, str(ROOT / "utils" / "report.py"), str(run_dir)]
-    result = subprocess.run(command, capture_output=True, text=True, start_new_session=True)  # Ctrl-C is for the trainer
+    result = subprocess.run(
+        command, capture_output=True, text=True, start_new_session=True
+    )  # Ctrl-C is for the trainer
     if result.returncode:
-        print(f"Warning: no report.html: {(result.stderr.strip() or 'stopped').splitlines()[-1]}", file=sys.stderr)
+        print(
+            f"Warning: no report.html: {(result.stderr.strip() or 'stopped').splitlines()[-1]}",
+            file=sys.stderr,
+        )

@@ -8,7 +8,10 @@ import numpy as np
 def escaped(text: str, encoding: str = "utf-8") -> str:
     """`text` on one line, with all that a terminal would act on or cannot show as escapes: control characters, ANSI codes,
     marks of direction and width, halves of surrogate pairs, and what `encoding` lacks."""
-    shown = "".join(c if c.isprintable() else " " if c in "\u00a0\u3000" else c.encode("unicode_escape").decode() for c in text)
+    shown = "".join(
+        c if c.isprintable() else " " if c in "\u00a0\u3000" else c.encode("unicode_escape").decode()
+        for c in text
+    )
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
@@ -29,7 +32,9 @@ def sparkline(values: list[float | None], width: int, ascii_only: bool = False) 
     None (and what is not finite) is a gap.
     """
     levels = "_.-=*#" if ascii_only else "▁▂▃▄▅▆▇█"
-    stretches = [s for s in np.array_split(np.array(values, dtype=float), min(width, len(values)) or 1) if s.size]
+    stretches = [
+        s for s in np.array_split(np.array(values, dtype=float), min(width, len(values)) or 1) if s.size
+    ]
     means = [s[np.isfinite(s)].mean() if np.isfinite(s).any() else math.nan for s in stretches]
     known = [m for m in means if m == m]
     if not known:

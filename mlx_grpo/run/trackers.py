@@ -23,7 +23,11 @@ def numbers(record: dict) -> dict[str, float]:
     """The numeric fields of a log record; an interval as NAME/low and NAME/high."""
     flat = {}
     for name, value in record.items():
-        pairs = zip((f"{name}/low", f"{name}/high"), value) if isinstance(value, (list, tuple)) else [(name, value)]
+        pairs = (
+            zip((f"{name}/low", f"{name}/high"), value)
+            if isinstance(value, (list, tuple))
+            else [(name, value)]
+        )
         flat |= {n: float(v) for n, v in pairs if isinstance(v, (int, float)) and math.isfinite(v)}
     flat.pop("update", None)  # the x axis
     return flat
@@ -86,7 +90,15 @@ class Wandb:
         # Its own capture of the terminal would record every frame of the live display.
         settings = wandb.Settings(console="off", quiet=True)
         project = os.environ.get("WANDB_PROJECT", "mlx-grpo")
-        self.run = wandb.init(project=project, name=run_dir.name, id=run_id, resume="allow", dir=run_dir, config=config, settings=settings)
+        self.run = wandb.init(
+            project=project,
+            name=run_dir.name,
+            id=run_id,
+            resume="allow",
+            dir=run_dir,
+            config=config,
+            settings=settings,
+        )
         self.run.define_metric("update")
         self.run.define_metric("*", step_metric="update")
 
@@ -111,7 +123,12 @@ class Trackio:
 
         self.Table, self.finish = trackio.Table, trackio.finish
         project = os.environ.get("TRACKIO_PROJECT", "mlx-grpo")
-        self.run = trackio.init(project=project, name=f"{run_dir.name}-{run_id}", config=config, resume="allow" if resumed else "never")
+        self.run = trackio.init(
+            project=project,
+            name=f"{run_dir.name}-{run_id}",
+            config=config,
+            resume="allow" if resumed else "never",
+        )
 
     def scalars(self, values, update):
         self.run.log(dict(values), step=update)
@@ -134,7 +151,9 @@ class SwanLab:
 
         self.swanlab = swanlab
         settings = swanlab.Settings(terminal=swanlab.Settings.Terminal(proxy_type="none"))  # as with W&B
-        named = [os.environ.get(name) for name in ("SWANLAB_PROJECT_NAME", "SWANLAB_PROJ_NAME")]  # the latter up to 0.7
+        named = [
+            os.environ.get(name) for name in ("SWANLAB_PROJECT_NAME", "SWANLAB_PROJ_NAME")
+        ]  # the latter up to 0.7
         self.run = swanlab.init(
             project=next(filter(None, named), "mlx-grpo"), name=run_dir.name, id=run_id, resume="allow",
             log_dir=str(run_dir / "swanlog"), config=config, settings=settings,
@@ -158,14 +177,18 @@ def check_trackers(names: list[str]) -> None:
     """Raise UserError for trackers whose package is not installed."""
     for name in names:
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # no origin: a folder such as wandb/, which its runs leave behind
-            raise UserError(f"report_to: {name} is not installed; install it with uv sync --extra trackers, or uv pip install {name}")
+        if (
+            spec is None or spec.origin is None
+        ):  # no origin: a folder such as wandb/, which its runs leave behind
+            raise UserError(
+                f"report_to: {name} is not installed; install it with uv sync --extra trackers, or uv pip install {name}"
+            )
 
 
 class Trackers:
     """The trackers of a run, [(name, tracker)]. One that fails is named once and let go: training does not depend on it.
 
-        with trackers:  closes them at the end, as failed after an exception
+    with trackers:  closes them at the end, as failed after an exception
     """
 
     def __init__(self, members: list[tuple] = ()):
@@ -182,9 +205,22 @@ class Trackers:
 
     def completions(self, records: list[dict]) -> None:
         """A table of completions.jsonl's records, all of one update."""
-        columns = ["update", "prompt", "answer", "completion", *records[0]["rewards"], "finish_reason", "length"]
-        texts = lambda r: [t.encode("utf-8", "replace").decode() for t in (question_text(r["prompt"]), str(r["answer"]), r["completion"])]  # noqa: E731
-        rows = [[r["update"], *texts(r), *r["rewards"].values(), r["finish_reason"], r["length"]] for r in records]  # no half characters
+        columns = [
+            "update",
+            "prompt",
+            "answer",
+            "completion",
+            *records[0]["rewards"],
+            "finish_reason",
+            "length",
+        ]
+        texts = lambda r: [
+            t.encode("utf-8", "replace").decode()
+            for t in (question_text(r["prompt"]), str(r["answer"]), r["completion"])
+        ]  # noqa: E731
+        rows = [
+            [r["update"], *texts(r), *r["rewards"].values(), r["finish_reason"], r["length"]] for r in records
+        ]  # no half characters
         self.each("completions", columns, rows, records[0]["update"])
 
     def close(self, failed: bool) -> None:
@@ -197,7 +233,9 @@ class Trackers:
                 getattr(tracker, method)(*arguments)
             except Exception as error:  # other people's code, disks and networks
                 self.members.remove((name, tracker))
-                print(f"Warning: {name} failed and is left out from here on: {reason(error)}", file=sys.stderr)
+                print(
+                    f"Warning: {name} failed and is left out from here on: {reason(error)}", file=sys.stderr
+                )
 
 
 def start_trackers(names: list[str], run_dir: Path, config: dict, update: int) -> Trackers:
@@ -210,11 +248,15 @@ def start_trackers(names: list[str], run_dir: Path, config: dict, update: int) -
     trackers = Trackers()
     for name in dict.fromkeys(names):
         try:
-            trackers.members.append((name, TRACKERS[name](run_dir, config, id_file.read_text(), update, resumed)))
+            trackers.members.append(
+                (name, TRACKERS[name](run_dir, config, id_file.read_text(), update, resumed))
+            )
         except Exception as error:  # as above; now somebody is still there to mend it
             trackers.close(failed=True)
             offline = f"set {name.upper()}_MODE=offline, " if name in ("wandb", "swanlab") else ""
-            raise RunError(f"Cannot start tracker {name}: {reason(error)}; mend that, {offline}or leave it out of report_to") from None
+            raise RunError(
+                f"Cannot start tracker {name}: {reason(error)}; mend that, {offline}or leave it out of report_to"
+            ) from None
     return trackers
 
 

@@ -9,13 +9,21 @@ from mlx_grpo.update.shared_prompts import reason_not_to_share
 def precision_way(model) -> str:
     """What is computed and saved in another precision than the model's own; empty where all is the same."""
     own = getattr(model, "own_precision", None)
-    return f"{own.half}; computed in float32, which is faster on this CPU, and saved in {own.half}" if own else ""
+    return (
+        f"{own.half}; computed in float32, which is faster on this CPU, and saved in {own.half}"
+        if own
+        else ""
+    )
 
 
 def rollout_way(model, compiled: bool) -> str:
     """How prompts share a rollout's batches. compiled: whether a position is."""
     reason = reason_not_to_pad(model)
-    together = f"prompts of one length at a time, which is slow: {reason}" if reason else "prompts of different length together"
+    together = (
+        f"prompts of one length at a time, which is slow: {reason}"
+        if reason
+        else "prompts of different length together"
+    )
     when = f"compiled once the run has decoded {FAST_AFTER:,} of them" if compiled else "not compiled"
     return f"{together}; a position is {when}"
 
@@ -40,7 +48,11 @@ def plan_lines(learner, sampler, decoder) -> list[str]:
     rollout = rollout_way(sampler, isinstance(decoder, CompiledDecoder))
     update = update_way(learner.model, learner.log_probs.shares_padded, learner.config.use_compile)
     precision = precision_way(learner.model)
-    return [*([f"precision  {precision}"] if precision else []), f"rollout    {rollout}", f"update     {update}"]
+    return [
+        *([f"precision  {precision}"] if precision else []),
+        f"rollout    {rollout}",
+        f"update     {update}",
+    ]
 
 
 def compiled_shapes(decoder, use_compile: bool, updates: int) -> int:

@@ -32,5 +32,7 @@ def reference_copy(model):
 def fused(model):
     """The model with its adapters merged into full-precision weights, sharing every other array."""
     merged = shared_copy(model)
-    merged.update_modules(tree_unflatten([(name, m.fuse(dequantize=True)) for name, m in adapter_layers(merged)]))
+    merged.update_modules(
+        tree_unflatten([(name, m.fuse(dequantize=True)) for name, m in adapter_layers(merged)])
+    )
     return merged

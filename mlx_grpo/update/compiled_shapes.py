@@ -31,7 +31,9 @@ def shape_name(batch: dict) -> str:
     return " ".join([*sizes, *(["padded"] if "pads" in batch else [])])
 
 
-def note_shapes(history: dict[str, list[int]], batches: list[dict], update: int, most: int = MOST_SHAPES) -> None:
+def note_shapes(
+    history: dict[str, list[int]], batches: list[dict], update: int, most: int = MOST_SHAPES
+) -> None:
     """Count the shapes of an update's micro-batches in `history`: of each shape, the updates it came in and the last of them.
 
     A shape that has come often enough is compiled from then on. Where `most` are already, the one that was last used longest

@@ -55,7 +55,11 @@ def split_head(model):
     ids = mx.array([[0, 1, 2]])
     try:
         whole, parts = model(ids), head(backbone(ids))
-    except (TypeError, AttributeError, ValueError):  # a backbone with another call, or a head that needs more than it
+    except (
+        TypeError,
+        AttributeError,
+        ValueError,
+    ):  # a backbone with another call, or a head that needs more than it
         return None
     same = whole.shape == parts.shape and mx.allclose(whole, parts, rtol=1e-3, atol=1e-3).item()
     return (backbone, head) if same else None

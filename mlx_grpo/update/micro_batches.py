@@ -88,7 +88,11 @@ def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[l
     """
     g, side_by_side = config.num_generations, stream_count()
     budget = config.micro_batch_tokens // side_by_side
-    parts = side_by_side * math.ceil(total / config.micro_batch_tokens) if total >= side_by_side * STREAM_POSITIONS else 1
+    parts = (
+        side_by_side * math.ceil(total / config.micro_batch_tokens)
+        if total >= side_by_side * STREAM_POSITIONS
+        else 1
+    )
     # Rows of a group that go together: all of them, unless one group alone is over the budget, or parts are too few.
     widest = max(len(groups[b].prompt) for b in used), max(longest_completion(groups[b]) for b in used)
     fits = lambda k: cost(1, *widest, k) <= budget and len(used) * g // k >= parts  # noqa: E731
@@ -102,7 +106,9 @@ def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[l
     units = [[first]]
     for piece in rest:
         now, larger = positions(units[-1]), positions([*units[-1], piece])
-        is_nearer = len(units) < parts and now + larger > 2 * total / parts  # to an equal share, without the piece
+        is_nearer = (
+            len(units) < parts and now + larger > 2 * total / parts
+        )  # to an equal share, without the piece
         if is_nearer or larger > budget:
             units.append([])
         units[-1].append(piece)

@@ -35,7 +35,9 @@ def reason_not_to_share(model) -> str:
 def try_sharing(model) -> str:
     """Why completions after a shared, padded prompt do not get the logits of whole sequences, in float32; empty where they do."""
     prompts = mx.array([[0, 0, 0, 0, 0, 1, 2, 3, 4], [9, 8, 7, 6, 5, 4, 3, 2, 1]])  # (2, 9)
-    answers = mx.array([[4, 5, 6, 7], [4, 7, 8, 9], [1, 2, 3, 4], [1, 5, 6, 7]])  # (4, 4): each prompt's last id and three more
+    answers = mx.array(
+        [[4, 5, 6, 7], [4, 7, 8, 9], [1, 2, 3, 4], [1, 5, 6, 7]]
+    )  # (4, 4): each prompt's last id and three more
     try:
         cache = in_float32(model, lambda: prefill(model, prompts, mx.array([5, 0]), 2))
         shared = in_float32(model, lambda: model(answers, cache=cache))[0]
@@ -63,4 +65,3 @@ def prefill(model, prompts: mx.array, pads: mx.array | None, repeats: int) -> li
     if repeats > 1:
         map_rows(cache, lambda x: mx.repeat(x, repeats, axis=0))
     return cache
-
