@@ -52,7 +52,7 @@ class BadArgument(Refused):
     status = 2
 
 
-# ---- finding and reading the checkpoint -----------------------------------------------------------------------------
+# ---- finding and reading the checkpoint --------------------------------------------------------------------
 
 
 def checkpoint_folder(name: str) -> Path:
@@ -88,7 +88,8 @@ def find_files(folder: Path, step: int | None) -> tuple[Path, Path, Path]:
     step = max(models) if step is None else step
     if step not in models:
         raise BadArgument(
-            f"Checkpoint not found: step {step} is not in {folder}; it has {', '.join(map(str, sorted(models)))}"
+            f"Checkpoint not found: step {step} is not in {folder}; it has "
+            f"{', '.join(map(str, sorted(models)))}"
         )
     meta = models[step].with_name(models[step].name.replace("model_", "meta_")).with_suffix(".json")
     if not meta.is_file():
@@ -117,7 +118,8 @@ def read_meta(path: Path) -> dict:
         raise Refused(f"Metadata incomplete: model_config in {path} lacks {', '.join(missing)}")
     if unknown := sorted(set(found) - {*META_KEYS, "window_pattern"}):
         raise Refused(
-            f"Unsupported architecture: model_config in {path} has {', '.join(unknown)}, which nanochat did not have "
+            f"Unsupported architecture: model_config in {path} has {', '.join(unknown)}, which nanochat did "
+            "not have "
             "in October 2025 or since March 2026; convert a checkpoint of nanochat itself"
         )
     for key in META_KEYS:
@@ -125,7 +127,8 @@ def read_meta(path: Path) -> dict:
             raise Refused(f"Metadata wrong: {key} = {found[key]!r} in {path} is no sensible positive integer")
     if found["n_embd"] % (2 * found["n_head"]) or found["n_head"] % found["n_kv_head"]:
         raise Refused(
-            f"Metadata wrong: {found['n_embd']} channels do not divide into {found['n_head']} heads of even width in "
+            f"Metadata wrong: {found['n_embd']} channels do not divide into {found['n_head']} heads of even "
+            "width in "
             f"{found['n_kv_head']} groups ({path})"
         )
     pattern = found.get("window_pattern", "L")
@@ -142,7 +145,8 @@ def read_weights(path: Path) -> dict:
         import torch
     except ImportError:
         raise Refused(
-            "PyTorch is missing: reading .pt files needs it; run `uv run --extra torch convert_nanochat.py ...`"
+            "PyTorch is missing: reading .pt files needs it; run `uv run --extra torch convert_nanochat.py "
+            "...`"
         ) from None
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -161,7 +165,7 @@ def read_weights(path: Path) -> dict:
     return renamed
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------------------
 
 
 def expected_shapes(meta: dict, is_2026: bool) -> dict[str, tuple]:
@@ -206,15 +210,18 @@ def convert_weights(weights: dict, meta: dict, is_2026: bool, dtype: str) -> dic
     for kind, keys in (("has", weights.keys() - shapes.keys()), ("lacks", shapes.keys() - weights.keys())):
         if keys:
             raise Refused(
-                f"Unsupported architecture: the checkpoint {kind} {sorted(keys)[0]} ({len(keys)} such keys), unlike "
-                f"nanochat's layout of {layout}; convert a checkpoint of nanochat of October 2025, or since March 2026"
+                f"Unsupported architecture: the checkpoint {kind} {sorted(keys)[0]} ({len(keys)} such "
+                "keys), unlike "
+                f"nanochat's layout of {layout}; convert a checkpoint of nanochat of October 2025, or since "
+                "March 2026"
             )
     arrays = {}
     for key, shape in shapes.items():
         tensor = weights[key]
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise Refused(
-                f"Checkpoint wrong: {key} is {tensor.dtype} {tuple(tensor.shape)}; meta's model_config asks for {shape}"
+                f"Checkpoint wrong: {key} is {tensor.dtype} {tuple(tensor.shape)}; meta's model_config asks "
+                f"for {shape}"
             )
         if (
             shape[0] > meta["vocab_size"]
@@ -227,7 +234,8 @@ def convert_weights(weights: dict, meta: dict, is_2026: bool, dtype: str) -> dic
         array = array if "lambda" in key else array.astype(getattr(mx, dtype))
         if not mx.isfinite(array).all().item():
             raise Refused(
-                f"Checkpoint wrong: {key} has values that are not finite in {dtype}; use --dtype float32 or bfloat16"
+                f"Checkpoint wrong: {key} has values that are not finite in {dtype}; use --dtype float32 or "
+                "bfloat16"
             )
         arrays[mlx_name(key)] = array
     return arrays
@@ -259,7 +267,7 @@ def stop_ids(special: dict) -> list[int]:
     return [special["<|assistant_end|>"], special["<|bos|>"]]
 
 
-# ---- tokenizer ------------------------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------------------
 
 
 def byte_names() -> list[str]:
@@ -301,7 +309,8 @@ def build_tokenizer(state: dict) -> tuple[dict, dict]:
     ranks, special = state["mergeable_ranks"], state["special_tokens"]
     if missing := [token for token in CHAT_TOKENS if token not in special]:
         raise Refused(
-            f"Tokenizer wrong: it lacks {', '.join(missing)}; convert a nanochat chat model's own tokenizer.pkl"
+            f"Tokenizer wrong: it lacks {', '.join(missing)}; convert a nanochat chat model's own "
+            "tokenizer.pkl"
         )
     name = byte_names()
     names = {token: "".join(name[byte] for byte in token) for token in ranks}
@@ -319,7 +328,8 @@ def build_tokenizer(state: dict) -> tuple[dict, dict]:
         pieces = pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(token)
         if len(pieces) < 2:
             raise Refused(
-                f"Tokenizer unsupported: its pattern keeps {token} in one piece, so text and special token would look alike; "
+                f"Tokenizer unsupported: its pattern keeps {token} in one piece, so text and special token "
+                "would look alike; "
                 "use TiktokenTokenizerWrapper with tokenizer.pkl"
             )
         heads[token] = pieces[0][0]
@@ -479,7 +489,7 @@ def check_tokenizer(folder: Path, reference: TiktokenTokenizerWrapper) -> None:
         )
 
 
-# ---- the directory --------------------------------------------------------------------------------------------------
+# ---- the directory -----------------------------------------------------------------------------------------
 
 
 def quantize(folder: Path) -> None:
@@ -526,7 +536,8 @@ def write_directory(
     is_2026 = "window_pattern" in meta or any(key in weights for key in KEYS_2026)
     if is_2026 and "window_pattern" not in meta:
         raise Refused(
-            "Metadata incomplete: the weights are of nanochat's 2026 architecture, but meta has no window_pattern"
+            "Metadata incomplete: the weights are of nanochat's 2026 architecture, but meta has no "
+            "window_pattern"
         )
     arrays = convert_weights(weights, meta, is_2026, dtype)
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
@@ -572,7 +583,8 @@ def convert(cache_dir: str, output_dir: str, step: int | None = None, dtype: str
         raise BadArgument(f"Output wrong: {output} holds the checkpoint itself; give another --output-dir")
     if taken and not (output / "config.json").is_file():
         raise BadArgument(
-            f"Output wrong: --overwrite replaces model directories only, and {output} is none; give another --output-dir"
+            f"Output wrong: --overwrite replaces model directories only, and {output} is none; give another "
+            "--output-dir"
         )
     meta = read_meta(meta_file)
     with complete_or_absent(output) as aside:

@@ -79,7 +79,7 @@ class ConversionError(Exception):
         self.code = code
 
 
-# --- Reading the source ---------------------------------------------------------------------------------------------------------
+# --- Reading the source -------------------------------------------------------------------------------------
 
 
 def find_source(hf_path, revision=None):
@@ -114,7 +114,8 @@ def find_source(hf_path, revision=None):
         offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
         cause = str(error).strip().splitlines()[0]
         raise ConversionError(
-            f"Model not found: {where} is no local directory and could not be read from the hub{offline}: {cause.rstrip('.')}. Check the "
+            f"Model not found: {where} is no local directory and could not be read from the hub{offline}: "
+            f"{cause.rstrip('.')}. Check the "
             "name and the network, or give a local directory"
         ) from error
 
@@ -150,7 +151,8 @@ def read_checkpoint(source):
     if not files:
         found = ", ".join(sorted(file.name for file in source.iterdir() if file.is_file())[:8])
         raise ConversionError(
-            f"No weights: {source} has no model*.safetensors (found {found}); save the model as safetensors first",
+            f"No weights: {source} has no model*.safetensors (found {found}); save the model as safetensors "
+            "first",
             2,
         )
     index = source / "model.safetensors.index.json"
@@ -185,7 +187,8 @@ def adapt_config(config, checkpoint, longrope=None):
         limit = scaling.get("original_max_position_embeddings")
         if longrope is None:
             raise ConversionError(
-                f"A setting would be ignored: rope_scaling.short_factor. mlx-lm uses one list of factors at every length: add --longrope "
+                "A setting would be ignored: rope_scaling.short_factor. mlx-lm uses one list of factors at "
+                "every length: add --longrope "
                 f"short (exact for texts up to {limit} tokens) or --longrope long (exact for longer ones)"
             )
         if longrope == "short":
@@ -193,7 +196,7 @@ def adapt_config(config, checkpoint, longrope=None):
     return config
 
 
-# --- What mlx-lm's class would ignore -------------------------------------------------------------------------------------------
+# --- What mlx-lm's class would ignore -----------------------------------------------------------------------
 
 
 @functools.cache
@@ -306,7 +309,7 @@ def ignored_window(config, reads, args):
     return set() if known else {"layer_types"}
 
 
-# --- Loading --------------------------------------------------------------------------------------------------------------------
+# --- Loading ------------------------------------------------------------------------------------------------
 
 
 def model_classes(config):
@@ -382,7 +385,8 @@ def load_model(source, checkpoint, args):
         if isinstance(error, SystemExit):
             reason = f"its {config['model_type']} needs a Python package that is not installed"
         raise ConversionError(
-            f"Cannot load {args.hf_path} ({config['model_type']}) with mlx-lm: {reason}. Models known to work: {KNOWN_TO_WORK}"
+            f"Cannot load {args.hf_path} ({config['model_type']}) with mlx-lm: {reason}. Models known to "
+            f"work: {KNOWN_TO_WORK}"
         ) from error
     ignored = {} if config.get("model_file") else ignored_settings(model, config)
     window = ignored.get("sliding_window")
@@ -395,7 +399,8 @@ def load_model(source, checkpoint, args):
     if refused := {name: value for name, value in ignored.items() if name not in args.ignore_setting}:
         raise ConversionError(
             f"Settings would be ignored by mlx-lm's {config['model_type']}: "
-            f"{', '.join(f'{name}={json.dumps(value)}' for name, value in refused.items())}. The converted model would differ from the "
+            f"{', '.join(f'{name}={json.dumps(value)}' for name, value in refused.items())}. The converted "
+            "model would differ from the "
             + (f"original beyond {window} tokens" if list(refused) == ["sliding_window"] else "original")
             + f"; to convert all the same add {' '.join(f'--ignore-setting {name}' for name in refused)}"
         )
@@ -446,7 +451,7 @@ def set_eos_token(token, tokenizer, source, config):
         tokenizer.eos_token = token
 
 
-# --- Changing the weights -------------------------------------------------------------------------------------------------------
+# --- Changing the weights -----------------------------------------------------------------------------------
 
 
 def cast(model, dtype):
@@ -492,7 +497,8 @@ def fuse_adapters(model, adapter_path):
         - saved
     ):
         raise ConversionError(
-            f"The adapter {path} lacks weights that its adapter_config.json promises: {shorten(', '.join(absent))}"
+            f"The adapter {path} lacks weights that its adapter_config.json promises: "
+            f"{shorten(', '.join(absent))}"
         )
     change = error = 0.0
     fused = []
@@ -542,7 +548,8 @@ def quantize(model, config, args):
     if not is_quantized(model):
         widths = sorted({width for _, width in unquantized_layers(model)})
         raise ConversionError(
-            f"--group-size {group_size} divides the width of no layer (widths {widths}): choose a smaller one",
+            f"--group-size {group_size} divides the width of no layer (widths {widths}): choose a smaller "
+            "one",
             2,
         )
     return model, config
@@ -552,7 +559,8 @@ def check_quantization(args, quantized):
     """Refuse to quantise what is quantised, and to dequantise what is not."""
     if args.quantize and quantized:
         raise ConversionError(
-            f"--quantize: {args.hf_path} is already quantised; --dequantize it into a directory of its own first",
+            f"--quantize: {args.hf_path} is already quantised; --dequantize it into a directory of its own "
+            "first",
             2,
         )
     if args.dequantize and not quantized:
@@ -575,7 +583,7 @@ def bits_per_weight(model):
     return 8 * sum(w.nbytes for _, w in tree_flatten(model.parameters())) / get_total_parameters(model)
 
 
-# --- Saving ---------------------------------------------------------------------------------------------------------------------
+# --- Saving -------------------------------------------------------------------------------------------------
 
 
 def check_output(args):
@@ -586,7 +594,8 @@ def check_output(args):
             given = Path(path).expanduser().resolve()
             if given == output or output in given.parents:
                 raise ConversionError(
-                    f"--output-dir {args.output_dir} is or holds {name}, which it would replace; choose another",
+                    f"--output-dir {args.output_dir} is or holds {name}, which it would replace; choose "
+                    "another",
                     2,
                 )
     if output.exists() and not args.overwrite:
@@ -654,7 +663,7 @@ def upload(directory, repo):
     print(f"Uploaded to {repo}")
 
 
-# --- Command line ---------------------------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 def shorten(text, everything=False):
@@ -723,7 +732,8 @@ def convert(args):
         )
     if tokenizer is None and not (source / "tokenizer.pkl").exists():
         lines.append(
-            f"  no tokenizer     {args.hf_path} has none: copy its tokenizer.json into {args.output_dir} before generating"
+            f"  no tokenizer     {args.hf_path} has none: copy its tokenizer.json into {args.output_dir} "
+            "before generating"
         )
     lines += verbose_lines(model, config) if args.verbose else []
     trained_through = " --set fine_tune_type=lora" if is_quantized(model) else ""
@@ -852,7 +862,8 @@ def parse_args(argv=None):
         parser.error("--quantize and --dequantize exclude each other: run twice, dequantising first")
     if bits and (args.bits or bits, args.group_size or group_size) != (bits, group_size):
         parser.error(
-            f"--q-mode {args.q_mode} is always {bits} bits with group size {group_size}: leave --bits and --group-size out"
+            f"--q-mode {args.q_mode} is always {bits} bits with group size {group_size}: leave --bits and "
+            "--group-size out"
         )
     if not bits and args.group_size == 16:
         parser.error("--group-size 16 is for --q-mode nvfp4: choose 32, 64 or 128")

@@ -36,7 +36,7 @@ LOAD_ERRORS = (
 )
 
 
-# --- Loading, shared with inference_vision.py -----------------------------------------------------------------------------------
+# --- Loading, shared with inference_vision.py ---------------------------------------------------------------
 
 
 def adapt_config(config):
@@ -94,7 +94,8 @@ def load_vision_model(directory, config, name, trust_remote_code=False, lazy=Fal
         model = load_model(directory, lazy=lazy, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
         raise ConversionError(
-            f"Cannot load {name} ({config['model_type']}) with mlx-vlm: {type(error).__name__}: {shorten(str(error))}. "
+            f"Cannot load {name} ({config['model_type']}) with mlx-vlm: {type(error).__name__}: "
+            f"{shorten(str(error))}. "
             f"Models known to work: {KNOWN_TO_WORK}"
         ) from error
     # mlx-vlm drops a whole module that has no weights, and only logs it.
@@ -104,14 +105,16 @@ def load_vision_model(directory, config, name, trust_remote_code=False, lazy=Fal
         )
     if not any(re.search("vision|image|img", part) for part in [*config, *dict(model.named_modules())]):
         raise ConversionError(
-            f"Not a vision model: {name} ({config['model_type']}); use utils/convert_model.py and utils/inference.py",
+            f"Not a vision model: {name} ({config['model_type']}); use utils/convert_model.py and "
+            "utils/inference.py",
             2,
         )
     text = getattr(model.config, "text_config", model.config)
     wanted = (config.get("text_config") or config).get("rope_theta")
     if wanted is not None and getattr(text, "rope_theta", wanted) != wanted:
         raise ConversionError(
-            f"A setting would be ignored by mlx-vlm's {config['model_type']}: rope_theta={wanted} (it would compute with "
+            f"A setting would be ignored by mlx-vlm's {config['model_type']}: rope_theta={wanted} (it would "
+            "compute with "
             f"{text.rope_theta}). Models known to work: {KNOWN_TO_WORK}"
         )
     return model
@@ -143,7 +146,7 @@ def load_processor(directory, name, eos_token_ids=None, trust_remote_code=False)
     return processor
 
 
-# --- Converting -----------------------------------------------------------------------------------------------------------------
+# --- Converting ---------------------------------------------------------------------------------------------
 
 
 def quantize(model, config, args):
@@ -165,7 +168,8 @@ def quantize(model, config, args):
     if not is_quantized(model):
         widths = sorted({width for _, width in unquantized_layers(model)})
         raise ConversionError(
-            f"--group-size {group_size} divides the width of no layer (widths {widths}): choose a smaller one",
+            f"--group-size {group_size} divides the width of no layer (widths {widths}): choose a smaller "
+            "one",
             2,
         )
     return model, config
@@ -246,7 +250,7 @@ def convert(args):
     print(f"Next:\n  uv run python utils/inference_vision.py --model {shlex.quote(args.output_dir)} --chat")
 
 
-# --- Command line ---------------------------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):

@@ -32,7 +32,7 @@ class InferenceError(ConversionError):
     """One line for stderr, with the exit status."""
 
 
-# --- Images -------------------------------------------------------------------------------------------------------------------
+# --- Images -------------------------------------------------------------------------------------------------
 
 
 def read_image(source):
@@ -77,7 +77,7 @@ def read_images(text):
     return [read_image(source) for source in sources]
 
 
-# --- Answers ------------------------------------------------------------------------------------------------------------------
+# --- Answers ------------------------------------------------------------------------------------------------
 
 
 def load(args):
@@ -153,8 +153,10 @@ class Conversation:
                 self.forget_cache()  # it holds more than it says
                 break
         self.speed = (
-            f"prompt {piece.prompt_tokens} tokens ({piece.cached_tokens} from the cache), {piece.prompt_tps:.1f} tokens/s; "
-            f"generation {piece.generation_tokens} tokens, {piece.generation_tps:.1f} tokens/s; peak memory {piece.peak_memory:.3f} GB"
+            f"prompt {piece.prompt_tokens} tokens ({piece.cached_tokens} from the cache), "
+            f"{piece.prompt_tps:.1f} tokens/s; "
+            f"generation {piece.generation_tokens} tokens, {piece.generation_tps:.1f} tokens/s; peak memory "
+            f"{piece.peak_memory:.3f} GB"
         )
         return answer
 
@@ -205,7 +207,7 @@ def finish(conversation, rest):
         print(conversation.speed, file=sys.stderr)
 
 
-# --- Command line ---------------------------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
@@ -263,7 +265,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.model is None and not Path(DEFAULT_MODEL).is_dir():
         parser.error(
-            f"no directory {DEFAULT_MODEL} here: name a model with --model, or make one with utils/convert_vision_model.py"
+            f"no directory {DEFAULT_MODEL} here: name a model with --model, or make one with "
+            "utils/convert_vision_model.py"
         )
     args.model = args.model or DEFAULT_MODEL
     return args
