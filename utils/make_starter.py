@@ -73,8 +73,8 @@ FAMILIES = [
         questions=[
             "{name} has {a} {things}. {other} gives {him} {b} more. How many {things} does {name} have now?",
             (
-                "{name} finds {a} {things} in the {place} and {b} more at home. How many {things} does {name} "
-                "have?"
+                "{name} finds {a} {things} in the {place} and {b} more at home. "
+                "How many {things} does {name} have?"
             ),
         ],
         steps=["{name} has [a+b=s] {things}."],
@@ -111,12 +111,12 @@ FAMILIES = [
         numbers=dict(a=(3, 60), b=(2, 30), c=(2, 40)),
         questions=[
             (
-                "{name} has {a} {things} and finds {b} more in the {place}. Then {he} gives {c} to {other}. How "
-                "many {things} are left?"
+                "{name} has {a} {things} and finds {b} more in the {place}. Then {he} gives {c} to {other}. "
+                "How many {things} are left?"
             ),
             (
-                "{name} bought {a} {things} on Monday and {b} on Tuesday. {He} lost {c} of them. How many "
-                "{things} does {he} have left?"
+                "{name} bought {a} {things} on Monday and {b} on Tuesday. {He} lost {c} of them. "
+                "How many {things} does {he} have left?"
             ),
         ],
         steps=["{name} had [a+b=s] {things}.", "Then [s-c=t] {things} are left."],
@@ -127,8 +127,8 @@ FAMILIES = [
         questions=[
             "{name} has {a} boxes of {b} {things} and {c} loose {things}. How many {things} does {he} have?",
             (
-                "{other} gave {name} {a} bags with {b} {things} each. {name} already had {c} {things}. How many "
-                "does {he} have now?"
+                "{other} gave {name} {a} bags with {b} {things} each. {name} already had {c} {things}. "
+                "How many does {he} have now?"
             ),
         ],
         steps=["The {a} times {b} make [a*b=s] {things}.", "In all {he} has [s+c=t] {things}."],
@@ -138,12 +138,12 @@ FAMILIES = [
         numbers=dict(a=(2, 9), b=(2, 9), c=(2, 40)),
         questions=[
             (
-                "{name} packed {a} boxes with {b} {things} each and sold {c} {things}. How many {things} are "
-                "left?"
+                "{name} packed {a} boxes with {b} {things} each and sold {c} {things}. "
+                "How many {things} are left?"
             ),
             (
-                "There are {a} bags of {b} {things} in the {place}. {name} uses {c} {things}. How many {things} "
-                "are left?"
+                "There are {a} bags of {b} {things} in the {place}. {name} uses {c} {things}. "
+                "How many {things} are left?"
             ),
         ],
         steps=["There were [a*b=s] {things}.", "Then [s-c=t] {things} are left."],
@@ -153,12 +153,12 @@ FAMILIES = [
         numbers=dict(a=(2, 9), b=(2, 8), c=(3, 40)),
         questions=[
             (
-                "A pen costs {a} dollars and a bag costs {c} dollars. {name} buys {b} pens and one bag. How "
-                "many dollars does {he} pay?"
+                "A pen costs {a} dollars and a bag costs {c} dollars. {name} buys {b} pens and one bag. "
+                "How many dollars does {he} pay?"
             ),
             (
-                "{name} buys {b} cards at {a} dollars each and a book for {c} dollars. How many dollars does "
-                "{he} spend?"
+                "{name} buys {b} cards at {a} dollars each and a book for {c} dollars. "
+                "How many dollars does {he} spend?"
             ),
         ],
         steps=["{He} pays [a*b=s] dollars for {b}.", "In all {he} pays [s+c=t] dollars."],
@@ -169,8 +169,8 @@ FAMILIES = [
         questions=[
             "{name} has {c} dollars and buys {a} books at {b} dollars each. How many dollars are left?",
             (
-                "{name} pays for {a} toys at {b} dollars each with {c} dollars. How many dollars does {he} get "
-                "back?"
+                "{name} pays for {a} toys at {b} dollars each with {c} dollars. "
+                "How many dollars does {he} get back?"
             ),
         ],
         steps=["{He} pays [a*b=s] dollars.", "Then [c-s=t] dollars are left."],
@@ -180,12 +180,12 @@ FAMILIES = [
         numbers=dict(a=(3, 50), b=(2, 30)),
         questions=[
             (
-                "{name} has {a} {things}. {other} has {b} more than {name}. How many {things} do they have "
-                "together?"
+                "{name} has {a} {things}. {other} has {b} more than {name}. "
+                "How many {things} do they have together?"
             ),
             (
-                "{name} read {a} pages and {other} read {b} pages more than that. How many pages did they read "
-                "together?"
+                "{name} read {a} pages and {other} read {b} pages more than that. "
+                "How many pages did they read together?"
             ),
         ],
         steps=["For {other} it is [a+b=s].", "Together that is [a+s=t]."],
@@ -195,8 +195,8 @@ FAMILIES = [
         numbers=dict(a=(10, 70), b=(2, 40)),
         questions=[
             (
-                "{name} has {a} {things}. {other} has {b} fewer than {name}. How many {things} do they have "
-                "together?"
+                "{name} has {a} {things}. {other} has {b} fewer than {name}. "
+                "How many {things} do they have together?"
             ),
             "{name} is {a} years old and {other} is {b} years younger. How old are they together?",
         ],
@@ -207,12 +207,12 @@ FAMILIES = [
         numbers=dict(a=(8, 90), b=(2, 30), c=(2, 9)),
         questions=[
             (
-                "{name} had {a} {things}, kept {b} and shared the rest equally among {c} friends. How many "
-                "{things} does each friend get?"
+                "{name} had {a} {things}, kept {b} and shared the rest equally among {c} friends. "
+                "How many {things} does each friend get?"
             ),
             (
-                "Of {a} {things}, {b} were broken. {name} put the rest into {c} equal boxes. How many {things} "
-                "are in each?"
+                "Of {a} {things}, {b} were broken. {name} put the rest into {c} equal boxes. "
+                "How many {things} are in each?"
             ),
         ],
         steps=["The rest is [a-b=s] {things}.", "Each gets [s/c=t] {things}."],
@@ -226,8 +226,8 @@ FAMILIES = [
                 "How many {things} does each get?"
             ),
             (
-                "{name} put {a} big and {b} small {things} into {c} equal bags. How many {things} are in each "
-                "bag?"
+                "{name} put {a} big and {b} small {things} into {c} equal bags. "
+                "How many {things} are in each bag?"
             ),
         ],
         steps=["There are [a+b=s] {things}.", "Each gets [s/c=t] {things}."],
@@ -237,12 +237,12 @@ FAMILIES = [
         numbers=dict(a=(2, 40), b=(2, 30), c=(2, 20), d=(2, 50)),
         questions=[
             (
-                "{name} found {a} {things} on Monday, {b} on Tuesday and {c} on Friday. {He} sold {d}. How many "
-                "{things} are left?"
+                "{name} found {a} {things} on Monday, {b} on Tuesday and {c} on Friday. {He} sold {d}. "
+                "How many {things} are left?"
             ),
             (
-                "{name} has {a} red, {b} blue and {c} green {things} and gives {d} to {other}. How many "
-                "{things} are left?"
+                "{name} has {a} red, {b} blue and {c} green {things} and gives {d} to {other}. "
+                "How many {things} are left?"
             ),
         ],
         steps=["First [a+b=s].", "With {c} more [s+c=t].", "Then [t-d=u] {things} are left."],
@@ -252,12 +252,12 @@ FAMILIES = [
         numbers=dict(a=(2, 9), b=(2, 9), c=(2, 9), d=(2, 9)),
         questions=[
             (
-                "{name} buys {a} books at {b} dollars and {c} toys at {d} dollars. How many dollars does {he} "
-                "spend?"
+                "{name} buys {a} books at {b} dollars and {c} toys at {d} dollars. "
+                "How many dollars does {he} spend?"
             ),
             (
-                "{name} has {a} bags of {b} {things} and {c} boxes of {d} {things}. How many {things} does {he} "
-                "have?"
+                "{name} has {a} bags of {b} {things} and {c} boxes of {d} {things}. "
+                "How many {things} does {he} have?"
             ),
         ],
         steps=["First [a*b=s].", "Then [c*d=t].", "In all [s+t=u]."],
@@ -271,8 +271,8 @@ FAMILIES = [
                 "How many dollars does {he} have?"
             ),
             (
-                "{name} had {a} boxes of {b} {things}. {He} lost {c} {things} and {other} gave {him} {d}. How "
-                "many {things} does {he} have?"
+                "{name} had {a} boxes of {b} {things}. {He} lost {c} {things} and {other} gave {him} {d}. "
+                "How many {things} does {he} have?"
             ),
         ],
         steps=["First [a*b=s].", "Then [s-c=t] are left.", "With {d} more {he} has [t+d=u]."],
@@ -286,8 +286,8 @@ FAMILIES = [
                 "How many {things} are left?"
             ),
             (
-                "{name} has {a} {things} and {other} has {b} times as many. Together they use {c}. How many "
-                "{things} are left?"
+                "{name} has {a} {things} and {other} has {b} times as many. Together they use {c}. "
+                "How many {things} are left?"
             ),
         ],
         steps=["That is [a*b=s].", "Together [a+s=t].", "Then [t-c=u] {things} are left."],
