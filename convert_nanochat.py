@@ -1,13 +1,13 @@
 """Convert a nanochat PyTorch checkpoint into a directory that mlx-lm and MLX-GRPO open.
 
     uv run --extra torch convert_nanochat.py --cache-dir ~/nanochat --output-dir nanochat-mlx
-    uv run --extra torch convert_nanochat.py --cache-dir karpathy/nanochat-d32 --output-dir d32-mlx --dtype bfloat16
+    uv run --extra torch convert_nanochat.py --cache-dir karpathy/nanochat-d32 --output-dir d32 -q
 
---cache-dir is a folder, or the id of a hub repository, with model_NNNNNN.pt, meta_NNNNNN.json and tokenizer.pkl.
+--cache-dir is a folder, or a hub repository's id, with model_NNNNNN.pt, meta_NNNNNN.json and tokenizer.pkl.
 
 Two architectures convert: October 2025's (mlx-lm's own `nanochat`) and that since March 2026, whose MLX model
-(nanochat_2026.py) is put beside the weights and needs trust_remote_code=True when loaded. Every key of the checkpoint
-is used or the conversion is refused: a model that runs with a part left out gives wrong answers without a word.
+(nanochat_2026.py) is put beside the weights and needs trust_remote_code=True when loaded. Every key of the
+checkpoint is used or the conversion is refused: a model with a part left out runs, and gives wrong answers.
 Nothing in the checkpoint is executed: tokenizer.pkl is read as data, and .pt files with torch's weights_only.
 """
 
@@ -35,13 +35,13 @@ MODEL_FILE = "nanochat_2026.py"
 CHAT_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
 META_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 KEYS_2026 = ("resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda")
-# A code point that Unicode reserves for use inside programs. The chat template puts it inside content that merely
-# spells a special token. Where a text has it already, it is dropped.
+# A code point that Unicode reserves for use inside programs. The chat template puts it inside content that
+# merely spells a special token. Where a text has it already, it is dropped.
 MARK = "\ufdd0"
 
 
 class Refused(Exception):
-    """The conversion cannot be done: one line that begins with what is wrong and says what to do. Exit status 1."""
+    """The conversion cannot be done: one line, first what is wrong and then what to do. Exit status 1."""
 
     status = 1
 
@@ -170,9 +170,10 @@ def read_weights(path: Path) -> dict:
 
 def expected_shapes(meta: dict, is_2026: bool) -> dict[str, tuple]:
     """The name and shape of every tensor in a checkpoint of this architecture."""
-    layers, width = meta["n_layer"], meta["n_embd"]
+    layers = meta["n_layer"]
+    width = meta["n_embd"]
     kv = width // meta["n_head"] * meta["n_kv_head"]
-    # Since 2026 the vocabulary's rows are padded to a multiple of 64; nanochat cuts the logits back, we cut the rows.
+    # Since 2026 the vocabulary is padded to a multiple of 64. nanochat cuts the logits; we cut the rows.
     rows = -(-meta["vocab_size"] // 64) * 64 if is_2026 else meta["vocab_size"]
     shapes = {"transformer.wte.weight": (rows, width), "lm_head.weight": (rows, width)}
     for i in range(layers):
@@ -194,14 +195,17 @@ def expected_shapes(meta: dict, is_2026: bool) -> dict[str, tuple]:
 
 
 def mlx_name(key: str) -> str:
-    """A checkpoint's key -> the parameter's name in MLX: the same but for 2026's extras, which join the backbone."""
+    """A checkpoint's key -> the parameter's name in MLX: the same, but 2026's extras join the backbone."""
     if match := re.fullmatch(r"value_embeds\.(\d+)\.weight", key):
         return f"transformer.h.{match[1]}.attn.value_embed.weight"
     return f"transformer.{key}" if key in KEYS_2026 else key
 
 
 def convert_weights(weights: dict, meta: dict, is_2026: bool, dtype: str) -> dict:
-    """Torch tensors -> MLX arrays of one dtype (lambdas stay float32), strictly: same keys and shapes, finite values."""
+    """Torch tensors -> MLX arrays of one dtype (lambdas stay float32).
+
+    Raises Refused where a key is missing or unknown, a shape differs or a value is not finite.
+    """
     import mlx.core as mx
     import torch
 
@@ -271,21 +275,23 @@ def stop_ids(special: dict) -> list[int]:
 
 
 def byte_names() -> list[str]:
-    """The character that stands for each byte in tokenizer.json (GPT-2's table): printable Latin-1 for itself."""
+    """The character for each byte in tokenizer.json (GPT-2's table): printable Latin-1 stands for itself."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def merges_into(token: bytes, ranks: dict) -> list[tuple[bytes, bytes]]:
-    """The pairs of tokens that merge into `token`: for every token of a trained tokenizer exactly one, which is what is
-    left of its bytes when all merges of lower rank are done, in tiktoken's order (lowest rank first, then leftmost)."""
+    """The pairs of tokens that merge into `token`.
+
+    For every token of a trained tokenizer that is exactly one: what is left of its bytes when all merges of
+    lower rank are done, in tiktoken's order (lowest rank first, then leftmost).
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, i = min((ranks.get(a + b, ranks[token]), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-        if (
-            rank >= ranks[token]
-        ):  # no training made this token; later merges may bring any two halves together
+        if rank >= ranks[token]:
+            # No training made this token; later merges may bring any two halves together.
             return [
                 (token[:i], token[i:])
                 for i in range(1, len(token))
@@ -296,17 +302,19 @@ def merges_into(token: bytes, ranks: dict) -> list[tuple[bytes, bytes]]:
 
 
 def build_tokenizer(state: dict) -> tuple[dict, dict]:
-    """tokenizer.pkl's data -> (tokenizer.json, tokenizer_config.json), which encode every text as tiktoken does.
+    """tokenizer.pkl's data -> (tokenizer.json, tokenizer_config.json), which encode as tiktoken does.
 
-    nanochat encodes text as ordinary text always, and puts special tokens between texts. A Hugging Face tokenizer turns
-    one rendered text into ids. So here special tokens count only in a text that begins as a conversation does, with
-    <|bos|><|user_start|>, and not where the chat template has put MARK inside, because content spells one. For this the
-    special tokens are entries of the vocabulary that the splitting below leaves whole (ignore_merges); they are added
-    tokens only so that decoding can skip them (split_special_tokens).
+    nanochat encodes text as ordinary text always, and puts special tokens between texts. A Hugging Face
+    tokenizer turns one rendered text into ids. So here special tokens count only in a text that begins as a
+    conversation does, with <|bos|><|user_start|>, and not where the chat template has put MARK inside, because
+    content spells one. For this the special tokens are entries of the vocabulary that the splitting below
+    leaves whole (ignore_merges); they are added tokens only so that decoding can skip them
+    (split_special_tokens).
     """
     from tokenizers import Regex, pre_tokenizers
 
-    ranks, special = state["mergeable_ranks"], state["special_tokens"]
+    ranks = state["mergeable_ranks"]
+    special = state["special_tokens"]
     if missing := [token for token in CHAT_TOKENS if token not in special]:
         raise Refused(
             f"Tokenizer wrong: it lacks {', '.join(missing)}; convert a nanochat chat model's own "
@@ -364,7 +372,8 @@ def build_tokenizer(state: dict) -> tuple[dict, dict]:
         "decoder": byte_level,
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True, "vocab": vocab, "merges": merges,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+            "vocab": vocab, "merges": merges,
         },
     }  # fmt: skip
     config = {
@@ -384,7 +393,7 @@ def build_tokenizer(state: dict) -> tuple[dict, dict]:
 
 
 def chat_template(heads: dict[str, str]) -> str:
-    """nanochat's chat format in Jinja; `heads` says where each special token's spelling is cut by MARK in content."""
+    """nanochat's chat format in Jinja; `heads` says where MARK cuts a special token's spelling in content."""
     marked = " | ".join(
         [
             "text",
@@ -411,7 +420,8 @@ def chat_template(heads: dict[str, str]) -> str:
 {%- for message in messages -%}
   {%- set role = "user" if loop.index0 % 2 == 0 else "assistant" -%}
   {%- if message["role"] != role -%}
-    {{- raise_exception("Message " ~ loop.index0 ~ " is from " ~ message["role"] ~ " but should be from " ~ role) -}}
+    {{- raise_exception("Message " ~ loop.index0 ~ " is from " ~ message["role"] \
+~ " but should be from " ~ role) -}}
   {%- endif -%}
   {{- "<|user_start|>" if role == "user" else "<|assistant_start|>" -}}
   {%- if message["content"] is string -%}
@@ -443,8 +453,10 @@ def chat_template(heads: dict[str, str]) -> str:
 
 
 def check_tokenizer(folder: Path, reference: TiktokenTokenizerWrapper) -> None:
-    """Hold the tokenizer just written against tiktoken, on texts that have gone wrong in conversions: a pattern may
-    mean something else to another regular expression engine."""
+    """Compare the tokenizer just written with tiktoken, on texts that have gone wrong in conversions.
+
+    A pattern may mean something else to another regular expression engine. Raises Refused where they differ.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -493,7 +505,7 @@ def check_tokenizer(folder: Path, reference: TiktokenTokenizerWrapper) -> None:
 
 
 def quantize(folder: Path) -> None:
-    """Replace the weights in `folder` by 4-bit ones, in mlx-lm's groups of 64, or of 32 where the width asks for it."""
+    """Replace the weights in `folder` by 4-bit ones, in groups of 64, or 32 where the width asks for it."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.utils import load_model, quantize_model, save_config
@@ -560,16 +572,21 @@ def write_directory(
     check_tokenizer(folder, reference)
     if quantized:
         quantize(folder)
-    load_model(
-        folder, lazy=True, strict=True, trust_remote_code=True
-    )  # every name and shape fits mlx-lm's model
+    # Raises unless every name and shape fits mlx-lm's model.
+    load_model(folder, lazy=True, strict=True, trust_remote_code=True)
     if spare:
         print(f"The model has {spare} more ids than {tokenizer} has tokens: they stand for no text")
     return "2026" if is_2026 else "October 2025"
 
 
-def convert(cache_dir: str, output_dir: str, step: int | None = None, dtype: str = "float32", quantized: bool = False,
-            overwrite: bool = False) -> Path:  # fmt: skip
+def convert(
+    cache_dir: str,
+    output_dir: str,
+    step: int | None = None,
+    dtype: str = "float32",
+    quantized: bool = False,
+    overwrite: bool = False,
+) -> Path:
     """Convert a checkpoint; the output directory is complete or absent. Raises Refused or BadArgument."""
     output = Path(output_dir).expanduser().absolute()
     taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
@@ -620,8 +637,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output-dir", required=True, help="directory to write; must be new or empty")
     parser.add_argument("--step", type=int, help="which model_NNNNNN.pt (default: the last)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                        help="type of the weights; float32 keeps mixed checkpoints exact (default)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="type of the weights; float32 keeps mixed checkpoints exact (default)",
+    )
     parser.add_argument(
         "-q",
         "--quantize",

@@ -1,8 +1,8 @@
-"""Convert a Hugging Face text model (hub name or local directory) to an MLX directory that `mlx_lm.load` and the trainer read.
+"""Convert a Hugging Face text model (hub name or directory) to an MLX one that mlx-lm and the trainer read.
 
-What is added to `mlx_lm.convert`: settings that transformers 5 nests are flattened so that they are not lost, a setting that the
-MLX model would ignore or a weight it would leave random is an error with its name, LoRA and DoRA adapters are fused in, and the
-output directory is complete or absent.
+What is added to `mlx_lm.convert`: settings that transformers 5 nests are flattened so that they are not lost,
+a setting that the MLX model would ignore or a weight it would leave random is an error with its name, LoRA and
+DoRA adapters are fused in, and the output directory is complete or absent.
 """
 
 import argparse
@@ -37,28 +37,35 @@ from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/convert_model.py --hf-path Qwen/Qwen2.5-0.5B-Instruct --quantize --output-dir qwen-4bit
-  uv run python utils/convert_model.py --hf-path qwen-4bit --adapter-path outputs/run/final --dequantize --output-dir tuned"""
+  uv run python utils/convert_model.py --hf-path qwen-4bit --adapter-path run/final -d --output-dir tuned"""
 KNOWN_TO_WORK = (
     "llama, qwen2, qwen3, mistral, phi, phi3, gemma3, smollm3, gpt2 (for example Qwen/Qwen2.5-0.5B-Instruct)"
 )
+# The fixed (bits, group size) of each number format.
 MODES = {
     "affine": (None, None),
     "mxfp4": (4, 32),
     "nvfp4": (4, 16),
     "mxfp8": (8, 32),
-}  # the fixed (bits, group size)
+}
 DTYPES = ("float16", "bfloat16", "float32")
 RECIPES = ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 ROPE_SETTINGS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
-# Settings that change no logit at inference, or that strict loading verifies because they decide which weights exist and their shapes.
+# Settings that change no logit at inference, or that strict loading verifies because they decide which
+# weights exist and their shapes.
 HARMLESS = re.compile(
-    r"_|architectures$|auto_map$|model_type$|(torch_)?dtype$|transformers_version$|tie_word_embeddings$|pretraining_tp$|use_cache$"
-    r"|max_position_embeddings$|original_max_position_embeddings$|vocab_size|(qk_)?head_dim$|num_key_value_heads$|n_inner$"
-    r"|(intermediate|ffn_hidden)_size|reorder_and_upcast_attn$|is_decoder$|id2label$|label2id$|task_specific|problem_type$|summary_"
-    r"|output_(attentions|hidden_states|router_logits)$|return_dict|chunk_size_feed_forward$|name_or_path$|.*initializer"
+    r"_|architectures$|auto_map$|model_type$|(torch_)?dtype$|transformers_version$|tie_word_embeddings$"
+    r"|pretraining_tp$|use_cache$"
+    r"|max_position_embeddings$|original_max_position_embeddings$|vocab_size|(qk_)?head_dim$"
+    r"|num_key_value_heads$|n_inner$"
+    r"|(intermediate|ffn_hidden)_size|reorder_and_upcast_attn$|is_decoder$|id2label$|label2id$"
+    r"|task_specific|problem_type$|summary_"
+    r"|output_(attentions|hidden_states|router_logits)$|return_dict|chunk_size_feed_forward$"
+    r"|name_or_path$|.*initializer"
     r"|.*(_token_ids?|_token_index|dropout|pdrop|_drop|_bias|_config|_coef|_loss|_noise|_tokens_per_image)$"
     # Looked at on their own:
-    r"|(hidden_act|hidden_activation|activation_function|rope_parameters|layer_types|\w*sliding_window\w*|max_window_layers)$"
+    r"|(hidden_act|hidden_activation|activation_function|rope_parameters|layer_types"
+    r"|\w*sliding_window\w*|max_window_layers)$"
 )
 
 # How mlx-lm writes each activation; a model file holds one of them, whatever the config says.
@@ -107,21 +114,22 @@ def find_source(hf_path, revision=None):
             f"Model not found: {hf_path} is neither a local directory nor a hub name of the form owner/name",
             2,
         ) from None
-    except (
-        HfHubHTTPError.__bases__
-    ) as error:  # OSError and the HTTP client's own, whose module changes with the version
+    except HfHubHTTPError.__bases__ as error:
+        # OSError and the HTTP client's own, whose module changes with the version.
         where = f"{hf_path} at revision {revision}" if revision else hf_path
         offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
         cause = str(error).strip().splitlines()[0]
         raise ConversionError(
             f"Model not found: {where} is no local directory and could not be read from the hub{offline}: "
-            f"{cause.rstrip('.')}. Check the "
-            "name and the network, or give a local directory"
+            f"{cause.rstrip('.')}. Check the name and the network, or give a local directory"
         ) from error
 
 
 def read_safetensors_header(path):
-    """{tensor name: (shape, bytes)}; a file shorter or longer than its header says is an error (MLX maps it without looking)."""
+    """{tensor name: (shape, bytes)}. Raises where the file is shorter or longer than its header says.
+
+    MLX maps the file without looking.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -165,7 +173,10 @@ def read_checkpoint(source):
 
 
 def adapt_config(config, checkpoint, longrope=None):
-    """`config` with the other spellings that mlx-lm's classes need (in place); `longrope` picks phi3's list of rope factors."""
+    """`config` with the other spellings that mlx-lm's classes need (in place).
+
+    `longrope` picks one of phi3's two lists of rope factors.
+    """
     text = config.get("text_config") or config
     if "lm_head.weight" in checkpoint:
         # mlx-lm's llama ties the head where the setting is absent, and would drop the head without a word.
@@ -176,20 +187,20 @@ def adapt_config(config, checkpoint, longrope=None):
         text["n_inner"] = text.get("n_inner") or 4 * text["n_embd"]  # null is transformers' way to say so
     types = text.get("layer_types") or []
     if "full_attention" in types and alternating(types, period := types.index("full_attention") + 1):
-        # transformers 5 writes one type per layer; gemma3 and cohere2 in mlx-lm read the distance between full-attention layers.
+        # transformers 5 writes one type per layer; gemma3 and cohere2 in mlx-lm read the distance between
+        # full-attention layers.
         text["sliding_window_pattern"] = text.get("sliding_window_pattern") or period
     if text is not config and "vocab_size" in text:
-        config.setdefault(
-            "vocab_size", text["vocab_size"]
-        )  # mlx-lm's gemma3 puts its own default over the text model's
+        # mlx-lm's gemma3 puts its own default over the text model's.
+        config.setdefault("vocab_size", text["vocab_size"])
     scaling = text.get("rope_scaling") or {}
     if scaling.get("short_factor") != scaling.get("long_factor"):
         limit = scaling.get("original_max_position_embeddings")
         if longrope is None:
             raise ConversionError(
                 "A setting would be ignored: rope_scaling.short_factor. mlx-lm uses one list of factors at "
-                "every length: add --longrope "
-                f"short (exact for texts up to {limit} tokens) or --longrope long (exact for longer ones)"
+                f"every length: add --longrope short (exact for texts up to {limit} tokens) or "
+                "--longrope long (exact for longer ones)"
             )
         if longrope == "short":
             scaling["long_factor"] = scaling["short_factor"]
@@ -201,7 +212,7 @@ def adapt_config(config, checkpoint, longrope=None):
 
 @functools.cache
 def source_of(module):
-    """The text of an mlx-lm model file and of the sibling files it builds on (smollm3 reads its settings in llama.py)."""
+    """The text of an mlx-lm model file and of those it builds on (smollm3 reads its settings in llama.py)."""
     names = {
         getattr(value, "__name__" if inspect.ismodule(value) else "__module__", "")
         for value in vars(module).values()
@@ -221,8 +232,9 @@ def alternating(types, period):
 def ignored_settings(model, config):
     """{name: value} of the settings that transformers obeys and the MLX model does not.
 
-    mlx-lm's classes drop unknown settings without a word. What their source neither reads as `args.name` nor names in quotes is ignored;
-    that matters where the value differs from transformers' default for the model type, which is what the MLX code is written for.
+    mlx-lm's classes drop unknown settings without a word. What their source neither reads as `args.name` nor
+    names in quotes is ignored; that matters where the value differs from transformers' default for the model
+    type, which is what the MLX code is written for.
     """
     import transformers
 
@@ -237,7 +249,8 @@ def ignored_settings(model, config):
     default = transformers.CONFIG_MAPPING[kind]().to_dict() if kind in transformers.CONFIG_MAPPING else {}
     ignored = {
         name for name, value in config.items()
-        if name in default and not HARMLESS.match(name) and not reads(name) and value not in (None, default[name])
+        if name in default and not HARMLESS.match(name) and not reads(name)
+        and value not in (None, default[name])
     }  # fmt: skip
     for name in ("hidden_act", "hidden_activation", "activation_function"):
         activation = config.get(name)
@@ -263,11 +276,13 @@ def ignored_rope(config, reads, args):
         "rope_local_base_freq": config.get("rope_theta"),
     }
     aliases = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-    scaling, ignored = config.get("rope_scaling") or {}, set()
+    scaling = config.get("rope_scaling") or {}
+    ignored = set()
     if not reads("rope_parameters"):
         ignored = {
             name for name, value in neutral.items()
-            if config.get(name, value) not in (value, None) and not reads(name) and not reads(aliases.get(name, name))
+            if config.get(name, value) not in (value, None)
+            and not reads(name) and not reads(aliases.get(name, name))
         }  # fmt: skip
         # Two bases are all that these classes know of a rope per layer type.
         per_type = {
@@ -278,16 +293,16 @@ def ignored_rope(config, reads, args):
         local = per_type.pop("sliding_attention", {})
         if set(per_type) - {"full_attention"} or local.get("rope_type", "default") != "default":
             ignored.add("rope_parameters")
-    unread = (
-        scaling.get("attention_factor") is not None or scaling.get("truncate") is False
-    )  # in rope_utils.initialize_rope
+    # rope_utils.initialize_rope does not read these two.
+    unread = scaling.get("attention_factor") is not None or scaling.get("truncate") is False
     dropped = scaling.get("type", "default") != "default" and getattr(args, "rope_scaling", scaling) is None
     return ignored | ({"rope_scaling"} if unread or dropped else set())
 
 
 def ignored_window(config, reads, args):
-    """sliding_window or layer_types, where a window shorter than the context is not applied to the layers that have it."""
-    types, window = config.get("layer_types"), config.get("sliding_window")
+    """sliding_window or layer_types, where layers miss a window that is shorter than the context."""
+    types = config.get("layer_types")
+    window = config.get("sliding_window")
     if (
         not window
         or config.get("use_sliding_window") is False
@@ -313,14 +328,15 @@ def ignored_window(config, reads, args):
 
 
 def model_classes(config):
-    """mlx-lm's (Model, ModelArgs). Its gpt2 expects names without the `transformer.` that transformers writes."""
+    """mlx-lm's (Model, ModelArgs). Its gpt2 expects names without transformers' prefix `transformer.`"""
     from mlx_lm.models.base import BaseModelArgs
     from mlx_lm.utils import _get_classes
 
     model_class, args_class = _get_classes(config)
     needed = [
         name for name, parameter in inspect.signature(args_class).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in config
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        and name not in config
     ]  # fmt: skip
     if needed and args_class.from_dict.__func__ is BaseModelArgs.from_dict.__func__:
         raise ValueError(
@@ -393,7 +409,7 @@ def load_model(source, checkpoint, args):
     if window and (
         config["model_type"] == "mistral" and window == 4096 or "sliding_window" in args.ignore_setting
     ):
-        # 4096 is transformers' default for mistral and was never more than a limit on the length of exact texts.
+        # 4096 is transformers' default for mistral, and only ever limited the length of exact texts.
         print(f"  exact for texts up to {window} tokens: mlx-lm does not apply this model's sliding_window")
         ignored.pop("sliding_window")
     if refused := {name: value for name, value in ignored.items() if name not in args.ignore_setting}:
@@ -408,7 +424,10 @@ def load_model(source, checkpoint, args):
 
 
 def load_tokenizer(source, config, trust_remote_code):
-    """mlx-lm's tokenizer wrapper, or None where the source has no Hugging Face tokenizer (nanochat has tokenizer.pkl)."""
+    """mlx-lm's tokenizer wrapper, or None where the source has no Hugging Face tokenizer.
+
+    nanochat has tokenizer.pkl instead.
+    """
     from mlx_lm import utils as mlx_lm_utils
 
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -430,7 +449,7 @@ def load_tokenizer(source, config, trust_remote_code):
 
 
 def set_eos_token(token, tokenizer, source, config):
-    """Make `token` the one that ends a text, in the tokenizer and in config (both are read when the model is loaded)."""
+    """Make `token` the one that ends a text, in the tokenizer and in config: loading a model reads both."""
     if tokenizer is not None:
         vocabulary = tokenizer.get_vocab()
     elif (source / "tokenizer.pkl").exists():
@@ -455,12 +474,15 @@ def set_eos_token(token, tokenizer, source, config):
 
 
 def cast(model, dtype):
-    """Floating-point parameters to `dtype`, but for those that the model wants as they are (a router's); returns the types cast."""
-    wanted = getattr(model, "cast_predicate", lambda name: True)
+    """Floating-point parameters to `dtype`, except those that the model keeps as they are (a router's).
+
+    Returns the names of the types that were cast.
+    """
+    wanted = getattr(model, "cast_predicate", None)
     dtype = getattr(mx, dtype)
     others = [
         (name, w) for name, w in tree_flatten(model.parameters())
-        if mx.issubdtype(w.dtype, mx.floating) and w.dtype != dtype and wanted(name)
+        if mx.issubdtype(w.dtype, mx.floating) and w.dtype != dtype and (wanted is None or wanted(name))
     ]  # fmt: skip
     model.update(tree_unflatten([(name, w.astype(dtype)) for name, w in others]))
     return {str(w.dtype).removeprefix("mlx.core.") for _, w in others}
@@ -475,7 +497,10 @@ def plain_weight(layer):
 
 
 def fuse_adapters(model, adapter_path):
-    """Fuse an mlx-lm adapter directory into `model` and say what that changed. Adapters of type "full" replace weights."""
+    """Fuse an mlx-lm adapter directory into `model` and say what that changed.
+
+    Adapters of type "full" replace weights.
+    """
     from mlx_lm.tuner.utils import load_adapters
 
     path = Path(adapter_path).expanduser()
@@ -509,9 +534,8 @@ def fuse_adapters(model, adapter_path):
         change = max(change, mx.abs(exact.weight - plain_weight(base)).max().item())
         error = max(error, mx.abs(exact.weight - plain_weight(result)).max().item())
         if not hasattr(result, "bits"):
-            result.weight = result.weight.astype(
-                plain_weight(base).dtype
-            )  # DoRA's float32 magnitude would widen the layer
+            # DoRA's float32 magnitude would widen the layer.
+            result.weight = result.weight.astype(plain_weight(base).dtype)
         fused.append((name, result))
     model.update_modules(tree_unflatten(fused))
     done = (
@@ -530,7 +554,8 @@ def quantize(model, config, args):
     from mlx_lm.utils import quantize_model
 
     bits, group_size = MODES[args.q_mode or "affine"]
-    bits, group_size = args.bits or bits or 4, args.group_size or group_size or 64
+    bits = args.bits or bits or 4
+    group_size = args.group_size or group_size or 64
     try:
         predicate = args.quant_predicate and mixed_quant_predicate_builder(
             args.quant_predicate, model, group_size
@@ -624,7 +649,10 @@ def replacing(output):
 
 
 def write_directory(directory, source, model, config, tokenizer, args):
-    """Weights, config, tokenizer, generation settings, the model's own code and a card; then load the result once, lazily."""
+    """Write weights, config, tokenizer, generation settings, the model's own code and a card.
+
+    Then load the result once, lazily.
+    """
     from mlx_lm import utils as mlx_lm_utils
 
     mlx_lm_utils.save_model(directory, model, donate_model=True)
@@ -717,12 +745,11 @@ def convert(args):
         set_eos_token(args.eos_token, tokenizer, source, config)
     check_quantization(args, is_quantized(model))
 
-    parameters, bits_before = get_total_parameters(model), bits_per_weight(model)
+    parameters = get_total_parameters(model)
+    bits_before = bits_per_weight(model)
     # mlx-lm's own count leaves out what belongs to no layer.
-    there, used = (
-        sum(math.prod(shape) for shape, _ in checkpoint.values()),
-        sum(w.size for _, w in tree_flatten(model.parameters())),
-    )
+    there = sum(math.prod(shape) for shape, _ in checkpoint.values())
+    used = sum(w.size for _, w in tree_flatten(model.parameters()))
     left_out = 0 if is_quantized(model) else there - used
     model, config = change_weights(model, config, args)
     lines = quality_lines(model, bits_before, args)
@@ -755,10 +782,8 @@ def convert(args):
 
 
 def size_line(checkpoint, output):
-    before, after = (
-        sum(size for _, size in checkpoint.values()),
-        sum(file.stat().st_size for file in output.glob("*.safetensors")),
-    )
+    before = sum(size for _, size in checkpoint.values())
+    after = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     return f"  size             {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB"
 
 
@@ -771,7 +796,7 @@ def quality_lines(model, bits_before, args, unquantized=unquantized_layers):
 
 
 def listed(layers, everything):
-    """[(path, width)] as text; more than a screenful is counted by kind of layer unless `everything` is wanted."""
+    """[(path, width)] as text; more than 40 are counted by kind of layer unless `everything` is wanted."""
     if everything or len(layers) <= 40:
         return ", ".join(f"{name} (width {width})" for name, width in layers)
     kinds = collections.Counter((re.sub(r"\.\d+\.", ".*.", name), width) for name, width in layers)
@@ -887,9 +912,8 @@ def exit_status(run, args):
         print("Interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` has left
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python's last flush would complain
+        # Otherwise Python's last flush would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 
@@ -897,9 +921,8 @@ def exit_status(run, args):
 def main(argv=None):
     args = parse_args(argv)
     if not args.verbose:
-        os.environ.setdefault(
-            "TRANSFORMERS_VERBOSITY", "error"
-        )  # its advice on settings comes before our one line
+        # Its advice on settings would come before our one line.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     return exit_status(convert, args)
 
 

@@ -1,7 +1,8 @@
-"""Convert a Hugging Face vision-language model (hub name or local directory) to an MLX directory that mlx-vlm reads.
+"""Convert a Hugging Face vision-language model (hub name or directory) to an MLX one that mlx-vlm reads.
 
-What is added to `mlx_vlm.convert`: settings that transformers 5 nests are put where mlx-vlm looks for them, code that comes with a
-model runs only when allowed, and the output directory is complete or absent. The vision tower is never quantised.
+What is added to `mlx_vlm.convert`: settings that transformers 5 nests are put where mlx-vlm looks for them,
+code that comes with a model runs only when allowed, and the output directory is complete or absent. The vision
+tower is never quantised.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import convert_model
 from convert_model import DTYPES, MODES, ConversionError, Parser, bits_per_weight, is_quantized, shorten
 
 EXAMPLES = """examples:
-  uv run python utils/convert_vision_model.py --hf-path Qwen/Qwen2-VL-2B-Instruct --quantize --output-dir qwen-vl-4bit
+  uv run python utils/convert_vision_model.py --hf-path Qwen/Qwen2-VL-2B-Instruct -q --output-dir qwen-vl-4bit
   uv run python utils/convert_vision_model.py --hf-path ./my-smolvlm --dtype bfloat16 --output-dir smolvlm"""
 KNOWN_TO_WORK = "qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm (for example Qwen/Qwen2-VL-2B-Instruct)"
 LOAD_ERRORS = (
@@ -40,13 +41,11 @@ LOAD_ERRORS = (
 
 
 def adapt_config(config):
-    """config.json as transformers writes it -> a copy with the settings where mlx-vlm's classes look for them."""
+    """config.json as transformers writes it -> a copy with the settings where mlx-vlm looks for them."""
     config = convert_model.flatten_rope_parameters(config)
-    kind, text, vision = (
-        config["model_type"],
-        config.get("text_config") or config,
-        config.get("vision_config") or {},
-    )
+    kind = config["model_type"]
+    text = config.get("text_config") or config
+    vision = config.get("vision_config") or {}
     rope = text.get("rope_parameters") or {}
     if "mrope_section" in rope and not text.get("rope_scaling"):
         text["rope_scaling"] = {**rope, "type": "mrope"}
@@ -61,7 +60,10 @@ def adapt_config(config):
 
 @contextlib.contextmanager
 def adapted(source):
-    """`source`, or where its config needs adapting a temporary directory that has another config and links to the rest."""
+    """`source` and its config, adapted if need be.
+
+    An adapted config stands in a temporary directory that links to the rest of `source`.
+    """
     try:
         config = json.loads((source / "config.json").read_text())
         changed = adapt_config(config)
@@ -155,15 +157,17 @@ def quantize(model, config, args):
     from mlx_vlm.utils import skip_multimodal_module
 
     bits, group_size = MODES[args.q_mode or "affine"]
-    bits, group_size = args.bits or bits or 4, args.group_size or group_size or 64
-    wanted = getattr(model, "quant_predicate", None) or (lambda path, layer: True)
+    bits = args.bits or bits or 4
+    group_size = args.group_size or group_size or 64
+    wanted = getattr(model, "quant_predicate", None)
 
     def predicate(path, layer):
-        return not skip_multimodal_module(path) and wanted(path, layer)
+        if skip_multimodal_module(path):
+            return False
+        return wanted(path, layer) if wanted else True
 
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # it prints the bits per weight; the summary does so with the rest
+    # It prints the bits per weight; the summary does so with the rest.
+    with contextlib.redirect_stdout(io.StringIO()):
         model, config = quantize_model(model, config, group_size, bits, args.q_mode or "affine", predicate)
     if not is_quantized(model):
         widths = sorted({width for _, width in unquantized_layers(model)})
@@ -187,7 +191,10 @@ def unquantized_layers(model):
 
 
 def write_directory(directory, source, model, config, args):
-    """Weights, config and card, and the source's processor and tokenizer files as they are; then load the result once, lazily."""
+    """Write weights, config and card, and copy the source's processor and tokenizer files.
+
+    Then load the result once, lazily.
+    """
     from mlx_vlm.utils import save_config, save_weights
 
     save_weights(directory, model, donate_weights=True)
@@ -208,7 +215,8 @@ def change_weights(model, config, args):
     """(model, config) as --dequantize, --dtype and --quantize ask."""
     from mlx_vlm.quant_utils import dequantize_model
 
-    # mlx-vlm rewrites the weights of GPTQ, FP8 and their like as it reads them: their configuration no longer describes them.
+    # mlx-vlm rewrites the weights of GPTQ, FP8 and their like as it reads them: their configuration no longer
+    # describes them.
     foreign = "quantization" not in config and (config.get("quantization_config") or {}).get("quant_method")
     convert_model.check_quantization(args, is_quantized(model) or foreign)
     if foreign and not args.dequantize:
@@ -217,7 +225,8 @@ def change_weights(model, config, args):
         print("Dequantising")
         model = dequantize_model(model)
         for part in (config, config.get("text_config") or {}):
-            part.pop("quantization", None), part.pop("quantization_config", None)
+            part.pop("quantization", None)
+            part.pop("quantization_config", None)
     if args.dtype:
         convert_model.cast(model, args.dtype)
         config["dtype"] = args.dtype

@@ -1,7 +1,7 @@
 """Ask a vision-language model about images, from files or URLs: one question, or a chat.
 
-The model is a directory that convert_vision_model.py wrote, an unconverted Hugging Face one, or a hub name. Answers go to stdout,
-everything else to stderr.
+The model is a directory that convert_vision_model.py wrote, an unconverted Hugging Face one, or a hub name. Answers
+go to stdout, everything else to stderr.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from convert_model import ConversionError, Parser, find_source, read_checkpoint,
 from convert_vision_model import adapted, load_processor, load_vision_model, run_script  # noqa: E402
 
 EXAMPLES = """examples:
-  uv run python utils/inference_vision.py --model qwen-vl-4bit --image chart.png --prompt "What does this chart show?"
+  uv run python utils/inference_vision.py --model qwen-vl-4bit --image chart.png --prompt "What does it show?"
   uv run python utils/inference_vision.py --model qwen-vl-4bit --chat"""
 
 
@@ -67,7 +67,7 @@ def read_image(source):
 
 
 def read_images(text):
-    """The images named after `image` in a chat: one path as it stands, spaces and all, or several in shell quoting."""
+    """The images named after `image` in a chat: one path as it stands, or several in shell quoting."""
     sources = [text]
     if not Path(text).expanduser().exists():
         with contextlib.suppress(ValueError):  # a lone quote
@@ -102,11 +102,12 @@ class Conversation:
     def clear(self):
         """Forget everything but the system message."""
         self.messages = [{"role": "system", "content": self.args.system}] if self.args.system else []
-        self.images, self.waiting = [], []  # of the messages, and for the next question
+        self.images = []  # of the messages
+        self.waiting = []  # for the next question
         self.forget_cache()
 
     def forget_cache(self):
-        """mlx-vlm knows the cached prompt by its token ids, which are the same for any two images of one size."""
+        """mlx-vlm knows the cached prompt by its token ids, which are equal for any two images of one size."""
         from mlx_vlm.generate import PromptCacheState
 
         self.cache = PromptCacheState()
@@ -116,37 +117,41 @@ class Conversation:
         from jinja2 import TemplateError
 
         content = [*({"type": "image"} for _ in self.waiting), {"type": "text", "text": question}]
-        messages, images = [*self.messages, {"role": "user", "content": content}], self.images + self.waiting
+        messages = [*self.messages, {"role": "user", "content": content}]
+        images = self.images + self.waiting
         try:
             answer = self.generate(messages, images, write, stopped)
-        except (
-            ValueError,
-            RuntimeError,
-            TypeError,
-            TemplateError,
-        ) as error:  # an image or a chat that the model does not take
+        except (ValueError, RuntimeError, TypeError, TemplateError) as error:
+            # An image or a chat that the model does not take.
             self.forget_cache()
             self.waiting = []
             raise InferenceError(f"No answer: {shorten(str(error))}") from error
         if answer:
-            self.messages, self.images, self.waiting = (
-                [*messages, {"role": "assistant", "content": answer}],
-                images,
-                [],
-            )
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
+            self.images = images
+            self.waiting = []
         return answer
 
     def generate(self, messages, images, write, stopped):
         from mlx_vlm.generate import stream_generate
         from mlx_vlm.prompt_utils import apply_chat_template
 
-        args, answer = self.args, ""
+        args = self.args
+        answer = ""
         prompt = apply_chat_template(self.processor, self.model.config, messages)
         for piece in stream_generate(
-            self.model, self.processor, prompt, image=images, max_tokens=args.max_tokens, prompt_cache_state=self.cache,
-            # Where top_k is left out mlx-vlm takes the model's own, and Qwen2-VL's is 1: the likeliest token at any temperature.
-            temperature=args.temperature, top_p=args.top_p, top_k=0, skip_special_tokens=True,
-        ):  # fmt: skip
+            self.model,
+            self.processor,
+            prompt,
+            image=images,
+            max_tokens=args.max_tokens,
+            prompt_cache_state=self.cache,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            # Without top_k mlx-vlm takes the model's own, and Qwen2-VL's is 1: the likeliest token, always.
+            top_k=0,
+            skip_special_tokens=True,
+        ):
             answer += piece.text
             write(piece.text)
             if stopped():

@@ -36,7 +36,8 @@ def split_pairs(pairs: list[tuple[int, int]], test: int, generator: random.Rando
         together.setdefault((min(a, b), max(a, b)), []).append((a, b))
     groups = list(together.values())
     generator.shuffle(groups)
-    held_out, training = [], []
+    held_out = []
+    training = []
     for group in groups:
         (held_out if len(held_out) < test else training).extend(group)
     generator.shuffle(held_out)

@@ -1,23 +1,27 @@
-"""Make the starter: a tiny language model and word problems on which the quickstart trains, offline, in minutes.
+"""Make the starter: a tiny language model and word problems for the quickstart, offline, in minutes.
 
 examples:
   uv run python utils/make_starter.py --output starter --seed 0
   uv run python utils/make_starter.py --output rough --steps 500 --batch-size 64
 
-Everything in the folder comes from this file and a seed: problem templates -> train.jsonl and test.jsonl; a byte-level BPE tokenizer;
-a Llama of 0.67M parameters pre-trained on solved problems. It wants a GPU: 2 minutes on one H200 (121 s measured: 16 s to write the
-reading, 101 s for 8000 steps of 512 documents, 4 s to measure). Two CPU cores with OpenBLAS take 1.3 s for a step of 64 documents, so a
-full run would take about a day there; `--steps 500` gives a rougher model (it gets 92% of the test sums right, not all).
+Everything in the folder comes from this file and a seed: problem templates -> train.jsonl and test.jsonl; a
+byte-level BPE tokenizer; a Llama of 0.67M parameters pre-trained on solved problems. It wants a GPU: 2 minutes
+on one H200 (121 s measured: 16 s to write the reading, 101 s for 8000 steps of 512 documents, 4 s to measure). Two
+CPU cores with OpenBLAS take 1.3 s for a step of 64 documents, so a full run would take about a day there;
+`--steps 500` gives a rougher model (it gets 92% of the test sums right, not all).
 
-The same seed gives the same data and tokenizer anywhere; the weights agree only as far as the backend's arithmetic does.
+The same seed gives the same data and tokenizer anywhere; the weights agree only as far as the backend's
+arithmetic does.
 
-The model is meant to be what a base model is. It has read solutions in many styles, most of them not the form that the prompt asks for,
-and one sum in twelve of its reading was wrong. So it can do the sums, but seldom answers in the form and is careless when sampled: that
-is left for GRPO to mend. No problem of train.jsonl or test.jsonl is in its reading.
+The model is meant to be what a base model is. It has read solutions in many styles, most of them not the form
+that the prompt asks for, and one sum in twelve of its reading was wrong. So it can do the sums, but seldom
+answers in the form and is careless when sampled: that is left for GRPO to mend. No problem of train.jsonl or
+test.jsonl is in its reading.
 """
 
 import argparse
 import json
+import operator
 import random
 import re
 import sys
@@ -42,8 +46,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 SYSTEM_PROMPT = mlx_grpo.SYSTEM_PROMPT
 
-# The word problems. A step is a sentence with one sum in brackets: [a+b=s] prints as 3+4=7 and names its result s for later steps.
-# `habit` is how the place the problem was found in writes its solutions (STYLES below): text from one source looks alike.
+# The word problems. A step is a sentence with one sum in brackets: [a+b=s] prints as 3+4=7 and names its result
+# s for later steps. `habit` is how the problem's source writes its solutions (STYLES below): text from one
+# source looks alike.
 NAMES = {
     "he": ["Tom", "Ben", "Sam", "Leo", "Max", "Omar", "Ivan", "Hugo", "Raj", "Finn"],
     "she": ["Ana", "Mia", "Zoe", "Lily", "Emma", "Nina", "Ruth", "Sara", "Yuki", "Ella"],
@@ -282,8 +287,8 @@ FAMILIES = [
         numbers=dict(a=(2, 40), b=(2, 4), c=(2, 50)),
         questions=[
             (
-                "{name} made {a} {things} on Monday and {b} times as many on Tuesday. {He} gave {c} to {other}. "
-                "How many {things} are left?"
+                "{name} made {a} {things} on Monday and {b} times as many on Tuesday. "
+                "{He} gave {c} to {other}. How many {things} are left?"
             ),
             (
                 "{name} has {a} {things} and {other} has {b} times as many. Together they use {c}. "
@@ -294,7 +299,8 @@ FAMILIES = [
     ),
 ]
 
-# How often a solution is written in each style: the three habits, and pages without a system prompt, which hardly ever use the form.
+# How often a solution is written in each style: the three habits, and pages without a system prompt, which
+# hardly ever use the form.
 STYLES = ["hash", "says", "bare", "form", "broken"]
 HABITS = {
     "school": [0.46, 0.14, 0.04, 0.22, 0.14],
@@ -306,18 +312,29 @@ SLIP = 0.08  # of the sums in the reading are wrong; data files have none
 ASKED = 0.85  # of the reading has the system prompt
 LARGEST = 150  # no number in a problem or its right solution is larger
 
+
+def difference(x, y):
+    """x - y, or 0 where that is less: no number in a problem is negative."""
+    return max(x - y, 0)
+
+
 SUM = re.compile(r"\[(\w)([-+*/])(\w)=(\w)\]")
 OPERATIONS = {
-    "+": lambda x, y: x + y,
-    "-": lambda x, y: max(x - y, 0),
-    "*": lambda x, y: x * y,
-    "/": lambda x, y: x // y,
+    "+": operator.add,
+    "-": difference,
+    "*": operator.mul,
+    "/": operator.floordiv,
 }
 
 
 def solve(steps, values, rng=None, slip=0.0):
-    """Write the steps' sums out: (sentences, last result). Each sum slips with probability `slip`; later steps build on the slip."""
-    values, lines, result = dict(values), [], None
+    """Write the steps' sums out: (sentences, last result).
+
+    Each sum slips with probability `slip`; later steps build on the slip.
+    """
+    values = dict(values)
+    lines = []
+    result = None
     for step in steps:
         left, operation, right, target = SUM.search(step).groups()
         result = OPERATIONS[operation](values[left], values[right])
@@ -370,8 +387,9 @@ def make_problem(rng):
 
 
 def make_datasets(seed, train_size, test_size):
-    """GSM8K's fields, the answer right and ending in `#### N`; no question occurs twice, within a split or across."""
-    rng, rows = random.Random(f"data {seed}"), {}
+    """GSM8K's fields, the answer right and ending in `#### N`; no question is in the two splits twice."""
+    rng = random.Random(f"data {seed}")
+    rows = {}
     while len(rows) < train_size + test_size:
         problem = make_problem(rng)
         lines, result = solve(problem["steps"], problem["values"])
@@ -412,7 +430,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 # Qwen2's split: words with their space, single digits, punctuation with the line break after it.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def render_prompt(question, asked=True):
@@ -423,7 +444,8 @@ def render_prompt(question, asked=True):
 
 def make_reading(seed, size, held_out):
     """`size` solved problems as chat text, none of whose questions is in `held_out`."""
-    rng, documents = random.Random(f"reading {seed}"), []
+    rng = random.Random(f"reading {seed}")
+    documents = []
     while len(documents) < size:
         problem = make_problem(rng)
         if problem["question"] in held_out:
@@ -437,7 +459,7 @@ def make_reading(seed, size, held_out):
 
 
 def train_tokenizer(documents, vocab_size):
-    """Byte-level BPE: every byte has a token, so any text makes the round trip; no normaliser, so unchanged."""
+    """Byte-level BPE without a normaliser: every byte has a token, so any text comes back unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -459,7 +481,10 @@ def train_tokenizer(documents, vocab_size):
 
 
 def model_config(vocab_size):
-    """Flat rope_theta, at every reader's default: transformers 5 nests it when it saves, and mlx-lm then falls back to the default."""
+    """config.json, with a flat rope_theta at every reader's default.
+
+    transformers 5 nests it when it saves, and mlx-lm then falls back to the default.
+    """
     return dict(
         architectures=["LlamaForCausalLM"],
         model_type="llama",
@@ -503,7 +528,8 @@ def pretrain(model, tokens, *, steps, batch_size, learning_rate, seed, log_every
     )
 
     def loss_fn(batch):
-        inputs, targets = batch[:, :-1], batch[:, 1:]
+        inputs = batch[:, :-1]
+        targets = batch[:, 1:]
         answering = mx.cumsum(inputs == SPECIAL.index("<|assistant|>"), axis=1) > 0
         mask = answering & (targets != SPECIAL.index("<|pad|>"))
         loss = nn.losses.cross_entropy(model(inputs), targets)
@@ -519,11 +545,14 @@ def pretrain(model, tokens, *, steps, batch_size, learning_rate, seed, log_every
         return loss
 
     step = mx.compile(step, inputs=state, outputs=state)
-    rng, order, start = np.random.default_rng(seed), [], time.perf_counter()
+    rng = np.random.default_rng(seed)
+    order = []
+    start = time.perf_counter()
     for number in range(1, steps + 1):
         if len(order) < batch_size:
             order = rng.permutation(len(tokens))
-        rows, order = order[:batch_size], order[batch_size:]
+        rows = order[:batch_size]
+        order = order[batch_size:]
         loss = step(mx.array(tokens[rows].astype(np.int32)))
         mx.async_eval(loss, state)
         if number % log_every == 0 or number == steps:
@@ -534,10 +563,14 @@ def pretrain(model, tokens, *, steps, batch_size, learning_rate, seed, log_every
 
 
 def measure(folder, rows):
-    """Exact match of greedy, sampled and primed completions, sampled and graded as the trainer does it, and their mean lengths in tokens."""
+    """Exact match and mean length in tokens of greedy, sampled and primed completions.
+
+    They are sampled and graded as the trainer does it.
+    """
     model, tokenizer, _ = mlx_grpo.open_model(str(folder))
     gold = [mlx_grpo.extract_hash_answer(row["answer"]) for row in rows]
-    keys, figures = [mlx_grpo.random_key("measure", i) for i in range(len(rows))], {}
+    keys = [mlx_grpo.random_key("measure", i) for i in range(len(rows))]
+    figures = {}
     for name, temperature, prefix in (
         ("greedy", 0.0, ""),
         ("sampled", 1.0, ""),
@@ -557,10 +590,8 @@ def measure(folder, rows):
         )
         hits = [mlx_grpo.grade(completion.text, answer) for completion, answer in zip(completions, gold)]
         figures[f"{name} strict"], figures[f"{name} lenient"] = np.mean(hits, axis=0)
-        figures[f"{name} prompt tokens"], figures[f"{name} completion tokens"] = (
-            fmean(map(len, prompts)),
-            fmean(len(c.ids) for c in completions),
-        )
+        figures[f"{name} prompt tokens"] = fmean(map(len, prompts))
+        figures[f"{name} completion tokens"] = fmean(len(c.ids) for c in completions)
     return figures
 
 
