@@ -306,9 +306,9 @@ def build_tokenizer(state: dict) -> tuple[dict, dict]:
 
     nanochat encodes text as ordinary text always, and puts special tokens between texts. A Hugging Face
     tokenizer turns one rendered text into ids. So here special tokens count only in a text that begins as a
-    conversation does, with <|bos|><|user_start|>, and not where the chat template has put MARK inside, because
-    content spells one. For this the special tokens are entries of the vocabulary that the splitting below
-    leaves whole (ignore_merges); they are added tokens only so that decoding can skip them
+    conversation does, with <|bos|><|user_start|>, and not where the chat template has put MARK inside,
+    because content spells one. For this the special tokens are entries of the vocabulary that the splitting
+    below leaves whole (ignore_merges); they are added tokens only so that decoding can skip them
     (split_special_tokens).
     """
     from tokenizers import Regex, pre_tokenizers

@@ -1,8 +1,8 @@
 """Convert a Hugging Face text model (hub name or directory) to an MLX one that mlx-lm and the trainer read.
 
 What is added to `mlx_lm.convert`: settings that transformers 5 nests are flattened so that they are not lost,
-a setting that the MLX model would ignore or a weight it would leave random is an error with its name, LoRA and
-DoRA adapters are fused in, and the output directory is complete or absent.
+a setting that the MLX model would ignore or a weight it would leave random is an error with its name, LoRA
+and DoRA adapters are fused in, and the output directory is complete or absent.
 """
 
 import argparse

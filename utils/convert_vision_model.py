@@ -1,8 +1,8 @@
 """Convert a Hugging Face vision-language model (hub name or directory) to an MLX one that mlx-vlm reads.
 
 What is added to `mlx_vlm.convert`: settings that transformers 5 nests are put where mlx-vlm looks for them,
-code that comes with a model runs only when allowed, and the output directory is complete or absent. The vision
-tower is never quantised.
+code that comes with a model runs only when allowed, and the output directory is complete or absent. The
+vision tower is never quantised.
 """
 
 import argparse

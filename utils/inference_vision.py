@@ -1,7 +1,7 @@
 """Ask a vision-language model about images, from files or URLs: one question, or a chat.
 
-The model is a directory that convert_vision_model.py wrote, an unconverted Hugging Face one, or a hub name. Answers
-go to stdout, everything else to stderr.
+The model is a directory that convert_vision_model.py wrote, an unconverted Hugging Face one, or a hub name.
+Answers go to stdout, everything else to stderr.
 """
 
 import argparse
@@ -107,7 +107,7 @@ class Conversation:
         self.forget_cache()
 
     def forget_cache(self):
-        """mlx-vlm knows the cached prompt by its token ids, which are equal for any two images of one size."""
+        """mlx-vlm knows the cached prompt by its token ids, which are equal for two images of one size."""
         from mlx_vlm.generate import PromptCacheState
 
         self.cache = PromptCacheState()
