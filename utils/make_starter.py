@@ -5,10 +5,10 @@ examples:
   uv run python utils/make_starter.py --output rough --steps 500 --batch-size 64
 
 Everything in the folder comes from this file and a seed: problem templates -> train.jsonl and test.jsonl; a
-byte-level BPE tokenizer; a Llama of 0.67M parameters pre-trained on solved problems. It wants a GPU: 2 minutes
-on one H200 (121 s measured: 16 s to write the reading, 101 s for 8000 steps of 512 documents, 4 s to measure).
-Two CPU cores with OpenBLAS take 1.3 s for a step of 64 documents, so a full run would take about a day there;
-`--steps 500` gives a rougher model (it gets 92% of the test sums right, not all).
+byte-level BPE tokenizer; a Llama of 0.67M parameters pre-trained on solved problems. It wants a GPU: 2
+minutes on one H200 (121 s measured: 16 s to write the reading, 101 s for 8000 steps of 512 documents, 4 s to
+measure). Two CPU cores with OpenBLAS take 1.3 s for a step of 64 documents, so a full run would take about a
+day there; `--steps 500` gives a rougher model (it gets 92% of the test sums right, not all).
 
 The same seed gives the same data and tokenizer anywhere; the weights agree only as far as the backend's
 arithmetic does.
@@ -47,8 +47,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 SYSTEM_PROMPT = mlx_grpo.SYSTEM_PROMPT
 
 # The word problems. A step is a sentence with one sum in brackets: [a+b=s] prints as 3+4=7 and names its
-# result s for later steps. `habit` is how the problem's source writes its solutions (STYLES below): text from one
-# source looks alike.
+# result s for later steps. `habit` is how the problem's source writes its solutions (STYLES below): text
+# from one source looks alike.
 NAMES = {
     "he": ["Tom", "Ben", "Sam", "Leo", "Max", "Omar", "Ivan", "Hugo", "Raj", "Finn"],
     "she": ["Ana", "Mia", "Zoe", "Lily", "Emma", "Nina", "Ruth", "Sara", "Yuki", "Ella"],
