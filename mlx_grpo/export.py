@@ -73,10 +73,14 @@ def save_model(folder: Path, model, tokenizer, model_config: dict, source: Path,
             shutil.copy(source / name, folder)
 
 
-def merged_bytes(model, item: int) -> int:
-    """Memory that merging takes at the most: a shard's base in full precision, what the adapters add, and their sum."""
-    shapes = [(layer["lora_a"].shape[0], layer["lora_b"].shape[1]) for _, layer in adapter_layers(model)]
-    return 3 * min(SHARD_BYTES, sum(width * height * item for width, height in shapes))
+def merged_bytes(model) -> int:
+    """Memory that merging the adapters takes at the most: the layers of a shard, and the one that is being merged."""
+    layers = [layer for _, layer in adapter_layers(model)]
+    sizes = [layer["lora_a"].shape[0] * layer["lora_b"].shape[1] for layer in layers]
+    if not sizes:
+        return 0
+    written = narrowed(model, {"lora_a": layers[0]["lora_a"]})["lora_a"].itemsize
+    return min(SHARD_BYTES, written * sum(sizes)) + 3 * 4 * max(sizes)  # its base, what is added, and their sum
 
 
 def write_shards(folder: Path, weights: dict[str, mx.array]) -> None:
@@ -99,6 +103,8 @@ def write_shards(folder: Path, weights: dict[str, mx.array]) -> None:
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
         files |= dict.fromkeys(names, file)
+        for name in names:  # layer by layer: what a merge is computed from is freed before the next
+            mx.eval(weights[name])
         mx.save_safetensors(
             str(folder / file), {name: weights.pop(name) for name in names}, {"format": "mlx"}
         )

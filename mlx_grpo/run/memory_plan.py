@@ -169,7 +169,7 @@ def work_of(learner, lengths: set[int], rows: int, compiled: int = 0) -> Work:
         has_reference=learner.ref_log_probs is not None and not adapter_layers(model),
         micro_batch_tokens=config.micro_batch_tokens, grad_checkpoint=config.grad_checkpoint, head_chunk=learner.head_chunk, streams=stream_count(),
         kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4, ahead=queued_bytes(), memory_limit=learner.memory_limit,
-        compiled=compiled, merging=merged_bytes(model, item),
+        compiled=compiled, merging=merged_bytes(model),
     )  # fmt: skip
 
 
