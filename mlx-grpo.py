@@ -542,7 +542,7 @@ def build_prompt(
 def render_chat(tokenizer, messages: list[dict], options: dict, own_words: str = "") -> list[int]:
     """Ids of a chat in the template, with its system message in it.
 
-    own_words: text that may contain special tokens; in any other, their spelling is ordinary text. Raises
+    own_words: special tokens that are spelt in it stay special; any other spelling is ordinary text. Raises
     UserError where the template accepts the chat in no form.
     """
     import jinja2
@@ -2381,24 +2381,22 @@ class OldPolicy:
         self.policy.load_weights(list(now.items()), strict=False)
         if self.quantize:
             nn.quantize(
-                copied,
-                config.group_size,
-                config.bits,
+                copied, config.group_size, config.bits,
                 class_predicate=lambda _, module: is_divisible(module, config.group_size),
-            )
+            )  # fmt: skip
         mx.eval(copied.parameters())
         return copied
 
 
 def rows_digest(rows: list[dict]) -> str:
-    """A number that changes with any value of any row, and with their order."""
+    """A hash that changes with any value of any row, and with their order."""
     return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
 
 
 def weights_digest(model) -> str:
-    """A number that changes with any bit of what the model brings; of a model with adapters, beneath them."""
+    """A hash that changes with any bit of the base model's weights; adapters are left out."""
     own = {name for name, _ in tree_flatten(model.trainable_parameters())} if adapter_layers(model) else ()
-    arrays = narrowed(model, dict(tree_flatten(model.parameters())))  # as in its files, on every device
+    arrays = narrowed(model, dict(tree_flatten(model.parameters())))  # in the dtype of its files
     parts = [f"{name} {digest(array)}" for name, array in arrays.items() if name not in own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -2429,7 +2427,7 @@ def is_divisible(module, group_size: int) -> bool:
 
 @dataclass
 class RunState:
-    """Where a run is: with weights and optimizer all that a resume needs, since random keys are made of these and the seed."""
+    """Where a run is: all that a resume needs, besides weights and optimizer. Random keys are made from it."""
 
     update: int = 0  # optimizer updates done or skipped
     cursor: int = 0  # prompts drawn from the data, or passed over
@@ -2438,10 +2436,8 @@ class RunState:
     difficulty: dict = field(
         default_factory=dict
     )  # outcomes of the prompts drawn, by row; never changed in place
-    lowest_reward: float = (
-        0.0  # of a completion in the run so far, where difficulty is kept; 0 counts as seen
-    )
-    highest_reward: float = 0.0
+    lowest_reward: float = 0.0  # of a completion so far, where difficulty is kept; at most 0
+    highest_reward: float = 0.0  # at least 0
     tokens: int = 0  # completion tokens sampled
     nan_updates: int = 0  # with a non-finite gradient, in a row
     flat_updates: int = 0  # without signal, in a row
@@ -2490,36 +2486,42 @@ class RunState:
         return [(number, rows[row_of(number, len(rows), config.seed)]) for number in numbers]
 
     def drawn_since(self, start: "RunState") -> dict[str, int]:
-        """What the log says of the prompts drawn since `start`: how many were sampled, and passed over where that may be."""
-        easy, hard = self.passed_easy - start.passed_easy, self.passed_hard - start.passed_hard
+        """For the log: how many prompts were sampled since `start`, and how many passed over, if any may be."""
+        easy = self.passed_easy - start.passed_easy
+        hard = self.passed_hard - start.passed_hard
         passed = {"prompts/skipped_easy": easy, "prompts/skipped_hard": hard} if self.difficulty else {}
         return {"prompts_drawn": self.cursor - start.cursor - easy - hard, **passed}
 
     def note_difficulty(
         self, drawn: list[tuple[int, dict]], rewards, advantages, rows: int, config: MLXGRPOConfig
     ) -> None:
-        """Remember how the groups of these prompts went. rewards, advantages: (B, G); rows: how many there are in all."""
+        """Remember how the groups of these prompts went.
+
+        rewards, advantages: (B, G). rows: the number of training rows.
+        """
         known = rewards[~np.isnan(rewards)].tolist()
         self.lowest_reward = min([self.lowest_reward, *known])
         self.highest_reward = max([self.highest_reward, *known])
+        bounds = (self.lowest_reward, self.highest_reward)
         outcomes = [
-            (
-                row_of(number, rows, config.seed),
-                outcome(of_group, signal, self.lowest_reward, self.highest_reward),
-            )
+            (row_of(number, rows, config.seed), outcome(of_group, signal, *bounds))
             for (number, _), of_group, signal in zip(drawn, rewards, advantages.any(axis=1))
         ]
         self.difficulty = remembered(self.difficulty, outcomes, config.difficulty_window)
 
     def note_evaluation(self, record: dict, metric: str) -> None:
-        """Remember the best held-out score, and when it was. metric: what counts, None in the record where nothing was scored."""
+        """Remember the best held-out score, and when it was.
+
+        metric: the field of the record that counts; it is None there where nothing was scored.
+        """
         score = record.get(metric)
         if record["split"] == "test" and score is not None and score > self.best:
-            self.best, self.best_update = score, self.update
+            self.best = score
+            self.best_update = self.update
 
     @classmethod
     def read(cls, plain: dict) -> "RunState":
-        """Of a checkpoint's plain data. Raises TypeError or ValueError for what was no RunState's."""
+        """From a checkpoint's plain data. Raises TypeError or ValueError where that is not a RunState's."""
         state = cls(**plain)
         if any(type(value) is not type(getattr(cls(), name)) for name, value in vars(state).items()):
             raise ValueError("a value of another type")
@@ -2552,12 +2554,12 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def keeping_what_is_learnt(state: RunState, save):
-    """Where a reward fails, put the state back and save() what is learnt so far: a resume scores the same prompts."""
+    """Where a reward fails, put the state back and save() what is learnt: a resume scores the same prompts."""
     start = dataclasses.replace(state)
     try:
         yield
     except RunError:
-        if state.update == start.update:  # it was while sampling, and no weight has changed
+        if state.update == start.update:  # no weight has changed since the prompts were drawn
             vars(state).update(vars(start))
         if state.update:
             save()
@@ -2565,22 +2567,22 @@ def keeping_what_is_learnt(state: RunState, save):
 
 
 class RunFiles:
-    """A run on disk: its logs, its checkpoints, its final model. Rank 0 writes and reads, the others are sent the rest.
+    """A run on disk: its logs, its checkpoints, its final model. Rank 0 reads and writes, and sends to the others.
 
-    writer: of the policy as it is then. inputs: digests of what the run reads.
+    writer: writes the policy as it is at the time. inputs: digests of what the run reads.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        learner: Learner,
-        old_policy: OldPolicy,
-        writer: ModelWriter,
-        inputs: dict[str, str],
-    ):
-        self.run_dir, self.learner, self.old_policy = run_dir, learner, old_policy
-        self.writer, self.inputs = writer, inputs
-        self.config, self.ranks = learner.config, learner.ranks
+        self, run_dir: Path, learner: Learner, old_policy: OldPolicy,
+        writer: ModelWriter, inputs: dict[str, str],
+    ):  # fmt: skip
+        self.run_dir = run_dir
+        self.learner = learner
+        self.old_policy = old_policy
+        self.writer = writer
+        self.inputs = inputs
+        self.config = learner.config
+        self.ranks = learner.ranks
         self.logs = RunLogs(run_dir, self.config.log_jsonl and self.ranks.rank == 0)
         self.checkpoints = Checkpoints(run_dir, self.config.save_total_limit)
 
@@ -2592,25 +2594,27 @@ class RunFiles:
         self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.writer.write_model))
 
     def save_checkpoint(self, state: RunState, may_fail: bool) -> None:
-        """Write checkpoint-UPDATE, with all that an exact resume needs. may_fail: whether the next one may make up for it."""
+        """Write checkpoint-UPDATE, with all that an exact resume needs.
 
+        may_fail: whether the run goes on where the disk refuses, since a later checkpoint will follow.
+        """
         self.check_weights(state)
 
         def write(folder: Path) -> None:
             logs = self.logs.sync()
             self.writer.write_checkpoint(folder)
             settings = dataclasses.asdict(self.config)
-            parts = (with_masters(self.learner.model, self.learner.optimizer.state), self.old_policy.weights)
-            write_snapshot(
-                folder, Snapshot(dataclasses.asdict(state), settings, logs, self.inputs, {}, *parts)
-            )
+            optimizer = with_masters(self.learner.model, self.learner.optimizer.state)
+            stale = self.old_policy.weights
+            plain = dataclasses.asdict(state)
+            write_snapshot(folder, Snapshot(plain, settings, logs, self.inputs, {}, optimizer, stale))
 
         self.ranks.on_first(lambda: self.checkpoints.write(state.update, state.best_update, write, may_fail))
 
     def resume(self, folder: Path, asked: set[str], accept_inputs: bool) -> RunState:
         """Take over a checkpoint, as if there had been no stop; only rank 0 needs to have it. Raises UserError.
 
-        asked: settings given by --set, which may differ. accept_inputs: whether data, model and reward files may.
+        asked: settings given by --set, which may differ. accept_inputs: whether data, model and rewards may.
         """
         plain = self.ranks.on_first(lambda: dataclasses.asdict(self.restore(folder, asked, accept_inputs)))
         state = RunState(**plain)
@@ -2624,7 +2628,8 @@ class RunFiles:
 
     def restore(self, folder: Path, asked: set[str], accept_inputs: bool) -> RunState:
         """Load what a checkpoint holds, and set aside what the run wrote after it."""
-        snapshot, trainable = read_snapshot(folder), trainable_arrays(self.learner.model)
+        snapshot = read_snapshot(folder)
+        trainable = trainable_arrays(self.learner.model)
         try:
             state = RunState.read(snapshot.state)
             if any(snapshot.weights[name].shape != now.shape for name, now in trainable.items()):
@@ -2648,31 +2653,31 @@ class RunFiles:
 class MLXGRPOTrainer:
     """GRPO (DeepSeekMath, Algorithm 1) with the settings of `config`, into the directory `run_dir`.
 
-    model: the policy. model_old: what samples, the policy itself unless it is to be quantised or stale. ref_model: the
-    policy as it was, for the KL, where kl_coeff asks for one. Each of several `ranks` rolls out its share of the prompts.
+    model: the policy. model_old: what samples, the policy itself unless it is to be quantised or stale.
+    ref_model: the policy as it was at the start, for the KL; None where kl_coeff is 0. Each of several `ranks`
+    rolls out its share of the prompts.
     """
 
     def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
-        self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
+        self.config = config
+        self.run_dir = Path(run_dir)
+        self.ranks = ranks
         self.reward_functions, self.reward_weights = load_rewards(config, BUILT_IN_REWARDS)
         source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
-        splits = {
-            split: load_dataset_split(config, split) for split in ("train", "test")
-        }  # a wrong path is met before a model is loaded
+        # Data come before the model: a wrong path fails at once.
+        splits = {split: load_dataset_split(config, split) for split in ("train", "test")}
         self.model, self.tokenizer = load_model(config)
         if ranks.rank == 0:
-            warn_of_rows(
-                config, special_tokens(self.tokenizer), training=splits["train"], held_out=splits["test"]
-            )
+            special = special_tokens(self.tokenizer)
+            warn_of_rows(config, special, training=splits["train"], held_out=splits["test"])
         self.rows, self.eval_rows = prompt_rows(splits, self.model, self.tokenizer, config)
         if config.prompts_per_update < ranks.size:
             raise UserError(
-                f"{ranks.size} ranks share {config.prompts_per_update} prompts an update; raise batch_size, or start fewer"
+                f"{ranks.size} ranks share {config.prompts_per_update} prompts an update; "
+                "raise batch_size, or start fewer"
             )
-        self.updates = (
-            max(1, int(config.num_epochs * len(self.rows) / config.prompts_per_update))
-            * config.num_iterations
-        )
+        batches = max(1, int(config.num_epochs * len(self.rows) / config.prompts_per_update))
+        self.updates = batches * config.num_iterations
 
         # Queued MLX work keeps its buffers alive: above this, MLX waits for queued work.
         self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
@@ -2694,7 +2699,7 @@ class MLXGRPOTrainer:
         self.files = RunFiles(self.run_dir, self.learner, self.old_policy, writer, inputs)
         self.monitor = Monitor(self.updates, config.logging_steps, metric=config.best_metric)
         self.signal = SignalWatch(config, self.rows, self.monitor.say, self.files.logs)
-        self.after_evaluation = lambda run_dir: None  # the command line puts the report here
+        self.after_evaluation = no_report  # the command line puts write_report here
         self.stop_signal = 0
         ranks.must_agree(settings=dataclasses.asdict(config), data=list(inputs.items())[:2])
         ranks.check_equal(dict(tree_flatten(self.model.parameters())), "as loaded")
@@ -2707,11 +2712,11 @@ class MLXGRPOTrainer:
 
     def train_step(self) -> list[dict]:
         """Algorithm 1, lines 4 to 11, for one batch of prompts: num_iterations updates. The log record of each."""
-        config, watch, start = self.config, Stopwatch(), dataclasses.replace(self.state)
-        groups = self.rollout(self.config.prompts_per_update, watch)
-        for _ in range(
-            config.dynamic_sampling_max_batches
-        ):  # DAPO: fresh prompts for the groups without signal
+        config = self.config
+        watch = Stopwatch()
+        start = dataclasses.replace(self.state)
+        groups = self.rollout(config.prompts_per_update, watch)
+        for _ in range(config.dynamic_sampling_max_batches):  # DAPO: new prompts for groups without signal
             useful = [group for group in groups if self.advantages([group])[1].any()]
             if len(useful) == len(groups):
                 break
@@ -2766,32 +2771,32 @@ class MLXGRPOTrainer:
 
     def compute_rewards(self, groups: list[Group]) -> None:
         """Score every completion by every reward function; NaN where a function abstains."""
-        score_groups(
-            groups, self.reward_functions, self.config.reward_timeout, self.config.max_completion_length
-        )
+        config = self.config
+        score_groups(groups, self.reward_functions, config.reward_timeout, config.max_completion_length)
 
     def advantages(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
         """Each completion's reward and advantage, (B, G) each."""
-        each = np.array(
-            [[completion.rewards for completion in group.completions] for group in groups]
-        )  # (B, G, F)
+        nested = [[completion.rewards for completion in group.completions] for group in groups]
+        each = np.array(nested)  # (B, G, F)
         rewards, advantages = combine_rewards(each.transpose(2, 0, 1), self.reward_weights, self.config)
         return rewards, np.array(advantages)
 
     def train_on(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
         """num_iterations optimizer steps on one batch of groups; the metrics of each. advantages: (B, G)."""
-        config, state, metrics = self.config, self.state, []
+        config = self.config
+        state = self.state
+        metrics = []
         idle = not advantages.any() and config.estimator.tokens is None
         batches = [] if idle else self.learner.prepare(groups, advantages)
         note_shapes(state.shapes, batches, state.update)
         for _ in range(config.num_iterations):
             rate = learning_rate(config, state.update, self.updates)
-            metrics.append(
-                self.learner.idle_step(rate)
-                if idle
-                else self.learner.step(batches, rate, state.bonus(config))
-            )
-            state.note(metrics[-1], config)
+            if idle:
+                record = self.learner.idle_step(rate)
+            else:
+                record = self.learner.step(batches, rate, state.bonus(config))
+            metrics.append(record)
+            state.note(record, config)
         if state.nan_updates and self.old_policy.quantize:
             state.quantize_rollouts = self.old_policy.quantize = False
             print("NaN gradient encountered: rollouts are in full precision from here on", file=sys.stderr)
@@ -2804,7 +2809,10 @@ class MLXGRPOTrainer:
     # The run
 
     def check_signal(self) -> tuple[list[Group], dict]:
-        """Sample a few prompts by keys of their own, and say what they earn: the groups, and a log record where it is nothing."""
+        """Sample a few prompts before training: their groups, and a log record where they earn nothing.
+
+        Their random keys are their own, so that training samples the same with and without this check.
+        """
         rows = fixed_subset(self.rows, min(CHECKED_PROMPTS, self.config.prompts_per_update), self.config.seed)
         groups = self.sample_groups([(f"check {i}", row) for i, row in enumerate(rows)], Stopwatch())
         return groups, self.signal.check(names_of(self.reward_functions), groups, *self.advantages(groups))
@@ -2815,18 +2823,21 @@ class MLXGRPOTrainer:
         norm = self.learner.trial_gradient(groups)
         if not math.isfinite(norm):
             raise RunError(
-                "NaN gradient encountered: in the first backward pass; load the model in float32, or check its weights"
+                "NaN gradient encountered: in the first backward pass; "
+                "load the model in float32, or check its weights"
             )
         print("to fit     " + "\n           ".join(suggestions(self.work)))
         tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
         print(f"dry run    {tokens} tokens in one backward pass (gradient norm {norm:.3g}): all well")
 
     def train(self) -> dict:
-        """Train to the end: evaluate, update, log, save. Returns the evaluations before and after, {} when stopped."""
+        """Train to the end: evaluate, update, log, save.
+
+        Returns the evaluations before and after, or {} when stopped.
+        """
         state = self.state
-        self.learner.probe_memory(
-            max((row["prompt_ids"] for row in self.rows), key=len), self.config.prompts_per_update
-        )
+        longest = max((row["prompt_ids"] for row in self.rows), key=len)
+        self.learner.probe_memory(longest, self.config.prompts_per_update)
         with self.monitor as monitor:
             monitor.begin(state.update, state.before.get("test"))
             if not state.before:
@@ -2855,17 +2866,20 @@ class MLXGRPOTrainer:
 
     def evaluate_and_save(self, previous: int) -> None:
         """The evaluations and the checkpoint that are due after the updates since `previous`."""
-        config, update = self.config, self.state.update
+        config = self.config
+        update = self.state.update
         for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
             if is_due(previous, update, every):
                 self.evaluate_em(split)
-        if is_due(previous, update, config.save_steps) or (
-            config.save_steps and self.state.best_update == update
-        ):
+        is_best = config.save_steps and self.state.best_update == update
+        if is_due(previous, update, config.save_steps) or is_best:
             self.save_checkpoint()
 
     def stop_where_nothing_is_learnt(self, previous: int) -> None:
-        """Save and raise RunError where gradients fail, or there is no signal, for too long. previous: the update before these."""
+        """Save and raise RunError where gradients fail, or there is no signal, for too long.
+
+        previous: the number of updates before the last batch of prompts.
+        """
         if reason := why_stop(self.state, self.state.update - previous, self.config):
             self.save_checkpoint()
             self.signal.end(self.state)
@@ -2883,18 +2897,20 @@ class MLXGRPOTrainer:
 
     def evaluate_em(self, split: str) -> dict:
         """Evaluate on a fixed part of a split, log and show it, and note the best held-out score."""
-        start, state, rows = time.perf_counter(), self.state, self.eval_rows[split]
-        when = {0: "before training", self.updates: "after training"}.get(
-            state.update, f"update {state.update}"
-        )
+        start = time.perf_counter()
+        state = self.state
+        rows = self.eval_rows[split]
+        named = {0: "before training", self.updates: "after training"}
+        when = named.get(state.update, f"update {state.update}")
         self.monitor.evaluating(len(rows), when)
         self.model.eval()
         rewards = self.reward_functions, self.reward_weights
         shared = self.old_policy.decoder_at(state.update) if self.model_old is self.model else None
         with keeping_what_is_learnt(state, self.save_checkpoint):
             result = evaluate(
-                self.model, self.tokenizer, rows, self.config, None, self.ranks, shared, rewards
-            )
+                self.model, self.tokenizer, rows, self.config,
+                ranks=self.ranks, decoder=shared, rewards=rewards,
+            )  # fmt: skip
         del result["texts"]
         record = {"event": "eval", "update": state.update, "split": split, **result}
         timed = {**record, "seconds": time.perf_counter() - start}
@@ -2910,8 +2926,13 @@ class MLXGRPOTrainer:
     def report(
         self, groups, rewards, advantages, metrics, watch: Stopwatch, drawn: dict[str, int]
     ) -> list[dict]:
-        """The log records of the updates just made, and samples where they are due. drawn: as of RunState.drawn_since."""
-        config, state, names = self.config, self.state, names_of(self.reward_functions)
+        """The log records of the updates just made; shows and logs samples where they are due.
+
+        drawn: RunState.drawn_since of the batch.
+        """
+        config = self.config
+        state = self.state
+        names = names_of(self.reward_functions)
         previous = state.update - len(metrics)
         every = config.log_completions_steps
         if every and (not previous or is_due(previous, state.update, every)):
@@ -2919,16 +2940,11 @@ class MLXGRPOTrainer:
             self.files.logs.add("completions", *samples)
             self.monitor.completions(samples, rewards)
         seconds, exchanges = self.ranks.timing(watch.seconds)
-        facts = update_facts(groups, rewards, advantages, names) | time_facts(
-            groups, seconds, drawn["prompts_drawn"], metrics
-        )
+        facts = update_facts(groups, rewards, advantages, names)
+        facts |= time_facts(groups, seconds, drawn["prompts_drawn"], metrics)
         state.tokens += facts.pop("sampled")
-        facts |= {
-            "epoch": round(state.cursor / len(self.rows), 4),
-            "total_tokens": state.tokens,
-            **drawn,
-            **exchanges,
-        }
+        facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens}
+        facts |= drawn | exchanges
         self.signal.after_updates(state, names, groups, rewards)
         return [{"update": previous + i, "kl": 0.0, **one, **facts} for i, one in enumerate(metrics, 1)]
 
@@ -2939,6 +2955,10 @@ class MLXGRPOTrainer:
         """Continue from a checkpoint as if there had been no stop (RunFiles.resume)."""
         self.state = self.files.resume(folder, asked, accept_inputs)
         self.learner.shapes = self.state.shapes
+
+
+def no_report(run_dir: Path) -> None:
+    """What a trainer does after an evaluation where nothing else is asked for."""
 
 
 def is_due(previous: int, now: int, every: int) -> bool:
@@ -2960,7 +2980,7 @@ the settings met first (docs/CONFIG_GUIDE.md has all, with their defaults):
   objective   loss_type, clip_eps, kl_coeff, scale_rewards, num_iterations
   optimiser   learning_rate, num_epochs, micro_batch_tokens, grad_checkpoint
   output      output_dir, run_name, eval_steps, save_steps, report_to
-"""  # with the rest of --help on one screen, 24 lines of 80
+"""  # --help as a whole fits one screen, 24 lines of 80 columns
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -2969,45 +2989,38 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Train a small language model by Group Relative Policy Optimization.",
         epilog=MAIN_SETTINGS,
         add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=26, width=80
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80
         ),
     )
-    settings, running = parser.add_argument_group("settings"), parser.add_argument_group("running")
+    settings = parser.add_argument_group("settings")
     settings.add_argument(
         "--config", metavar="FILE", help="TOML file; else $MLX_GRPO_CONFIG, else the quickstart"
     )
     settings.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
+        "--set", metavar="KEY=VALUE", action="append", default=[],
         help="one setting, over the file's; repeatable",
-    )
+    )  # fmt: skip
+    running = parser.add_argument_group("running")
     running.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan, train nothing"
     )
     running.add_argument(
-        "--resume",
-        metavar="CHECKPOINT",
-        nargs="?",
-        const="",
+        "--resume", metavar="CHECKPOINT", nargs="?", const="",
         help="go on from the newest checkpoint, or this one",
-    )
+    )  # fmt: skip
     running.add_argument(
-        "--accept-changed-inputs",
-        action="store_true",
+        "--accept-changed-inputs", action="store_true",
         help="resume though data, model or reward files differ",
-    )
+    )  # fmt: skip
     running.add_argument("-h", "--help", action="help", help="show this")
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks; the exit status."""
-    path = Path(
-        arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml"
-    ).expanduser()
+    quickstart = ROOT / "configs" / "quickstart.toml"
+    path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or quickstart).expanduser()
     values, sources = read_settings(FIELD_TYPES, path, arguments.set)
     config = MLXGRPOConfig(**values)
     check_trackers(config.report_to)
@@ -3018,19 +3031,21 @@ def run(arguments: argparse.Namespace) -> int:
 def run_on(
     ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXGRPOConfig, sources: dict
 ) -> int:
-    """The same as one of `ranks`, of which the first has the run's directory."""
+    """Do what the command line asks, as one of `ranks`. Only the first reads and writes the run's directory."""
     print_settings(config, sources)
     if sys.platform == "linux" and on_cpu() and not blas_name():
         print(
-            "No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl"
+            "No OpenBLAS or MKL found: MLX is many times slower without. "
+            "Install one: apt-get install libopenblas0, or uv pip install mkl"
         )
     run_dir, checkpoint = map(Path, ranks.on_first(lambda: find_run(config, path.stem, arguments.resume)))
     resumes = checkpoint != NO_CHECKPOINT
     trainer = MLXGRPOTrainer(config, run_dir, ranks)
-    gc.freeze()  # what is loaded stays: collections pass over it
+    gc.freeze()  # what is loaded stays: garbage collection need not look at it
     print_plan(
         trainer.work, config, training=len(trainer.rows), held_out=len(trainer.eval_rows["test"]),
-        updates=trainer.updates, ranks=ranks.size, ways=plan_lines(trainer.learner, trainer.old_policy.model, trainer.old_policy.decoder),
+        updates=trainer.updates, ranks=ranks.size,
+        ways=plan_lines(trainer.learner, trainer.old_policy.model, trainer.old_policy.decoder),
     )  # fmt: skip
     if arguments.dry_run:
         trainer.dry_run()
@@ -3039,7 +3054,7 @@ def run_on(
     with contextlib.ExitStack() as held:
         with failing_on_the_disk(run_dir):
             ranks.on_first(lambda: held.enter_context(claimed_directory(run_dir)) and None)
-            if not resumes:  # what was logged here came to no update
+            if not resumes:  # a log that is here is of a run that ended before its first checkpoint
                 ranks.on_first(lambda: trainer.files.logs.cut({}))
             if resumes:
                 asked = {name for name, source in sources.items() if source == "--set"}
@@ -3058,7 +3073,8 @@ def run_on(
         outcome = trainer.train()
     if not outcome:
         print(
-            f"Stopped at update {trainer.state.update} of {trainer.updates}. To continue, run the same command with --resume",
+            f"Stopped at update {trainer.state.update} of {trainer.updates}. "
+            "To continue, run the same command with --resume",
             file=sys.stderr,
         )
         return 128 + trainer.stop_signal
@@ -3070,27 +3086,27 @@ NO_CHECKPOINT = Path("")
 
 
 def print_settings(config: MLXGRPOConfig, sources: dict) -> None:
-    """The settings that differ, a line each, then the defaults."""
+    """Print the settings that differ from their defaults, a line each, then the defaults as one paragraph."""
     lines = config_as_toml(config, sources).splitlines()
     print("\n".join(line for line in lines if not line.endswith("# default")))
-    defaults = "defaults: " + ", ".join(
-        l.removesuffix("  # default").removeprefix("# ") for l in lines if l.endswith("# default")
-    )
+    unchanged = [line.removesuffix("  # default") for line in lines if line.endswith("# default")]
+    defaults = "defaults: " + ", ".join(line.removeprefix("# ") for line in unchanged)
     print(textwrap.fill(defaults, min(100, shutil.get_terminal_size((100, 24)).columns)))
 
 
 def find_run(config: MLXGRPOConfig, name: str, resume: str | None) -> tuple[str, str]:
-    """The run's directory and, for --resume, the checkpoint to go on from; "" where there is none. Raises UserError."""
+    """The run's directory, and the checkpoint that --resume goes on from or "". Raises UserError."""
     run_dir = choose_run_dir(Path(config.output_dir), config.run_name, name, resume)
     if links := [entry for entry in run_dir.glob("*") if entry.is_symlink()]:
         raise UserError(
-            f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. Put in its place what it points to"
+            f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. "
+            "Put in its place what it points to"
         )
     return str(run_dir), str(resume is not None and find_checkpoint(run_dir, resume) or "")
 
 
 def claimed_directory(run_dir: Path):
-    """The run's directory, held for this process and without what a killed save has left."""
+    """Lock the run's directory for this process, and remove what a killed save has left in it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = lock_directory(run_dir)
     for left_over in [*run_dir.glob(".*.partial"), *run_dir.glob(".*.removed")]:
@@ -3099,12 +3115,11 @@ def claimed_directory(run_dir: Path):
 
 
 def describe_run(run_dir: Path, config: MLXGRPOConfig, sources: dict, updates: int) -> None:
-    """Write what the run is of: its settings and the machine."""
+    """Write the run's settings and the machine it runs on."""
     (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
     (run_dir / "settings.json").write_text(json.dumps(settings_record(config, sources), indent=2))
-    (run_dir / "machine.json").write_text(
-        json.dumps({**machine_facts(memory_bytes()), "updates": updates}, indent=2)
-    )
+    machine = {**machine_facts(memory_bytes()), "updates": updates}
+    (run_dir / "machine.json").write_text(json.dumps(machine, indent=2))
 
 
 @contextlib.contextmanager
@@ -3130,9 +3145,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search(
-            "allocat|out of memory|insufficient memory", str(error), re.IGNORECASE
-        ):
+        words = "allocat|out of memory|insufficient memory"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):
             raise
         print(f"Out of memory: {' '.join(str(error).split())}. {LESS_MEMORY}", file=sys.stderr)
         return 1
