@@ -372,11 +372,11 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> ML
 
 
 class TiktokenTokenizerWrapper:
-    """The tokenizer of a directory that has only tokenizer.pkl, with what mlx-lm and this script use of a tokenizer.
+    """The tokenizer of a directory with only a tokenizer.pkl, as far as mlx-lm and this script use one.
 
-    Text is always ordinary text, as in nanochat: spelling a special token does not make one, and nothing is put
-    in front. Special tokens come from apply_chat_template(tokenize=True) alone; its text form is for reading.
-    For mlx-lm's generators: TokenizerWrapper(self, eos_token_ids=self.eos_token_ids).
+    Text is always ordinary text, as in nanochat: spelling a special token does not make one, and nothing is
+    put in front. Special tokens come from apply_chat_template(tokenize=True) alone; its text form is for
+    reading. For mlx-lm's generators: TokenizerWrapper(self, eos_token_ids=self.eos_token_ids).
     """
 
     chat_template = "nanochat"  # mlx-lm only asks whether there is one
@@ -519,12 +519,12 @@ def build_prompt(
     completion_prefix: str = "",
     chat_template_kwargs: dict | None = None,
 ) -> list[int]:
-    """Token ids of a prompt: the chat template around system prompt and question, then the answer's first words.
+    """Token ids of a prompt: the chat template with system prompt and question, then completion_prefix.
 
     `question` is the user's text or a list of chat messages, whose own system message is used in place of
-    `system_prompt`. Training, evaluation and inference all build prompts here. A template without a system role,
-    or one that leaves the system message out, gets it at the head of the first user message. Raises UserError
-    where there is no chat template.
+    `system_prompt`. Training, evaluation and inference all build prompts here. A template without a system
+    role, or one that leaves the system message out, gets it at the head of the first user message. Raises
+    UserError where there is no chat template.
     """
     if not getattr(tokenizer, "chat_template", None) and not getattr(tokenizer, "has_chat_template", False):
         raise UserError(
@@ -587,7 +587,8 @@ def use_prompt_template(tokenizer, template: str) -> None:
     gap = "" if after[-1:].isspace() else " "  # between the text and an answer
     tokenizer.chat_template = (
         ("{{ bos_token }}" if begins else "")
-        + "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        + "{% for message in messages %}"
+        + "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
         + "{% elif message['role'] == 'user' %}{{ "
         + f"{jinja_string(before)} + message['content'] + {jinja_string(after)}"
         + " }}{% else %}{{ "
@@ -617,7 +618,7 @@ def set_template(tokenizer, config: MLXGRPOConfig) -> None:
 
 
 def primed_text(tokenizer, prompt: list[int], completion_prefix: str = "") -> str:
-    """The end of a prompt that is scored as part of the completion: the template's <think>, and the prefix."""
+    """The end of a prompt that is scored with the completion: the template's <think>, and the prefix."""
     prefix = tokenizer.encode(completion_prefix, add_special_tokens=False) if completion_prefix else []
     opened = re.search(r"<think>\s*\Z", tokenizer.decode(prompt[: len(prompt) - len(prefix)][-16:]))
     return (opened[0] if opened else "") + completion_prefix
@@ -629,7 +630,7 @@ def primed_text(tokenizer, prompt: list[int], completion_prefix: str = "") -> st
 
 
 def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
-    """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
+    """(model, tokenizer, its config.json): how every script of this project opens a model.
 
     On a CPU a half-precision model is computed in float32, and says so (precision.py).
     Raises UserError where the directory holds no model that fits its tokenizer.
@@ -723,8 +724,9 @@ def load_model(config: MLXGRPOConfig):
             model, blocks, {"dropout": 0.0, **config.lora_parameters}, use_dora=kind == "dora"
         )
         if kind == "lora" and any(p.dtype == mx.bfloat16 for _, p in tree_flatten(model.parameters())):
-            # mlx-lm makes adapters in float32, to which every activation would be cast. In bfloat16 no step is
-            # lost: the optimizer keeps float32 copies. DoRA's stay, as it divides by norms of merged weights.
+            # mlx-lm makes adapters in float32, to which every activation would be cast. In bfloat16 no step
+            # is lost: the optimizer keeps float32 copies. DoRA's stay, as it divides by norms of merged
+            # weights.
             for _, layer in adapter_layers(model):
                 layer.update(tree_map(lambda p: p.astype(mx.bfloat16), layer.trainable_parameters()))
         if kind == "dora":
@@ -751,10 +753,11 @@ def get_gsm8k_questions(split: str = "train") -> list[dict]:
 
 
 def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
-    """The rows of split "train" or "test" as {"prompt", "answer", other columns}; max_train_samples is applied.
+    """The rows of split "train" or "test" as {"prompt", "answer", other columns}, within max_train_samples.
 
-    The held-out split is eval_dataset, else the dataset's test (validation, valid, val or dev) split, else the
-    rows of eval_fraction of the training prompts, the same for every seed. Rows of one prompt stay together.
+    The held-out split is eval_dataset, else the dataset's test (validation, valid, val or dev) split, else
+    the rows of eval_fraction of the training prompts, the same for every seed. Rows of one prompt stay
+    together.
     """
 
     def open_split(name, split):
@@ -789,9 +792,9 @@ def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
 def check_rows(config, parts: list[tuple]) -> list[DataRow]:
     """The rows of all (rows, source) parts, each with its columns, "prompt" and "answer".
 
-    Where at least half of the gold answers are numbers, however people write them, those become plain numbers:
-    "15 dollars" becomes 15. Raises UserError with file and row (counted from 1) where a field is missing, empty
-    or of the wrong type.
+    Where at least half of the gold answers are numbers, however people write them, those become plain
+    numbers: "15 dollars" becomes 15. Raises UserError with file and row (counted from 1) where a field is
+    missing, empty or of the wrong type.
     """
     checked = [
         check_row(config, row, f"{source}, row {number}")
@@ -907,8 +910,8 @@ def draw_by_difficulty(
 ) -> tuple[list[int], list[str]]:
     """The numbers of the next `count` prompts from `first` on, and "easy" or "hard" for each left out.
 
-    Each number has a random draw of its own that decides, so a resumed run and all ranks leave out the same ones.
-    At most one epoch's numbers are left out in a row.
+    Each number has a random draw of its own that decides, so a resumed run and all ranks leave out the same
+    ones. At most one epoch's numbers are left out in a row.
     """
     weights = {"": 1.0, "easy": config.easy_prompt_weight, "hard": config.hard_prompt_weight}
     numbers = []
@@ -984,8 +987,8 @@ def grade(text: str, gold: str) -> tuple[bool, bool]:
 # ------------------------------------------------------------------------------------------------------------
 # Rewards
 # ------------------------------------------------------------------------------------------------------------
-# A reward function takes the completions as chats and each dataset column as a keyword, one value a completion, and
-# returns a number for each, or None to abstain.
+# A reward function takes the completions as chats and each dataset column as a keyword, one value a
+# completion, and returns a number for each, or None to abstain.
 
 
 def contents(completions) -> list[str]:
@@ -1164,7 +1167,7 @@ def completion_text(tokenizer, ids: list[int]) -> str:
 
 
 def random_key(*parts) -> mx.array:
-    """A key made of `parts` alone: no random state needs saving, and different parts give different streams."""
+    """A key made of `parts` alone: no random state needs saving, and other parts give other numbers."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return mx.random.key(int.from_bytes(digest) >> 1)
 
@@ -1212,11 +1215,11 @@ def generate(
 ) -> list[Completion]:  # fmt: skip
     """Complete each of B prompts (lists of ids) num_generations times: N = B*G completions, in prompt order.
 
-    keys: (B, 2) random keys, one a prompt, which alone decide its draws, whatever else is in the batch; not needed
-    at temperature 0. kv_budget: bytes of KV cache, most_rows: completions at a time; prompts beyond them wait
-    for the next batch. progress: called with the number of prompts done. decoder: the model's, kept between
-    calls; None for plain MLX. prefix: build_prompt's completion_prefix; texts begin with it, and with a <think>
-    that the template opened. Models that cannot be padded decode prompts of equal length together.
+    keys: (B, 2) random keys, one a prompt, which alone decide its draws, whatever else is in the batch; not
+    needed at temperature 0. kv_budget: bytes of KV cache, most_rows: completions at a time; prompts beyond
+    them wait for the next batch. progress: called with the number of prompts done. decoder: the model's, kept
+    between calls; None for plain MLX. prefix: build_prompt's completion_prefix; texts begin with it, and with
+    a <think> that the template opened. Models that cannot be padded decode prompts of equal length together.
     """
     decoder = decoder or Decoder(model)
     penalised = sampling.repetition_penalty != 1.0
@@ -1262,7 +1265,7 @@ def generate(
 
 
 def reward_columns(flat: list[tuple[Group, Completion]]) -> dict[str, list]:
-    """What reward functions get besides the completions: dataset columns, prompts, ids; a value a completion."""
+    """What reward functions get besides completions: columns, prompts and ids, one value a completion."""
     names = set().union(*(group.row for group, _ in flat)) - {"prompt"}  # rewards know it as prompts
     return {
         **{name: [group.row.get(name) for group, _ in flat] for name in names},
@@ -1272,7 +1275,7 @@ def reward_columns(flat: list[tuple[Group, Completion]]) -> dict[str, list]:
 
 
 def score_groups(groups: list[Group], functions: list, timeout: float, max_completion_length: int) -> None:
-    """Give every completion its rewards, one a function, NaN where it abstains. Raises RunError if one fails."""
+    """Set every completion's rewards, one a function, NaN where it abstains. Raises RunError if one fails."""
     flat = [(group, completion) for group in groups for completion in group.completions]
     if not flat:  # fewer prompts than ranks
         return
@@ -1400,7 +1403,7 @@ def group_advantages(rewards: mx.array, scale_rewards: str = "group") -> mx.arra
 
 
 def total_rewards(rewards: np.ndarray, weights: list[float]) -> np.ndarray:
-    """Rewards (F, ...) -> their weighted sum (...), without the functions that abstained; NaN where all did."""
+    """Rewards (F, ...) -> their weighted sum (...), without functions that abstained; NaN where all did."""
     weighted = np.moveaxis(rewards, 0, -1) * np.array(weights)
     silent = np.isnan(rewards).all(axis=0)
     return np.where(silent, np.nan, np.nansum(weighted, axis=-1))
@@ -1409,7 +1412,7 @@ def total_rewards(rewards: np.ndarray, weights: list[float]) -> np.ndarray:
 def combine_rewards(
     rewards: np.ndarray, weights: list[float], config: MLXGRPOConfig
 ) -> tuple[np.ndarray, mx.array]:
-    """Rewards (F, B, G), NaN where a function abstained -> each completion's reward (B, G) and advantage (B, G).
+    """Rewards (F, B, G), NaN where a function abstained -> every completion's reward and advantage, (B, G).
 
     sum_then_normalize: the weighted sum over functions, then the estimator. normalize_then_sum: the group
     advantages of each function, weighted and summed, then scaled over the batch: no function drowns another.
@@ -1524,8 +1527,8 @@ def geometric_mean(x: Tokens, clip_eps, clip_eps_high) -> mx.array:
     """-(prod_t clipped r_t)^(1/|o|) A, one term a row (GMPO, arXiv 2507.20673).
 
     Each r is clipped before the mean, in log space and on the side where A pushes: to at most e^eps_high
-    where A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. The row's
-    term is on each kept token, scaled so that the mean over the row is the term.
+    where A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. The
+    row's term is on each kept token, scaled so that the mean over the row is the term.
     """
     log_ratio = mx.clip(x.log_ratio, -20.0, 20.0)
     clipped = mx.where(
@@ -1746,10 +1749,10 @@ def grpo_loss(
 ):
     """The objective: a scalar loss and a dict of scalar metrics.
 
-    logps, old_logps, ref_logps, sampler_logps, entropies and mask are (N, T): nats, and 1 on trained positions;
-    advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items is the
-    mask's sum over the whole generation batch, for the losses that divide by it. Only logps and entropies
-    carry a gradient.
+    logps, old_logps, ref_logps, sampler_logps, entropies and mask are (N, T): nats, and 1 on trained
+    positions; advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items
+    is the mask's sum over the whole generation batch, for the losses that divide by it. Only logps and
+    entropies carry a gradient.
 
     For a micro-batch, totals are the whole step's {"rows", "tokens", "entropy_tokens"} (StepSizes): the loss
     is then its part, and the parts add up to the step's. entropy_mask (N, T) replaces the top-entropy mask,
@@ -1850,10 +1853,10 @@ def masked_quantile(values: mx.array, inside: mx.array, q: float) -> mx.array:
 
 
 def correction_weights(log_ratio, mask, mode: str, low: float | None, high: float | None) -> mx.array:
-    """Weights that undo the sampler's mismatch: exp(old - sampler) a token or summed over a row, gradient stopped.
+    """Weights that undo the sampler's mismatch: exp(old - sampler), a token or summed over a row.
 
-    log_ratio: (N, T), 0 outside the mask -> (N, T), or (N, 1) for a row's. truncate: limited to [low, high]
-    (truncated importance sampling); mask: 0 outside it.
+    The gradient is stopped. log_ratio: (N, T), 0 outside the mask -> (N, T), or (N, 1) for a row's. truncate:
+    limited to [low, high] (truncated importance sampling); mask: 0 outside it.
     """
     if mode in SEQUENCE_CORRECTIONS:
         log_ratio = (log_ratio * mask).sum(axis=1, keepdims=True)
@@ -1920,9 +1923,10 @@ class CompletionLogProbs:
             )
 
     def __call__(self, batch: dict) -> tuple[mx.array, mx.array]:
-        """batch: prompts (P, L), left-padded by pads (P,) if given, and ids (N, T), right-padded -> (N, T) each.
+        """Log-probs and entropies, (N, T) each, of a batch.
 
-        N is a multiple of P: each prompt has N/P rows.
+        batch: prompts (P, L), left-padded by pads (P,) if given, and ids (N, T), right-padded. N is a
+        multiple of P: each prompt has N/P rows.
         """
         prompts = batch["prompts"]
         pads = batch.get("pads")
@@ -1965,8 +1969,8 @@ class CompletionLogProbs:
 class MasterAdamW(optim.AdamW):
     """AdamW with bias correction, in float32 whatever the weights are.
 
-    bfloat16 keeps 8 bits: at a learning rate of 1e-6 nearly every step would be rounded away. So the optimizer's
-    state keeps a float32 copy of each half-precision weight, and the weight is that copy rounded.
+    bfloat16 keeps 8 bits: at a learning rate of 1e-6 nearly every step would be rounded away. So the
+    optimizer's state keeps a float32 copy of each half-precision weight, and the weight is that copy rounded.
     """
 
     def __init__(self, config: MLXGRPOConfig):
@@ -2076,7 +2080,7 @@ def evaluate(
     model, tokenizer, rows: list[dict], config: MLXGRPOConfig,
     progress=None, ranks: Ranks = ALONE, decoder=None, rewards=None,
 ) -> dict:  # fmt: skip
-    """Greedy answers to `rows` ({"prompt", "answer", ..}): their scores by rewards and exact match, and texts.
+    """Greedy answers to `rows` ({"prompt", "answer", ..}): their rewards, exact match and texts.
 
     rewards: (functions, weights) as load_rewards returns them; None for the config's. Raises RunError where a
     reward function fails.
@@ -2209,10 +2213,11 @@ class Learner:
         self.optimizer.init(self.model.trainable_parameters())  # fills in branches that a file leaves out
 
     def prepare(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
-        """This rank's micro-batches, with ref_logps, old_logps and entropy_mask (N, T) where the loss needs them.
+        """This rank's micro-batches, with ref_logps, old_logps, entropy_mask (N, T) as the loss needs them.
 
-        advantages: (B, G). old_logps and entropies are the policy's before the first of num_iterations steps. The
-        first step's own forward gives them; only where they are needed earlier is there an extra forward.
+        advantages: (B, G). old_logps and entropy_mask are of the policy as it was before the first of
+        num_iterations steps. The forward pass of that step gives old_logps; only where something is needed
+        earlier is there an extra forward pass.
         """
         config = self.config
         self.model.train()  # models with kernels for inference alone switch to what has a gradient
@@ -2334,7 +2339,7 @@ class Learner:
 
 
 class OldPolicy:
-    """model_old: the model that samples. It is the policy itself, or a copy if it is to be stale or quantised."""
+    """model_old, the model that samples: the policy itself, or a copy if it is to be stale or quantised."""
 
     def __init__(self, policy, config: MLXGRPOConfig):
         self.policy = policy
@@ -2364,8 +2369,8 @@ class OldPolicy:
         """The decoder of the next rollout and evaluation: None, for plain MLX, until a run has been long.
 
         What is fast on CUDA takes about 10 s to build and saves as much in FAST_AFTER positions: a short run
-        never builds it. Positions are counted by the longest completion there may be, so that a resumed run does
-        as an uninterrupted one.
+        never builds it. Positions are counted by the longest completion there may be, so that a resumed run
+        does as an uninterrupted one.
         """
         positions = update // self.config.num_iterations * self.config.rollout_tokens
         return self.decoder if positions >= FAST_AFTER else None
@@ -2427,7 +2432,7 @@ def is_divisible(module, group_size: int) -> bool:
 
 @dataclass
 class RunState:
-    """Where a run is: all that a resume needs, besides weights and optimizer. Random keys are made from it."""
+    """Where a run is: all that a resume needs besides weights and optimizer. Random keys derive from it."""
 
     update: int = 0  # optimizer updates done or skipped
     cursor: int = 0  # prompts drawn from the data, or passed over
@@ -2486,7 +2491,7 @@ class RunState:
         return [(number, rows[row_of(number, len(rows), config.seed)]) for number in numbers]
 
     def drawn_since(self, start: "RunState") -> dict[str, int]:
-        """For the log: how many prompts were sampled since `start`, and how many passed over, if any may be."""
+        """For the log: how many prompts were sampled since `start`, and passed over, where any may be."""
         easy = self.passed_easy - start.passed_easy
         hard = self.passed_hard - start.passed_hard
         passed = {"prompts/skipped_easy": easy, "prompts/skipped_hard": hard} if self.difficulty else {}
@@ -2554,7 +2559,7 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def keeping_what_is_learnt(state: RunState, save):
-    """Where a reward fails, put the state back and save() what is learnt: a resume scores the same prompts."""
+    """Where a reward fails, restore the state and save() what is learnt: a resume scores the same prompts."""
     start = dataclasses.replace(state)
     try:
         yield
@@ -2567,7 +2572,7 @@ def keeping_what_is_learnt(state: RunState, save):
 
 
 class RunFiles:
-    """A run on disk: its logs, its checkpoints, its final model. Rank 0 reads and writes, and sends to the others.
+    """A run on disk: logs, checkpoints, final model. Rank 0 reads and writes, and sends to the others.
 
     writer: writes the policy as it is at the time. inputs: digests of what the run reads.
     """
@@ -2612,7 +2617,7 @@ class RunFiles:
         self.ranks.on_first(lambda: self.checkpoints.write(state.update, state.best_update, write, may_fail))
 
     def resume(self, folder: Path, asked: set[str], accept_inputs: bool) -> RunState:
-        """Take over a checkpoint, as if there had been no stop; only rank 0 needs to have it. Raises UserError.
+        """Take over a checkpoint as if there had been no stop; only rank 0 needs the files. Raises UserError.
 
         asked: settings given by --set, which may differ. accept_inputs: whether data, model and rewards may.
         """
@@ -2654,8 +2659,8 @@ class MLXGRPOTrainer:
     """GRPO (DeepSeekMath, Algorithm 1) with the settings of `config`, into the directory `run_dir`.
 
     model: the policy. model_old: what samples, the policy itself unless it is to be quantised or stale.
-    ref_model: the policy as it was at the start, for the KL; None where kl_coeff is 0. Each of several `ranks`
-    rolls out its share of the prompts.
+    ref_model: the policy as it was at the start, for the KL; None where kl_coeff is 0. Each of several
+    `ranks` rolls out its share of the prompts.
     """
 
     def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
@@ -2711,7 +2716,7 @@ class MLXGRPOTrainer:
     # One update
 
     def train_step(self) -> list[dict]:
-        """Algorithm 1, lines 4 to 11, for one batch of prompts: num_iterations updates. The log record of each."""
+        """Algorithm 1, lines 4 to 11, for one batch of prompts: num_iterations updates, a log record each."""
         config = self.config
         watch = Stopwatch()
         start = dataclasses.replace(self.state)
@@ -2818,7 +2823,7 @@ class MLXGRPOTrainer:
         return groups, self.signal.check(names_of(self.reward_functions), groups, *self.advantages(groups))
 
     def dry_run(self) -> None:
-        """The check before the first update and one backward pass; nothing is written and no weight changes."""
+        """The check before training, and one backward pass; nothing is written and no weight changes."""
         groups = self.check_signal()[0][: self.ranks.size]
         norm = self.learner.trial_gradient(groups)
         if not math.isfinite(norm):
@@ -3031,7 +3036,7 @@ def run(arguments: argparse.Namespace) -> int:
 def run_on(
     ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXGRPOConfig, sources: dict
 ) -> int:
-    """Do what the command line asks, as one of `ranks`. Only the first reads and writes the run's directory."""
+    """Do what the command line asks, as one of `ranks`. Only the first uses the run's directory."""
     print_settings(config, sources)
     if sys.platform == "linux" and on_cpu() and not blas_name():
         print(
