@@ -64,23 +64,12 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_grpo.update.compiled_shapes import CompiledShapes, compiling_pays, note_shapes
 from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy
 from mlx_grpo.answers import (
-    after_thinking,
-    has_thought,
-    is_thinking,
-    last_boxed,
-    last_number,
-    last_quantity,
-    parse_number,
-    read_quantity,
-    same_answer,
-    unwrapped,
-)
+    after_thinking, has_thought, is_thinking, last_boxed, last_number, last_quantity,
+    parse_number, read_quantity, same_answer, unwrapped,
+)  # fmt: skip
 from mlx_grpo.chat_templates import (
-    encode_chat,
-    special_tokens,
-    system_in_first_user_message,
-    without_special_tokens,
-)
+    encode_chat, special_tokens, system_in_first_user_message, without_special_tokens,
+)  # fmt: skip
 from mlx_grpo.update.micro_batches import grid, left_pad, micro_batches
 from mlx_grpo.update import shared_prompts
 from mlx_grpo.update.shared_prompts import reason_not_to_share
@@ -110,22 +99,12 @@ from mlx_grpo.run.checkpoints import (
 from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.export import ModelWriter
 from mlx_grpo.run.directory import (
-    RunLogs,
-    choose_run_dir,
-    file_digest,
-    find_checkpoint,
-    lock_directory,
-    write_directory,
-)
+    RunLogs, choose_run_dir, file_digest, find_checkpoint, lock_directory, write_directory,
+)  # fmt: skip
 from mlx_grpo.scoring import load_rewards, names_of, reward_files, score
 from mlx_grpo.settings import (
-    CHOICES,
-    SEQUENCE_CORRECTIONS,
-    check_config,
-    config_as_toml,
-    read_settings,
-    settings_record,
-)
+    CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record,
+)  # fmt: skip
 from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle
 from mlx_grpo.update.swiglu import use_swiglu
 
@@ -1122,7 +1101,7 @@ ALL_OR_NOTHING = {
 # Rollout
 # ------------------------------------------------------------------------------------------------------------
 
-STREAM_ROWS = 16  # rows for which a stream of their own is worth it
+STREAM_ROWS = 16  # the fewest rows that are worth a stream of their own
 
 
 @dataclass(frozen=True)
@@ -1266,7 +1245,7 @@ def generate(
 
 def reward_columns(flat: list[tuple[Group, Completion]]) -> dict[str, list]:
     """What reward functions get besides completions: columns, prompts and ids, one value a completion."""
-    names = set().union(*(group.row for group, _ in flat)) - {"prompt"}  # rewards know it as prompts
+    names = set().union(*(group.row for group, _ in flat)) - {"prompt"}  # given as "prompts"
     return {
         **{name: [group.row.get(name) for group, _ in flat] for name in names},
         "prompts": [group.row["prompt"] for group, _ in flat],
@@ -1423,7 +1402,7 @@ def combine_rewards(
         return total, estimate_advantages(summed, config.advantage_estimator, config.scale_rewards)
     each = [w * group_advantages(mx.array(r, dtype=mx.float32), "group") for r, w in zip(rewards, weights)]
     summed = sum(each)
-    unmoved = sum(mx.abs(a) for a in each) == 0  # exact: the mean below is not
+    unmoved = sum(mx.abs(a) for a in each) == 0  # exactly 0 here; less the mean below it would not be
     return total, mx.where(unmoved, 0.0, (summed - summed.mean()) / (mx.sqrt(mx.var(summed, ddof=1)) + 1e-4))
 
 
@@ -1715,38 +1694,17 @@ LOSSES = {
 
 
 def grpo_loss(
-    logps,
-    old_logps,
-    advantages,
-    mask,
-    *,
-    ref_logps=None,
-    sampler_logps=None,
-    entropies=None,
-    loss_type="grpo",
-    importance_sampling_level="token",
-    clip_eps=0.2,
-    clip_eps_high=None,
-    delta=None,
-    kl_coeff=0.0,
-    max_completion_length=None,
-    num_items=None,
-    use_bias_correction_kl=False,
-    top_entropy_quantile=1.0,
-    entropy_coef=0.0,
-    off_policy_mask_threshold=None,
-    sampler_correction=None,
-    sampler_correction_min=None,
-    sampler_correction_max=3.0,
-    sapo_temperature_pos=1.0,
-    sapo_temperature_neg=1.05,
-    vespo_k_pos=2.0,
-    vespo_lambda_pos=3.0,
-    vespo_k_neg=3.0,
-    vespo_lambda_neg=2.0,
-    entropy_mask=None,
-    totals=None,
-):
+    logps, old_logps, advantages, mask, *,
+    ref_logps=None, sampler_logps=None, entropies=None,
+    loss_type="grpo", importance_sampling_level="token",
+    clip_eps=0.2, clip_eps_high=None, delta=None,
+    kl_coeff=0.0, max_completion_length=None, num_items=None, use_bias_correction_kl=False,
+    top_entropy_quantile=1.0, entropy_coef=0.0, off_policy_mask_threshold=None,
+    sampler_correction=None, sampler_correction_min=None, sampler_correction_max=3.0,
+    sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+    vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
+    entropy_mask=None, totals=None,
+):  # fmt: skip
     """The objective: a scalar loss and a dict of scalar metrics.
 
     logps, old_logps, ref_logps, sampler_logps, entropies and mask are (N, T): nats, and 1 on trained
@@ -1793,9 +1751,9 @@ def grpo_loss(
     options = {name: given[name] for name in loss.options}
     metrics = loss.measure(x, **options)
 
-    # The policy's term, under the masks and the sampler's correction; the KL escapes the three.
+    # The policy's term, with two masks and the sampler's correction, none of which applies to the KL.
     keep = x.kept > 0
-    if off_policy_mask_threshold is not None:  # drop bad rows that the policy likes less than the sampler did
+    if off_policy_mask_threshold is not None:  # drop rows with A < 0 that the policy likes less
         sampled = old_logps if sampler_logps is None else sampler_logps
         gap = x.row_mean(clean(sampled - stop(logps)))  # (N, 1)
         keep = keep & ((advantages >= 0) | (gap <= off_policy_mask_threshold))
@@ -1809,7 +1767,7 @@ def grpo_loss(
     value = loss.divisor((terms * mask).sum(axis=1, keepdims=True), x.lengths, step)
 
     if isinstance(entropy_coef, mx.array) or entropy_coef > 0:
-        # The mean entropy of a trained token, whatever the loss divides by: the coefficient means one thing.
+        # The mean over trained tokens for every loss, so that the coefficient means the same for all.
         trained = (clean(entropies) * x.kept).sum() / mx.maximum(step.entropy_tokens, 1)
         value = value - entropy_coef * trained
         metrics["entropy_trained"] = trained
@@ -1945,9 +1903,7 @@ class CompletionLogProbs:
             if pads is None:
                 out = run(rows)[:, first : first + length]
             else:  # move padding from the left to the right: causal attention then needs no mask
-                starts = (
-                    rows.shape[1] * mx.arange(len(rows))[:, None]
-                )  # (N, 1), of each row in the flat array
+                starts = rows.shape[1] * mx.arange(len(rows))[:, None]  # (N, 1), in the flat array
                 shift = mx.repeat(pads, repeats)[:, None]  # (N, 1)
                 rows = rows.reshape(-1)[(starts + shift + mx.arange(rows.shape[1])) % rows.size]
                 out = run(rows)
@@ -2272,7 +2228,7 @@ class Learner:
             parts.append({"loss": value, "metrics": metrics, **sizes})
             mx.async_eval(grads, parts[-1])
             del part  # free these gradients before the next micro-batch
-        # A rank may have no part.
+        # A rank may have no micro-batch.
         grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))
         norm = gradient_norm(grads)
         mine = tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, parts)
@@ -2368,9 +2324,9 @@ class OldPolicy:
     def decoder_at(self, update: int) -> Decoder | None:
         """The decoder of the next rollout and evaluation: None, for plain MLX, until a run has been long.
 
-        What is fast on CUDA takes about 10 s to build and saves as much in FAST_AFTER positions: a short run
-        never builds it. Positions are counted by the longest completion there may be, so that a resumed run
-        does as an uninterrupted one.
+        CUDA's fast decoder takes about 10 s to build and saves as much in FAST_AFTER positions: a short run
+        never builds it. Positions are counted as if every completion were the longest possible, so that a
+        resumed run changes decoders where an uninterrupted one does.
         """
         positions = update // self.config.num_iterations * self.config.rollout_tokens
         return self.decoder if positions >= FAST_AFTER else None
@@ -2438,9 +2394,7 @@ class RunState:
     cursor: int = 0  # prompts drawn from the data, or passed over
     passed_easy: int = 0  # prompts passed over because they were all right lately
     passed_hard: int = 0  # or all wrong
-    difficulty: dict = field(
-        default_factory=dict
-    )  # outcomes of the prompts drawn, by row; never changed in place
+    difficulty: dict = field(default_factory=dict)  # outcomes of prompts, by row; never changed in place
     lowest_reward: float = 0.0  # of a completion so far, where difficulty is kept; at most 0
     highest_reward: float = 0.0  # at least 0
     tokens: int = 0  # completion tokens sampled
@@ -2448,7 +2402,7 @@ class RunState:
     flat_updates: int = 0  # without signal, in a row
     changed_updates: int = 0  # that changed a weight
     skipped: dict = field(default_factory=dict)  # updates left out, by reason; never changed in place
-    said_no_signal: int = 0  # the update at which that was said last; 0 for never
+    said_no_signal: int = 0  # update of the last warning that there is no signal; 0 for none
     quantize_rollouts: bool = False  # off for good after a non-finite gradient
     entropy_coef: float = 0.0  # as use_adaptive_entropy has it now
     last_entropy: float = 1e9  # nats a trained token, of the last update
