@@ -578,7 +578,10 @@ def use_prompt_template(tokenizer, template: str) -> None:
 
 
 def set_template(tokenizer, config: MLXGRPOConfig) -> None:
-    """Apply prompt_template, and warn of chat_template_kwargs that the template does not read."""
+    """Apply prompt_template, and warn of chat_template_kwargs that the template does not read.
+
+    Raises UserError where the tokenizer cannot take a prompt_template.
+    """
     if config.prompt_template:
         use_prompt_template(tokenizer, config.prompt_template)
     template = str(getattr(tokenizer, "chat_template", ""))
@@ -1402,7 +1405,7 @@ def combine_rewards(
         return total, estimate_advantages(summed, config.advantage_estimator, config.scale_rewards)
     each = [w * group_advantages(mx.array(r, dtype=mx.float32), "group") for r, w in zip(rewards, weights)]
     summed = sum(each)
-    unmoved = sum(mx.abs(a) for a in each) == 0  # exactly 0 here; less the mean below it would not be
+    unmoved = sum(mx.abs(a) for a in each) == 0  # tested before the mean is subtracted, which rounds
     return total, mx.where(unmoved, 0.0, (summed - summed.mean()) / (mx.sqrt(mx.var(summed, ddof=1)) + 1e-4))
 
 
@@ -2029,7 +2032,7 @@ def exact_match(texts: list[str], golds: list[str]) -> dict:
     }  # fmt: skip
 
 
-EVALUATION_ROWS = 32  # rows at a time in an evaluation, or a rollout's number where that is larger
+EVALUATION_ROWS = 32  # an evaluation's rows at a time are at least this many
 
 
 def evaluate(
@@ -2045,7 +2048,7 @@ def evaluate(
     mine = ranks.share(rows)
     limit = config.eval_max_new_tokens or config.max_completion_length
     prompts = [build_prompt(tokenizer, r["prompt"], *config.prompting) for r in mine]
-    # No more rows than a rollout has on this rank: it takes no more memory.
+    # As many rows as a rollout has on this rank, so that it takes no more memory.
     most_rows = max(EVALUATION_ROWS, config.batch_size * config.num_generations // ranks.size)
     completions = generate(
         model, tokenizer, prompts, sampling=Sampling(temperature=0.0), max_new_tokens=limit,
