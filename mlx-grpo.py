@@ -1070,7 +1070,7 @@ math_verify_reward_func.needs = ("math_verify", "math")  # a package, and the ex
 
 
 def boxed(text: str) -> str:
-    r"""The text in a \boxed{}, where math-verify always looks for an answer."""
+    r"""The text in a \boxed{}, the form in which math-verify need not guess."""
     return text if r"\boxed" in text else rf"\boxed{{{text}}}"
 
 
