@@ -1,32 +1,33 @@
 #!/usr/bin/env python3
 """Group Relative Policy Optimization for small language models, on MLX: Metal, CUDA or CPU.
 
-For every prompt q the policy writes G completions o_1..o_G, reward functions score them, and each completion is
-pushed up or down by how it compares with its own group (DeepSeekMath, arXiv 2402.03300, eqs. 3 and 4):
+For every prompt q the policy writes G completions o_1..o_G, reward functions score them, and each completion
+is pushed up or down by how it compares with its own group (DeepSeekMath, arXiv 2402.03300, eqs. 3 and 4):
 
     A_i  = (R_i - mean(R)) / std(R)
     loss = - 1/G sum_i 1/|o_i| sum_t [ min(r_it A_i, clip(r_it, 1-eps, 1+eps) A_i) - beta KL_it ]
     r_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)
 
-There is no value network and no reward model: rewards are plain Python functions, the baseline is the group's mean.
+There is no value network and no reward model: rewards are plain Python functions, the baseline is the group's
+mean.
 
-    uv run mlx-grpo.py                                             the quickstart: a bundled model, about a minute
+    uv run mlx-grpo.py                                      the quickstart: a bundled model, about a minute
     uv run mlx-grpo.py --config configs/prod.toml --set learning_rate=2e-6
-    uv run mlx-grpo.py --config configs/prod.toml --resume         carry on after a stop
+    uv run mlx-grpo.py --config configs/prod.toml --resume  carry on after a stop
 
-The file reads in the order data flows: config, tokenizer, prompts, model, data, answers, rewards, rollout, objective,
-log-probs, optimizer, evaluation, update, trainer, command line. What it stands on is the package mlx_grpo:
+The file reads in the order data flows: config, tokenizer, prompts, model, data, answers, rewards, rollout,
+objective, log-probs, optimizer, evaluation, update, trainer, command line. It uses the package mlx_grpo:
 
-    mlx_grpo/            settings from TOML, models and datasets by name, numbers as people write them, reward functions called
-    mlx_grpo/rollout/    KV caches, rows decoded position by position, prompts by their difficulty
+    mlx_grpo/            reads settings, models, datasets and numbers; calls the reward functions
+    mlx_grpo/rollout/    KV caches, decoding, how hard each prompt has been
     mlx_grpo/update/     micro-batches, the head in chunks, adapters
     mlx_grpo/backends/   what differs by hardware
-    mlx_grpo/run/        a run's directory, checkpoints, memory plan, ranks, terminal, trackers, whether it learns
+    mlx_grpo/run/        directory, checkpoints, memory plan, ranks, terminal, trackers, whether a run learns
 
 Left out on purpose: a value network, a reward model, a second process that samples.
 
-    B prompts a batch    G completions a prompt    N = B*G rows    P prompt positions    T completion positions
-    V vocabulary         D hidden width            logps, old_logps, ref_logps, sampler_logps (N, T), in nats
+    B prompts a batch   G completions a prompt   N = B*G rows   P prompt positions   T completion positions
+    V vocabulary        D hidden width           logps, old_logps, ref_logps, sampler_logps (N, T), in nats
 """
 
 import argparse
@@ -52,7 +53,7 @@ from pathlib import Path
 from mlx_grpo.backends import use_fast_backend
 
 if __name__ == "__main__":
-    use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
+    use_fast_backend()  # before MLX is imported: it uses the BLAS that is loaded first
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,23 +64,12 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_grpo.update.compiled_shapes import CompiledShapes, compiling_pays, note_shapes
 from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy
 from mlx_grpo.answers import (
-    after_thinking,
-    has_thought,
-    is_thinking,
-    last_boxed,
-    last_number,
-    last_quantity,
-    parse_number,
-    read_quantity,
-    same_answer,
-    unwrapped,
-)
+    after_thinking, has_thought, is_thinking, last_boxed, last_number, last_quantity,
+    parse_number, read_quantity, same_answer, unwrapped,
+)  # fmt: skip
 from mlx_grpo.chat_templates import (
-    encode_chat,
-    special_tokens,
-    system_in_first_user_message,
-    without_special_tokens,
-)
+    encode_chat, special_tokens, system_in_first_user_message, without_special_tokens,
+)  # fmt: skip
 from mlx_grpo.update.micro_batches import grid, left_pad, micro_batches
 from mlx_grpo.update import shared_prompts
 from mlx_grpo.update.shared_prompts import reason_not_to_share
@@ -93,7 +83,8 @@ from mlx_grpo.rollout.kv_cache import cache_bytes, can_pad, checkpointed
 from mlx_grpo.backends.precision import keep_exact, narrowed, widen, with_masters, without_masters
 from mlx_grpo.backends.streams import evaluate_by_turns, stream_count, streams_of_cores, run_on_streams
 from mlx_grpo.loading import (
-    ROOT, DataRow, adapter_base, field_of, is_adapter_alone, local_path, is_quantized, open_dataset, prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
+    ROOT, DataRow, adapter_base, field_of, is_adapter_alone, is_quantized, local_path, open_dataset,
+    prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
 )  # fmt: skip
 from mlx_grpo.run.learning_signal import CHECKED_PROMPTS, SignalWatch, nothing_learnt, why_stop
 from mlx_grpo.run.memory_plan import LESS_MEMORY, print_plan, suggestions, work_of
@@ -108,22 +99,12 @@ from mlx_grpo.run.checkpoints import (
 from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.export import ModelWriter
 from mlx_grpo.run.directory import (
-    RunLogs,
-    choose_run_dir,
-    file_digest,
-    find_checkpoint,
-    lock_directory,
-    write_directory,
-)
+    RunLogs, choose_run_dir, file_digest, find_checkpoint, lock_directory, write_directory,
+)  # fmt: skip
 from mlx_grpo.scoring import load_rewards, names_of, reward_files, score
 from mlx_grpo.settings import (
-    CHOICES,
-    SEQUENCE_CORRECTIONS,
-    check_config,
-    config_as_toml,
-    read_settings,
-    settings_record,
-)
+    CHOICES, SEQUENCE_CORRECTIONS, check_config, config_as_toml, read_settings, settings_record,
+)  # fmt: skip
 from mlx_grpo.tokenizer_pickle import read_tokenizer_pickle
 from mlx_grpo.update.swiglu import use_swiglu
 
@@ -133,17 +114,18 @@ SYSTEM_PROMPT = (
 )
 
 
-LONGEST_LABEL = 32  # characters of a line that is a label, such as "### Instruction:", and no sentence
+# A line of a prompt template with at most this many characters is a label, such as "### Instruction:".
+LONGEST_LABEL = 32
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Config
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MLXGRPOConfig:
-    """Every setting of a run and its only default. TRL's names where TRL has the thing, mlx-lm's where mlx-lm has it."""
+    """Every setting of a run and its only default, by TRL's name where TRL has it, or else by mlx-lm's."""
 
     # Model
     model_name: str = "Qwen/Qwen2.5-1.5B-Instruct"  # a local MLX or Hugging Face directory, or a hub name
@@ -154,34 +136,20 @@ class MLXGRPOConfig:
         default_factory=lambda: {"rank": 8, "scale": 20.0, "dropout": 0.0}
     )  # as in mlx-lm
     # Data
-    dataset: str = (
-        "openai/gsm8k"  # a hub name, or a local file or folder (its train.* and test.* are the splits)
-    )
+    dataset: str = "openai/gsm8k"  # hub name, or local file or folder (train.* and test.* are its splits)
     dataset_config: str = "main"  # the hub dataset's configuration; not used for local files
     eval_dataset: str = ""  # held-out data of its own; empty: the dataset's test split
     eval_fraction: float = 0.05  # share of the training rows set aside where there is no test split
     prompt_field: str = "question"  # column with the question: text, or a list of chat messages
-    answer_field: str = (
-        "answer"  # column with the gold answer; what follows #### counts where that is present
-    )
+    answer_field: str = "answer"  # column with the gold answer; what follows #### counts where there is one
     max_train_samples: int = 0  # use the first so many training rows, 0 for all; the schedule counts them
     max_prompt_length: int = 512  # tokens; longer prompts are dropped before training and counted
     system_prompt: str = SYSTEM_PROMPT  # what tells the model the answer's form; empty for none
-    completion_prefix: str = (
-        ""  # text that starts every answer, such as "<reasoning>\n"; part of what is scored
-    )
-    prompt_template: str = (
-        ""  # plain text in the place of the chat template, for base models: "Question: {prompt}\nAnswer:"
-    )
-    chat_template_kwargs: dict = field(
-        default_factory=dict
-    )  # values for the chat template, such as { enable_thinking = false }
-    easy_prompt_weight: float = (
-        1.0  # chance that a prompt whose completions were all right lately is drawn in its turn
-    )
-    hard_prompt_weight: float = (
-        1.0  # and one whose completions were all wrong; 1 draws every prompt equally often
-    )
+    completion_prefix: str = ""  # text that starts every answer, such as "<reasoning>\n"; scored with it
+    prompt_template: str = ""  # a base model's, in place of a chat template: "Question: {prompt}\nAnswer:"
+    chat_template_kwargs: dict = field(default_factory=dict)  # template values: { enable_thinking = false }
+    easy_prompt_weight: float = 1.0  # chance to draw a prompt whose completions were all right lately
+    hard_prompt_weight: float = 1.0  # and one whose completions were all wrong; 1 draws every prompt alike
     difficulty_window: int = 1  # lately: the last so many times that the prompt was drawn
     # Rewards
     reward_funcs: list[str] = field(
@@ -194,9 +162,7 @@ class MLXGRPOConfig:
         ]
     )  # built-in names, or "file.py:function" for your own
     reward_weights: list[float] = field(default_factory=list)  # one per function; empty for 1.0 each
-    multi_objective_aggregation: str = (
-        "sum_then_normalize"  # or normalize_then_sum: each function by its own group
-    )
+    multi_objective_aggregation: str = "sum_then_normalize"  # or normalize_then_sum: each function by group
     reward_timeout: float = 60.0  # seconds one reward function may take for one batch
     # Rollout
     batch_size: int = 8  # prompts a step
@@ -204,44 +170,28 @@ class MLXGRPOConfig:
     max_completion_length: int = 512  # tokens; also the constant that dr_grpo divides by
     max_new_tokens: int = 0  # a lower limit for the rollout alone; 0 for max_completion_length
     temperature: float = 1.0  # of sampling, and of the log-probs in the objective
-    top_p: float = (
-        1.0  # below 1 the sampled distribution is not the policy's: biased, corrected, and warned of
-    )
+    top_p: float = 1.0  # below 1 the sampled distribution is not the policy's: corrected, with a warning
     top_k: int = 0  # above 0: the same
     min_p: float = 0.0  # above 0: the same
     repetition_penalty: float = 1.0  # other than 1: the same
     stop_strings: list[str] = field(
         default_factory=lambda: ["</answer>"]
-    )  # text that ends a completion, kept in it; with prompt_template, unless set, a next prompt's first words too
-    memory_limit_gb: float = (
-        0.0  # device memory from which work waits for earlier work to end; 0: half of what there is
-    )
-    kv_budget_gb: float = (
-        0.0  # KV cache the rollout may fill before it decodes in several batches; 0: 1/4 of memory
-    )
-    quantize_for_rollouts: bool = False  # sample from a quantised copy: less memory traffic on a GPU, slower on a CPU; off-policy, corrected
+    )  # ends a completion, and is kept; unless set, a next prompt's first words too with prompt_template
+    memory_limit_gb: float = 0.0  # device memory above which MLX waits for queued work; 0: half of it
+    kv_budget_gb: float = 0.0  # KV cache the rollout may fill; above it, several batches; 0: 1/4 of memory
+    quantize_for_rollouts: bool = False  # sample from a quantised copy, corrected: for GPUs, slower on a CPU
     bits: int = 4  # of that copy
     group_size: int = 64  # of that copy: weights that share a scale
-    sync_every: int = (
-        1  # updates between refreshes of the sampler's weights; above 1 it is stale, and corrected
-    )
+    sync_every: int = 1  # updates between refreshes of the sampler's weights; above 1: stale, corrected
     # Objective
     loss_type: str = "grpo"  # the objective, by its name in the table LOSSES
     importance_sampling_level: str = "token"  # or sequence (GSPO, arXiv 2507.18071)
     num_iterations: int = 1  # updates a rollout is used for (mu in the paper)
     clip_eps: float = 0.2  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]; gmpo clips its log
-    clip_eps_high: float | None = (
-        None  # DAPO's clip-higher; none for clip_eps. For cispo the bound itself, about 5
-    )
-    delta: float | None = (
-        None  # upper bound of the ratio for negative advantages (INTELLECT-2, arXiv 2505.07291)
-    )
-    kl_coeff: float = (
-        0.0  # beta; above 0 a frozen reference is kept (the same weights, adapters off, under LoRA)
-    )
-    use_bias_correction_kl: bool = (
-        False  # weigh the KL by the ratio, so that its gradient is unbiased off-policy
-    )
+    clip_eps_high: float | None = None  # DAPO's clip-higher; none for clip_eps. For cispo the bound, about 5
+    delta: float | None = None  # upper bound of the ratio where A < 0 (INTELLECT-2, arXiv 2505.07291)
+    kl_coeff: float = 0.0  # beta; above 0 a frozen reference is kept (under LoRA: same weights, adapters off)
+    use_bias_correction_kl: bool = False  # weigh the KL by the ratio, for an unbiased gradient off-policy
     advantage_estimator: str = "group"  # how rewards become advantages, by its name in the table ESTIMATORS
     scale_rewards: str = "group"  # group advantages are divided by the deviation of group or batch, or none
     mask_truncated_completions: bool = False  # leave completions cut at the length limit out of the loss
@@ -252,10 +202,10 @@ class MLXGRPOConfig:
     entropy_coef_delta: float = 0.005  # by so much an update
     entropy_coef_min: float = 0.0  # within this
     entropy_coef_max: float = 1.0  # and this
-    off_policy_mask_threshold: float | None = (
-        None  # drop negative rows whose mean sampler-to-policy gap exceeds it
+    off_policy_mask_threshold: float | None = None  # drop A < 0 rows with a mean sampler-policy gap above it
+    sampler_correction: str = (
+        "auto"  # token_truncate (auto where off-policy), token_mask, sequence_truncate, sequence_mask, none
     )
-    sampler_correction: str = "auto"  # token_truncate, token_mask, sequence_truncate, sequence_mask, none; auto: token_truncate where the sampler is not the policy
     sampler_correction_min: float | None = None  # lower end of the correction's range
     sampler_correction_max: float = 3.0  # upper end of the correction's range
     sapo_temperature_pos: float = 1.0  # SAPO's gate for positive advantages (arXiv 2511.20347)
@@ -264,9 +214,7 @@ class MLXGRPOConfig:
     vespo_lambda_pos: float = 3.0  # and its lambda (arXiv 2602.10693)
     vespo_k_neg: float = 3.0  # k for negative advantages
     vespo_lambda_neg: float = 2.0  # and their lambda
-    dynamic_sampling_max_batches: int = (
-        0  # times a batch's groups without signal are replaced by fresh prompts (DAPO)
-    )
+    dynamic_sampling_max_batches: int = 0  # times fresh prompts replace a batch's no-signal groups (DAPO)
     # Optimisation
     learning_rate: float = 1e-6  # peak; about 1e-6 for full fine-tuning, 1e-5 for adapters
     lr_scheduler_type: str = "cosine"  # cosine, linear or constant, after the warm-up
@@ -274,46 +222,34 @@ class MLXGRPOConfig:
     num_epochs: float = 1.0  # passes over the prompts
     gradient_accumulation_steps: int = 1  # steps an update
     micro_batch_tokens: int = 16384  # positions in one forward and backward; lower it when memory is short
-    grad_checkpoint: bool = (
-        False  # recompute activations in the backward pass: less memory, about a third slower
-    )
+    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third slower
     max_grad_norm: float = 1.0  # global norm the gradient is clipped to; 0 for no clipping
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 0.0  # decoupled, as in AdamW
     max_nan_updates: int = 3  # updates in a row with a non-finite gradient before the run stops
-    max_flat_updates: int = (
-        50  # updates in a row without signal before the run saves and ends with status 1; 0: never
-    )
-    use_compile: bool = True  # mx.compile the optimizer's step, on GPUs an update's shapes that keep coming, on CUDA a long run's rollouts
+    max_flat_updates: int = 50  # updates in a row without signal before the run saves and fails; 0: never
+    use_compile: bool = True  # mx.compile the optimizer's step; GPU: recurring shapes; CUDA: long rollouts
     # Evaluation
     eval_steps: int = 50  # updates between evaluations on the held-out split; 0: only before and after
     eval_samples: int = 200  # rows of the held-out split, a fixed choice; 0 for all
-    eval_every_updates: int = (
-        0  # updates between evaluations on a fixed part of the training split; 0 for never
-    )
+    eval_every_updates: int = 0  # updates between evaluations on a fixed part of the training split; 0: off
     eval_subset_size: int = 100  # rows of that part
     eval_max_new_tokens: int = 0  # tokens an answer may take in evaluation; 0 for max_completion_length
-    metric_for_best_model: str = (
-        ""  # of the best checkpoint: reward_mean, rewards/NAME, em_strict or em_lenient
-    )
+    metric_for_best_model: str = ""  # best checkpoint's: reward_mean, rewards/NAME, em_strict or em_lenient
     # Output
     output_dir: str = "outputs"  # holds one directory a run
     run_name: str = ""  # that directory; empty: the config's name, numbered when taken
     logging_steps: int = 1  # updates between progress lines; the log file has every update
     log_jsonl: bool = True  # write training_log.jsonl and completions.jsonl
-    log_completions_steps: int = (
-        10  # updates between samples that are shown and written to completions.jsonl; 0 for never
-    )
-    report_to: list[str] = field(
-        default_factory=list
-    )  # trackers: tensorboard, wandb, trackio, swanlab; each is a package to install
+    log_completions_steps: int = 10  # updates between samples shown and put in completions.jsonl; 0: never
+    report_to: list[str] = field(default_factory=list)  # trackers: tensorboard, wandb, trackio, swanlab
     save_steps: int = 50  # updates between checkpoints; 0: only the final model
     save_total_limit: int = 3  # newest checkpoints kept, besides the best on held-out data; 0 for all
     seed: int = 0  # of the data order, the sampling and the adapters
     # Several processes
-    distributed_timeout: float = 120.0  # seconds a rank may be silent before the run ends; a reward that holds the interpreter is silent
-    check_weights_steps: int = 50  # updates between checks that all ranks hold the same weights; 0: only at the start and before a save
+    distributed_timeout: float = 120.0  # seconds a rank may be silent; a reward that holds the GIL is silent
+    check_weights_steps: int = 50  # updates between checks that ranks' weights agree; 0: at start and saves
 
     def __post_init__(self):
         tables = {"loss_type": tuple(LOSSES), "advantage_estimator": tuple(ESTIMATORS)}
@@ -360,7 +296,11 @@ class MLXGRPOConfig:
 
     @property
     def stops(self) -> list[str]:
-        """The stop strings in force. A base model goes on with the next question: its first words stop it, unless others are set."""
+        """The stop strings in force.
+
+        A base model that has answered goes on with a next question. The template's words in front of a
+        question therefore stop it, unless stop_strings is set.
+        """
         head = self.prompt_template.partition("{prompt}")[0].strip()
         if not head or self.stop_strings != ["</answer>"]:
             return self.stop_strings
@@ -369,7 +309,7 @@ class MLXGRPOConfig:
 
     @property
     def off_policy_sampler(self) -> bool:
-        """Whether completions come from another distribution than the policy's: other weights, or a filtered one."""
+        """Whether the sampler's distribution differs from the policy's: other weights, or a filter."""
         return self.quantize_for_rollouts or self.sync_every > 1 or bool(self.sampling_filters)
 
     @property
@@ -385,7 +325,7 @@ class MLXGRPOConfig:
 
     @property
     def sampling_filters(self) -> list[str]:
-        """The settings in force that make the sampled distribution another than the one the objective knows."""
+        """The names of the settings in force that filter or reshape the sampled distribution."""
         neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         return [name for name, value in neutral.items() if getattr(self, name) != value]
 
@@ -405,17 +345,18 @@ def load_config(path: str | Path | None = None, overrides: list[str] = ()) -> ML
     return MLXGRPOConfig(**read_settings(FIELD_TYPES, path, list(overrides))[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizer
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class TiktokenTokenizerWrapper:
-    """The tokenizer of a directory that has only tokenizer.pkl, with what mlx-lm and this script use of a tokenizer.
+    """The tokenizer of a directory with only a tokenizer.pkl, as far as mlx-lm and this script use one.
 
-    Text is always ordinary text, as in nanochat: spelling a special token does not make one, and nothing is put in front.
-    Special tokens come from apply_chat_template(tokenize=True) alone; its text form is for reading.
-    For mlx-lm's generators: TokenizerWrapper(self, eos_token_ids=self.eos_token_ids)."""
+    Text is always ordinary text, as in nanochat: spelling a special token does not make one, and nothing is
+    put in front. Special tokens come from apply_chat_template(tokenize=True) alone; its text form is for
+    reading. For mlx-lm's generators: TokenizerWrapper(self, eos_token_ids=self.eos_token_ids).
+    """
 
     chat_template = "nanochat"  # mlx-lm only asks whether there is one
     clean_up_tokenization_spaces = False
@@ -429,30 +370,31 @@ class TiktokenTokenizerWrapper:
     }
 
     def __init__(self, path):
-        """`path`: a tokenizer.pkl or its directory. Raises ValueError("Failed to load tiktoken tokenizer: REASON")."""
+        """path: a tokenizer.pkl or its directory.
+
+        Raises ValueError("Failed to load tiktoken tokenizer: REASON").
+        """
         self.path = Path(path) / "tokenizer.pkl" if Path(path).is_dir() else Path(path)
         try:
             import tiktoken
 
-            state = read_tokenizer_pickle(self.path)  # which runs nothing of the pickle
+            state = read_tokenizer_pickle(self.path)  # runs no code from the pickle
             if state["name"] in tiktoken.list_encoding_names():
                 raise ValueError(f"{state['name']!r} is the name of an encoding that tiktoken downloads")
             self.encoding = tiktoken.Encoding(**state)  # ValueError where pat_str is no regular expression
         except (ImportError, OSError, ValueError) as error:
             raise ValueError(f"Failed to load tiktoken tokenizer: {error}") from error
-        self.name_or_path, self.special_tokens = str(self.path.parent), state["special_tokens"]
+        self.name_or_path = str(self.path.parent)
+        self.special_tokens = state["special_tokens"]
+        ranks = state["mergeable_ranks"]  # bytes -> id
         # Latin-1 names every byte by one character, so that distinct tokens have distinct names.
-        self.vocab = {
-            token.decode("latin-1"): i for token, i in state["mergeable_ranks"].items()
-        } | self.special_tokens
+        self.vocab = {token.decode("latin-1"): i for token, i in ranks.items()} | self.special_tokens
         self.id_to_token = {i: token for token, i in self.vocab.items()}
-        self.id_to_bytes = {i: token for token, i in state["mergeable_ranks"].items()}
+        self.id_to_bytes = {i: token for token, i in ranks.items()}
         self.id_to_bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
         self.vocab_size = max(self.id_to_bytes) + 1
-        self.all_special_tokens, self.all_special_ids = (
-            list(self.special_tokens),
-            list(self.special_tokens.values()),
-        )
+        self.all_special_tokens = list(self.special_tokens)
+        self.all_special_ids = list(self.special_tokens.values())
         # nanochat stops at the end of the assistant's turn, and where a new document would begin.
         stops = [t for t in ("<|assistant_end|>", "<|endoftext|>", "<|bos|>") if t in self.special_tokens]
         self.eos_token = self.pad_token = stops[0] if stops else None
@@ -469,7 +411,10 @@ class TiktokenTokenizerWrapper:
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids, skip_special_tokens=False, **_):
-        """Ids (list, array or one id) -> text; broken UTF-8 becomes U+FFFD, an id without a token (a padding row) nothing."""
+        """Ids (list, array or one id) -> text.
+
+        Broken UTF-8 becomes U+FFFD; an id without a token (the model has padding rows) becomes nothing.
+        """
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         skip = self.all_special_ids if skip_special_tokens else ()
         kept = [i for i in ([ids] if isinstance(ids, int) else ids) if i not in skip]
@@ -479,15 +424,17 @@ class TiktokenTokenizerWrapper:
         return self.vocab
 
     def convert_tokens_to_ids(self, tokens):
-        return (
-            self.vocab.get(tokens) if isinstance(tokens, str) else [self.vocab.get(token) for token in tokens]
-        )
+        if isinstance(tokens, str):
+            return self.vocab.get(tokens)
+        return [self.vocab.get(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids):
-        return self.id_to_token.get(ids) if isinstance(ids, int) else [self.id_to_token.get(i) for i in ids]
+        if isinstance(ids, int):
+            return self.id_to_token.get(ids)
+        return [self.id_to_token.get(i) for i in ids]
 
     def save_pretrained(self, directory, **_):
-        """Copies tokenizer.pkl into `directory`."""
+        """Copy tokenizer.pkl into `directory`."""
         target = Path(directory) / "tokenizer.pkl"
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.resolve() != self.path.resolve():
@@ -497,16 +444,20 @@ class TiktokenTokenizerWrapper:
     def apply_chat_template(
         self, messages, tokenize=True, add_generation_prompt=None, continue_final_message=False, **_
     ):
-        """Messages -> ids (or text): <|bos|>, then <|user_start|>..<|user_end|><|assistant_start|>..<|assistant_end|> with a
-        system message joined to the first user message; plain "User: ..", "Assistant: .." lines where these tokens are missing.
-        add_generation_prompt: None means where the user spoke last. ValueError unless the roles alternate from user."""
+        """Messages -> ids (or text): <|bos|>, then by turns <|user_start|>..<|user_end|> and
+        <|assistant_start|>..<|assistant_end|>, with a system message joined to the first user message.
+
+        In a vocabulary without these tokens: plain "User: ..", "Assistant: .." lines. add_generation_prompt:
+        None means where the user spoke last. Raises ValueError unless the roles alternate, from user on.
+        """
         messages = [dict(message) for message in messages]
         if len(messages) > 1 and (messages[0]["role"], messages[1]["role"]) == ("system", "user"):
             system = messages.pop(0)
             messages[0]["content"] = system["content"] + "\n\n" + messages[0]["content"]
         pieces = [("<|bos|>", True)]  # (text, whether it is a special token)
         for i, message in enumerate(messages):
-            role, content = ("user", "assistant")[i % 2], message["content"]
+            role = ("user", "assistant")[i % 2]
+            content = message["content"]
             if message["role"] != role:
                 raise ValueError(f"Message {i} is from {message['role']} but should be from {role}")
             pieces.append((f"<|{role}_start|>", True))
@@ -535,9 +486,9 @@ class TiktokenTokenizerWrapper:
         ]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Prompts
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def build_prompt(
@@ -547,11 +498,12 @@ def build_prompt(
     completion_prefix: str = "",
     chat_template_kwargs: dict | None = None,
 ) -> list[int]:
-    """Token ids of a prompt: the chat template around system prompt and question, then the answer's first words.
+    """Token ids of a prompt: the chat template with system prompt and question, then completion_prefix.
 
-    `question` is the user's text or a list of chat messages, whose own system message comes before `system_prompt`. The one
-    prompt builder of training, evaluation and inference. A template without a system role, or one that leaves the system
-    message out, gets it at the head of the first user message. Raises UserError where there is no chat template.
+    `question` is the user's text or a list of chat messages, whose own system message is used in place of
+    `system_prompt`. Training, evaluation and inference all build prompts here. A template without a system
+    role, or one that leaves the system message out, gets it at the head of the first user message. Raises
+    UserError where there is no chat template.
     """
     if not getattr(tokenizer, "chat_template", None) and not getattr(tokenizer, "has_chat_template", False):
         raise UserError(
@@ -567,15 +519,15 @@ def build_prompt(
 
 
 def render_chat(tokenizer, messages: list[dict], options: dict, own_words: str = "") -> list[int]:
-    """Ids of a chat in the template, with its system message in it. own_words: text whose special tokens may stay such.
+    """Ids of a chat in the template, with its system message in it.
 
-    Raises UserError where the template takes the chat in no form.
+    own_words: special tokens that are spelt in it stay special; any other spelling is ordinary text. Raises
+    UserError where the template accepts the chat in no form.
     """
     import jinja2
 
     messages, ordinary = without_special_tokens(tokenizer, messages, own_words)
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    squeeze = lambda text: "".join(text.split())  # noqa: E731  templates trim what they hold
     reason = "it leaves the system message out"
     for trial in [messages, system_in_first_user_message(messages)] if system else [messages]:
         try:
@@ -583,18 +535,27 @@ def render_chat(tokenizer, messages: list[dict], options: dict, own_words: str =
         except (jinja2.TemplateError, ValueError) as error:
             reason = error
             continue
-        if squeeze(system) in squeeze(text):
+        if without_spaces(system) in without_spaces(text):  # templates trim the messages
             if isinstance(tokenizer, TiktokenTokenizerWrapper):
                 return list(tokenizer.apply_chat_template(trial, tokenize=True, **options))
             return encode_chat(tokenizer, text, ordinary)
     raise UserError(f"The model's chat template refuses the prompt: {reason}")
 
 
-def use_prompt_template(tokenizer, template: str) -> None:
-    """Make a plain text with {prompt} in it the tokenizer's chat template, so that whatever reads the saved model prompts alike.
+def without_spaces(text: str) -> str:
+    return "".join(text.split())
 
-    The text begins with the begin-of-text token where the tokenizer puts one. A system message goes above the text; in a
-    chat each turn of the user is the text again, after the answer before it.
+
+def jinja_string(text: str) -> str:
+    """The text as a string literal of a chat template."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def use_prompt_template(tokenizer, template: str) -> None:
+    """Make a plain text with {prompt} in it the tokenizer's chat template, which is saved with the model.
+
+    The text begins with the begin-of-text token where the tokenizer puts one. A system message goes above the
+    text; in a chat, each turn of the user is the text again, after the answer before it.
     """
     if isinstance(tokenizer, TiktokenTokenizerWrapper):
         raise UserError(
@@ -602,33 +563,36 @@ def use_prompt_template(tokenizer, template: str) -> None:
         )
     before, _, after = template.partition("{prompt}")
     begins = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
-    literal = lambda text: json.dumps(text, ensure_ascii=False)  # noqa: E731
+    gap = "" if after[-1:].isspace() else " "  # between the text and an answer
     tokenizer.chat_template = (
         ("{{ bos_token }}" if begins else "")
-        + "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        + "{% for message in messages %}"
+        + "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
         + "{% elif message['role'] == 'user' %}{{ "
-        + f"{literal(before)} + message['content'] + {literal(after)}"
+        + f"{jinja_string(before)} + message['content'] + {jinja_string(after)}"
         + " }}{% else %}{{ "
-        + f"{literal('' if after[-1:].isspace() else ' ')} + message['content'] + "
+        + f"{jinja_string(gap)} + message['content'] + "
         + "'\\n\\n' }}{% endif %}{% endfor %}"
     )
     tokenizer.has_chat_template = True
 
 
 def set_template(tokenizer, config: MLXGRPOConfig) -> None:
-    """Have the tokenizer prompt as the settings say, with a warning where the template does not read one. Raises UserError."""
+    """Apply prompt_template, and warn of chat_template_kwargs that the template does not read.
+
+    Raises UserError where the tokenizer cannot take a prompt_template.
+    """
     if config.prompt_template:
         use_prompt_template(tokenizer, config.prompt_template)
-    template, thinking = (
-        str(getattr(tokenizer, "chat_template", "")),
-        getattr(tokenizer, "_thinking_kwarg", "enable_thinking"),
-    )
-    read = {
-        name: thinking if name == "enable_thinking" else name for name in config.chat_template_kwargs
-    }  # as mlx-lm passes it on
-    if unread := [
-        name for name, passed in read.items() if not re.search(rf"\b{re.escape(passed)}\b", template)
-    ]:
+    template = str(getattr(tokenizer, "chat_template", ""))
+    # mlx-lm passes enable_thinking on by the name that the template uses.
+    renamed = {"enable_thinking": getattr(tokenizer, "_thinking_kwarg", "enable_thinking")}
+    unread = [
+        name
+        for name in config.chat_template_kwargs
+        if not re.search(rf"\b{re.escape(renamed.get(name, name))}\b", template)
+    ]
+    if unread:
         print(
             f"Warning: the model's chat template does not read {', '.join(unread)} of chat_template_kwargs",
             file=sys.stderr,
@@ -636,19 +600,19 @@ def set_template(tokenizer, config: MLXGRPOConfig) -> None:
 
 
 def primed_text(tokenizer, prompt: list[int], completion_prefix: str = "") -> str:
-    """The end of a prompt that counts as the completion's own beginning: a <think> that the template opens, and the prefix."""
+    """The end of a prompt that is scored with the completion: the template's <think>, and the prefix."""
     prefix = tokenizer.encode(completion_prefix, add_special_tokens=False) if completion_prefix else []
     opened = re.search(r"<think>\s*\Z", tokenizer.decode(prompt[: len(prompt) - len(prefix)][-16:]))
     return (opened[0] if opened else "") + completion_prefix
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Model
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bool = False):
-    """Open a model with its tokenizer, as every script of this project does: (model, tokenizer, its config.json).
+    """(model, tokenizer, its config.json): how every script of this project opens a model.
 
     On a CPU a half-precision model is computed in float32, and says so (precision.py).
     Raises UserError where the directory holds no model that fits its tokenizer.
@@ -656,10 +620,9 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
     from mlx_lm.utils import load_adapters, load_model as mlx_load_model, load_tokenizer
 
     folder = local_path(name)
-    if (
-        folder and not adapter_path and is_adapter_alone(folder)
-    ):  # such as a checkpoint of a run that trains adapters
-        name, adapter_path = adapter_base(folder), str(folder)
+    if folder and not adapter_path and is_adapter_alone(folder):  # as the checkpoints of an adapter run are
+        name = adapter_base(folder)
+        adapter_path = str(folder)
     path = resolve_model(name)
     if trust_remote_code:
         print(
@@ -706,7 +669,8 @@ def open_model(name: str, adapter_path: str | None = None, trust_remote_code: bo
     use_swiglu(model)
     if half:
         print(
-            f"{name}: {half}, computed in float32 on this CPU, where MLX has no fast {half} product; what is saved stays {half}",
+            f"{name}: {half}, computed in float32 on this CPU, where MLX has no fast {half} product; "
+            f"what is saved stays {half}",
             file=sys.stderr,
         )
     return model, tokenizer, model_config
@@ -727,7 +691,8 @@ def load_model(config: MLXGRPOConfig):
         )
     if kind == "dora" and any(getattr(m, "bits", 0) in (3, 6) for m in model.modules()):
         raise UserError(
-            f"{config.model_name} has 3- or 6-bit layers, which mlx-lm's DoRA cannot train; set fine_tune_type to lora"
+            f"{config.model_name} has 3- or 6-bit layers, which mlx-lm's DoRA cannot train; "
+            "set fine_tune_type to lora"
         )
     if quantized and config.quantize_for_rollouts:
         raise UserError(f"{config.model_name} is quantised already; set quantize_for_rollouts to false")
@@ -741,8 +706,9 @@ def load_model(config: MLXGRPOConfig):
             model, blocks, {"dropout": 0.0, **config.lora_parameters}, use_dora=kind == "dora"
         )
         if kind == "lora" and any(p.dtype == mx.bfloat16 for _, p in tree_flatten(model.parameters())):
-            # They are made in float32, to which every activation would be cast; the optimizer's masters keep what the steps
-            # add up to. DoRA's stay: it divides by norms of the merged weights.
+            # mlx-lm makes adapters in float32, to which every activation would be cast. In bfloat16 no step
+            # is lost: the optimizer keeps float32 copies. DoRA's stay, as it divides by norms of merged
+            # weights.
             for _, layer in adapter_layers(model):
                 layer.update(tree_map(lambda p: p.astype(mx.bfloat16), layer.trainable_parameters()))
         if kind == "dora":
@@ -755,25 +721,30 @@ def load_model(config: MLXGRPOConfig):
     return model, tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def get_gsm8k_questions(split: str = "train") -> list[dict]:
-    """GSM8K's rows of a split (arXiv 2110.14168), {"prompt", "answer"}: the default dataset. Raises RunError without a hub."""
+    """GSM8K's rows of a split (arXiv 2110.14168), {"prompt", "answer"}: the default dataset.
+
+    Raises RunError where the hub cannot be reached.
+    """
     return load_dataset_split(MLXGRPOConfig(), split)
 
 
 def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
-    """The rows of split "train" or "test" as {"prompt", "answer", other columns}; max_train_samples is applied.
+    """The rows of split "train" or "test" as {"prompt", "answer", other columns}, within max_train_samples.
 
-    The held-out split is eval_dataset, else the dataset's test (validation, valid, val or dev) split, else the rows of
-    eval_fraction of the training prompts, the same ones for every seed: rows of one prompt stay together.
+    The held-out split is eval_dataset, else the dataset's test (validation, valid, val or dev) split, else
+    the rows of eval_fraction of the training prompts, the same for every seed. Rows of one prompt stay
+    together.
     """
-    open_split = lambda name, split: open_dataset(
-        name, config.dataset_config, split, (config.prompt_field, config.answer_field)
-    )  # noqa: E731
+
+    def open_split(name, split):
+        return open_dataset(name, config.dataset_config, split, (config.prompt_field, config.answer_field))
+
     test = open_split(config.eval_dataset or config.dataset, "test")
     if test is None and config.eval_dataset:
         test = open_split(config.eval_dataset, "train")
@@ -803,8 +774,9 @@ def load_dataset_split(config: MLXGRPOConfig, split: str) -> list[dict]:
 def check_rows(config, parts: list[tuple]) -> list[DataRow]:
     """The rows of all (rows, source) parts, each with its columns, "prompt" and "answer".
 
-    Where at least half of the gold answers are numbers, however people write them, those come as plain numbers: "15 dollars" as
-    15. Raises UserError with file and row (counted from 1) where a field is missing, empty or of the wrong type.
+    Where at least half of the gold answers are numbers, however people write them, those become plain
+    numbers: "15 dollars" becomes 15. Raises UserError with file and row (counted from 1) where a field is
+    missing, empty or of the wrong type.
     """
     checked = [
         check_row(config, row, f"{source}, row {number}")
@@ -822,7 +794,10 @@ def check_rows(config, parts: list[tuple]) -> list[DataRow]:
 
 
 def check_row(config, row: dict, place: str) -> DataRow:
-    """A row with "prompt" and "answer", the gold one. Raises UserError with its place where a field is not what it must be."""
+    """A row with "prompt" and the gold "answer".
+
+    place: its file and row, with which UserError begins where a field is not what it must be.
+    """
     found = {}
     for name in (config.prompt_field, config.answer_field):
         try:
@@ -833,7 +808,8 @@ def check_row(config, row: dict, place: str) -> DataRow:
             ) from None
         if value is None or value == [] or value != value or not str(value).strip():
             raise UserError(f"{place}: field {name!r} is empty")
-    question, answer = found[config.prompt_field], found[config.answer_field]
+    question = found[config.prompt_field]
+    answer = found[config.answer_field]
     chat = isinstance(question, list) and all(
         isinstance(m, dict) and {"role", "content"} <= set(m) for m in question
     )
@@ -849,7 +825,8 @@ def check_row(config, row: dict, place: str) -> DataRow:
     if not gold:
         raise UserError(f"{place}: field {config.answer_field!r} is empty")
     checked = DataRow({**row, "prompt": prompt, "answer": gold})
-    checked.place, checked.cut = place, chat and len(prompt) < len(question)
+    checked.place = place
+    checked.cut = chat and len(prompt) < len(question)
     return checked
 
 
@@ -861,21 +838,22 @@ def context_length(model) -> float:
 def fitting_rows(
     tokenizer, config: MLXGRPOConfig, context: float, rows: list[dict], split: str
 ) -> list[dict]:
-    """The rows whose prompt fits max_prompt_length and the model's context, with their token ids as "prompt_ids"."""
+    """The rows whose prompt fits max_prompt_length and the model's context, with its ids as "prompt_ids"."""
     limit = min(config.max_prompt_length, context - config.rollout_tokens)
     if limit < 1:
         raise UserError(
-            f"max_completion_length ({config.rollout_tokens}) leaves no room for a prompt in the model's context of {context}"
+            f"max_completion_length ({config.rollout_tokens}) leaves no room for a prompt "
+            f"in the model's context of {context}"
         )
     ids = [build_prompt(tokenizer, row["prompt"], *config.prompting) for row in rows]
     kept = [{**row, "prompt_ids": prompt} for row, prompt in zip(rows, ids) if len(prompt) <= limit]
     if len(kept) < len(rows):
-        print(
-            f"{len(rows) - len(kept)} of {len(rows)} {split} prompts are longer than {limit} tokens and are dropped"
-        )
+        dropped = len(rows) - len(kept)
+        print(f"{dropped} of {len(rows)} {split} prompts are longer than {limit} tokens and are dropped")
     if not kept:
         raise UserError(
-            f"No {split} prompt is within {limit} tokens; raise max_prompt_length (the shortest has {min(map(len, ids))})"
+            f"No {split} prompt is within {limit} tokens; "
+            f"raise max_prompt_length (the shortest has {min(map(len, ids))})"
         )
     return kept
 
@@ -912,12 +890,15 @@ def draw_rows(rows: list[dict], seed: int, first: int, count: int) -> list[tuple
 def draw_by_difficulty(
     rows: list[dict], config: MLXGRPOConfig, history: dict, first: int, count: int
 ) -> tuple[list[int], list[str]]:
-    """The numbers of the next `count` prompts from `first` on, and "easy" or "hard" for each that was passed over.
+    """The numbers of the next `count` prompts from `first` on, and "easy" or "hard" for each left out.
 
-    A number is passed over by a coin of its own, at most an epoch's numbers in a row: the same in a resumed run and on all ranks.
+    Each number has a random draw of its own that decides, so a resumed run and all ranks leave out the same
+    ones. At most one epoch's numbers are left out in a row.
     """
     weights = {"": 1.0, "easy": config.easy_prompt_weight, "hard": config.hard_prompt_weight}
-    numbers, passed, in_a_row = [], [], 0
+    numbers = []
+    passed = []
+    in_a_row = 0
     for number in itertools.count(first):
         kind = lately(history, row_of(number, len(rows), config.seed), config.difficulty_window)
         if (
@@ -934,9 +915,9 @@ def draw_by_difficulty(
             return numbers, passed
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Answers
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # How numbers are read as people write them is in mlx_grpo/answers.py.
 
 
@@ -961,18 +942,21 @@ def extract_hash_answer(text: str) -> str | None:
 
 
 def extract_gold_answer(text: str) -> str:
-    r"""The answer in a dataset's answer field: on the line of the last ####, else in the last \boxed{}, else all but its markup."""
+    r"""The answer in a dataset's answer field: after the last ####, in the last \boxed{}, or all of it.
+
+    Markup around the answer is left out.
+    """
     hashed = extract_hash_answer(text)
     return unwrapped(text) if hashed is None else hashed
 
 
 def last_number_is(text: str, gold: str) -> bool:
-    """Whether the last number of the text is the gold answer, also where it is written as a fraction or with spaces."""
+    """Whether the last number of the text, a fraction or one with spaces too, is the gold answer."""
     return any(same_answer(found, gold) for found in (last_number(text), last_quantity(text)))
 
 
 def grade(text: str, gold: str) -> tuple[bool, bool]:
-    """Exact match of a completion, strict (the answer tags are required) and lenient (the last number or box counts).
+    """Exact match of a completion: strict (answer tags required), lenient (or the last number or box).
 
     What a model thinks, before </think>, is not graded.
     """
@@ -982,11 +966,11 @@ def grade(text: str, gold: str) -> tuple[bool, bool]:
     return strict, lenient
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rewards
-# ---------------------------------------------------------------------------------------------------------------
-# A reward function takes the completions as chats and each dataset column as a keyword, one value a completion, and
-# returns a number for each, or None to abstain.
+# ------------------------------------------------------------------------------------------------------------
+# A reward function takes the completions as chats and each dataset column as a keyword, one value a
+# completion, and returns a number for each, or None to abstain.
 
 
 def contents(completions) -> list[str]:
@@ -1005,7 +989,7 @@ def correctness_reward_func(completions, answer, **kwargs) -> list[float]:
 
 
 def last_number_reward_func(completions, answer, **kwargs) -> list[float]:
-    """1.0 where the last number of the text equals the gold answer, else 0.0; for models that do not know the tags yet."""
+    """1.0 where the text's last number equals the gold answer; for models that do not know the tags yet."""
     return [1.0 if last_number_is(text, gold) else 0.0 for text, gold in zip(answers_of(completions), answer)]
 
 
@@ -1015,8 +999,8 @@ def int_reward_func(completions, **kwargs) -> list[float]:
     return [0.5 if n is not None and n == n.to_integral_value() else 0.0 for n in numbers]
 
 
-# The forms are looked for by str.find and its like: a regular expression with two lazy parts takes time that grows with
-# the square or the cube of a text that loops.
+# The next two rewards search with str.find and the like: a regular expression with two lazy parts takes time
+# quadratic or cubic in the length of a text that repeats itself.
 
 
 def strict_format_reward_func(completions, **kwargs) -> list[float]:
@@ -1025,9 +1009,10 @@ def strict_format_reward_func(completions, **kwargs) -> list[float]:
 
 
 def has_strict_format(text: str) -> bool:
-    """Whether the text is "<reasoning>", some text, "</reasoning>", "<answer>", some text, "</answer>", by lines."""
+    """Whether the text is the lines <reasoning>, some text, </reasoning>, <answer>, some text, </answer>."""
     text = text.removesuffix("\n")
-    opening, closing = "<reasoning>\n", "\n</answer>"
+    opening = "<reasoning>\n"
+    closing = "\n</answer>"
     if not (text.startswith(opening) and text.endswith(closing) and has_each_tag_once(text)):
         return False
     reasoning, between, answer = text[len(opening) : -len(closing)].partition("\n</reasoning>\n<answer>\n")
@@ -1040,7 +1025,7 @@ def soft_format_reward_func(completions, **kwargs) -> list[float]:
 
 
 def has_soft_format(text: str) -> bool:
-    """Whether "<reasoning>", then "</reasoning>" and "<answer>" with only white space between, then "</answer>" occur."""
+    """Whether the tags occur in order, with only white space between </reasoning> and <answer>."""
     _, opening, rest = text.partition("<reasoning>")
     middle = re.search(r"</reasoning>\s*<answer>", rest) if opening else None
     return bool(middle) and "</answer>" in rest[middle.end() :]
@@ -1055,23 +1040,28 @@ def has_each_tag_once(text: str) -> bool:
 
 def xmlcount_reward_func(completions, **kwargs) -> list[float]:
     """0.125 for each of the four tags that occurs exactly once, less 0.001 a character after the last one."""
-    score = lambda text: sum(0.125 for tag in TAGS if text.count(tag) == 1)  # noqa: E731
-    trailing = lambda text: len(text.rsplit("</answer>", 1)[1].strip()) if "</answer>" in text else 0  # noqa: E731
-    return [max(0.0, score(text) - 0.001 * trailing(text)) for text in answers_of(completions)]
+    return [tag_score(text) for text in answers_of(completions)]
+
+
+def tag_score(text: str) -> float:
+    """The xmlcount reward of one text; never below 0."""
+    score = sum(0.125 for tag in TAGS if text.count(tag) == 1)
+    _, tag, trailing = text.rpartition("</answer>")
+    return max(0.0, score - 0.001 * len(trailing.strip())) if tag else score
 
 
 def math_verify_reward_func(completions, answer, **kwargs) -> list[float | None]:
-    """2.0 where the answer, in the tags or else in the whole text, is the gold one as mathematics, such as LaTeX; by math-verify.
+    """2.0 where math-verify finds the answer, in the tags or else the text, equal to the gold one.
 
     None, no opinion, where the gold answer cannot be read.
     """
     from math_verify import parse, verify
 
-    box = lambda text: text if r"\boxed" in text else rf"\boxed{{{text}}}"  # noqa: E731  what it reads without doubt
     rewards = []
     for text, gold in zip(answers_of(completions), answer):
-        expected, tagged = parse(box(gold)), extract_xml_answer(text)
-        given = parse(box(tagged) if tagged else text)
+        expected = parse(boxed(gold))
+        tagged = extract_xml_answer(text)
+        given = parse(boxed(tagged) if tagged else text)
         rewards.append((2.0 if verify(expected, given) else 0.0) if expected else None)
     return rewards
 
@@ -1079,8 +1069,13 @@ def math_verify_reward_func(completions, answer, **kwargs) -> list[float | None]
 math_verify_reward_func.needs = ("math_verify", "math")  # a package, and the extra that brings it
 
 
+def boxed(text: str) -> str:
+    r"""The text in a \boxed{}, the form in which math-verify need not guess."""
+    return text if r"\boxed" in text else rf"\boxed{{{text}}}"
+
+
 def soft_overlong_reward_func(completions, completion_ids, max_completion_length, **kwargs) -> list[float]:
-    """DAPO's soft length penalty (arXiv 2503.14476, eq. 13): 0 falling to -1 over the last fifth of the length limit."""
+    """DAPO's soft length penalty (arXiv 2503.14476, eq. 13): 0 falling to -1 over the limit's last fifth."""
     margin = max(1, max_completion_length // 5)
     return [
         max(-1.0, min(0.0, (max_completion_length - margin - len(ids)) / margin)) for ids in completion_ids
@@ -1098,18 +1093,18 @@ def repetition_reward_func(completions, **kwargs) -> list[float]:
 
 
 BUILT_IN_REWARDS = {name: function for name, function in globals().items() if name.endswith("_reward_func")}
-# What those that are all or nothing pay: their means have the interval of a proportion.
+# Rewards with only two values, 0 and this: the interval of their mean is that of a proportion.
 ALL_OR_NOTHING = {
     "correctness_reward_func": 2.0, "last_number_reward_func": 1.0, "int_reward_func": 0.5,
     "strict_format_reward_func": 0.5, "soft_format_reward_func": 0.5, "math_verify_reward_func": 2.0,
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rollout
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-STREAM_ROWS = 16  # rows for which a stream of their own is worth it
+STREAM_ROWS = 16  # the fewest rows that are worth a stream of their own
 
 
 @dataclass(frozen=True)
@@ -1125,7 +1120,7 @@ class Sampling:
 
 @dataclass(eq=False)
 class Completion:
-    """What was sampled for a prompt. Token ids are the record; the text exists for rewards and logs."""
+    """What was sampled for a prompt. The loss reads the token ids; the text is for rewards and logs."""
 
     ids: list[int]  # the id that ended it included
     sampler_logps: list[float]  # each id's log-prob under the distribution it was drawn from
@@ -1145,13 +1140,16 @@ class Group:
 
 
 def completion_text(tokenizer, ids: list[int]) -> str:
-    """The text of a completion's ids. Only end and padding ids are left out: tags may be special tokens too, and count."""
+    """The text of a completion's ids, without end and padding ids.
+
+    Other special tokens stay: a model's tags may be among them.
+    """
     left_out = {*tokenizer.eos_token_ids, getattr(tokenizer, "pad_token_id", None)}
     return tokenizer.decode([i for i in ids if i not in left_out])
 
 
 def random_key(*parts) -> mx.array:
-    """A key that depends on nothing but `parts`, so that no random state needs saving and streams never meet."""
+    """A key made of `parts` alone: no random state needs saving, and other parts give other numbers."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return mx.random.key(int.from_bytes(digest) >> 1)
 
@@ -1159,9 +1157,10 @@ def random_key(*parts) -> mx.array:
 def sample(
     logits: mx.array, uniforms: mx.array, sampling: Sampling, seen: mx.array | None
 ) -> tuple[mx.array, mx.array]:
-    """Draw one id a row: logits (N, V) and uniforms (N,) in [0, 1) -> ids (N,), log-probs (N,) of what was drawn.
+    """Draw one id a row: logits (N, V), uniforms (N,) in [0, 1) -> ids (N,) and their log-probs (N,).
 
     Inverse transform sampling: one random number a row, so a row's draws do not depend on its neighbours.
+    seen: (N, V) bool, the ids that repetition_penalty applies to, or None.
     """
     from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
@@ -1193,28 +1192,16 @@ def row_uniforms(keys: list[mx.array], generations: int, length: int) -> mx.arra
 
 
 def generate(
-    model,
-    tokenizer,
-    prompts,
-    *,
-    sampling=Sampling(),
-    max_new_tokens=512,
-    num_generations=1,
-    stop_strings=(),
-    keys=None,
-    kv_budget=None,
-    most_rows=None,
-    progress=None,
-    decoder=None,
-    prefix="",
-) -> list[Completion]:
-    """Complete each of B prompts (lists of ids) num_generations times: N = B*G completions, a prompt's stand together.
+    model, tokenizer, prompts, *, sampling=Sampling(), max_new_tokens=512, num_generations=1,
+    stop_strings=(), keys=None, kv_budget=None, most_rows=None, progress=None, decoder=None, prefix="",
+) -> list[Completion]:  # fmt: skip
+    """Complete each of B prompts (lists of ids) num_generations times: N = B*G completions, in prompt order.
 
-    keys: (B, 2) random keys, one a prompt; a prompt's completions depend on its key and not on its company. Not
-    needed at temperature 0. kv_budget: bytes of KV cache, most_rows: completions at a time; prompts beyond them wait for
-    the next batch. progress: called with the number of prompts done. decoder: of this model, kept from call
-    to call; plain MLX without. Models that cannot be padded decode prompts of equal length together.
-    prefix: build_prompt's completion_prefix; texts begin with it, and with a <think> that the template opened.
+    keys: (B, 2) random keys, one a prompt, which alone decide its draws, whatever else is in the batch; not
+    needed at temperature 0. kv_budget: bytes of KV cache, most_rows: completions at a time; prompts beyond
+    them wait for the next batch. progress: called with the number of prompts done. decoder: the model's, kept
+    between calls; None for plain MLX. prefix: build_prompt's completion_prefix; texts begin with it, and with
+    a <think> that the template opened. Models that cannot be padded decode prompts of equal length together.
     """
     decoder = decoder or Decoder(model)
     penalised = sampling.repetition_penalty != 1.0
@@ -1260,8 +1247,8 @@ def generate(
 
 
 def reward_columns(flat: list[tuple[Group, Completion]]) -> dict[str, list]:
-    """What reward functions get beside the completions: the dataset's columns, prompts and ids, one value a completion."""
-    names = set().union(*(group.row for group, _ in flat)) - {"prompt"}  # rewards know it as prompts
+    """What reward functions get besides completions: columns, prompts and ids, one value a completion."""
+    names = set().union(*(group.row for group, _ in flat)) - {"prompt"}  # given as "prompts"
     return {
         **{name: [group.row.get(name) for group, _ in flat] for name in names},
         "prompts": [group.row["prompt"] for group, _ in flat],
@@ -1270,7 +1257,7 @@ def reward_columns(flat: list[tuple[Group, Completion]]) -> dict[str, list]:
 
 
 def score_groups(groups: list[Group], functions: list, timeout: float, max_completion_length: int) -> None:
-    """Give every completion its rewards, one a function; NaN where it abstains. Raises RunError where one fails."""
+    """Set every completion's rewards, one a function, NaN where it abstains. Raises RunError if one fails."""
     flat = [(group, completion) for group in groups for completion in group.completions]
     if not flat:  # fewer prompts than ranks
         return
@@ -1280,9 +1267,9 @@ def score_groups(groups: list[Group], functions: list, timeout: float, max_compl
         completion.rewards = values.tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Objective: pure functions of arrays
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 #     rewards (B, G) -- ESTIMATORS --> advantages (B, G) -- LOSSES --> the loss of N = B*G rows, and metrics
 #
 # An entry of a table is all that an estimator or a loss needs; CONTRIBUTING.md says how one is added.
@@ -1398,7 +1385,7 @@ def group_advantages(rewards: mx.array, scale_rewards: str = "group") -> mx.arra
 
 
 def total_rewards(rewards: np.ndarray, weights: list[float]) -> np.ndarray:
-    """Rewards (F, ...) -> their weighted sum (...), without the functions that abstained; NaN where all did."""
+    """Rewards (F, ...) -> their weighted sum (...), without functions that abstained; NaN where all did."""
     weighted = np.moveaxis(rewards, 0, -1) * np.array(weights)
     silent = np.isnan(rewards).all(axis=0)
     return np.where(silent, np.nan, np.nansum(weighted, axis=-1))
@@ -1407,7 +1394,7 @@ def total_rewards(rewards: np.ndarray, weights: list[float]) -> np.ndarray:
 def combine_rewards(
     rewards: np.ndarray, weights: list[float], config: MLXGRPOConfig
 ) -> tuple[np.ndarray, mx.array]:
-    """Rewards (F, B, G), NaN where a function abstained -> each completion's reward (B, G) and advantage (B, G).
+    """Rewards (F, B, G), NaN where a function abstained -> every completion's reward and advantage, (B, G).
 
     sum_then_normalize: the weighted sum over functions, then the estimator. normalize_then_sum: the group
     advantages of each function, weighted and summed, then scaled over the batch: no function drowns another.
@@ -1418,7 +1405,7 @@ def combine_rewards(
         return total, estimate_advantages(summed, config.advantage_estimator, config.scale_rewards)
     each = [w * group_advantages(mx.array(r, dtype=mx.float32), "group") for r, w in zip(rewards, weights)]
     summed = sum(each)
-    unmoved = sum(mx.abs(a) for a in each) == 0  # exact: the mean below is not
+    unmoved = sum(mx.abs(a) for a in each) == 0  # tested before the mean is subtracted, which rounds
     return total, mx.where(unmoved, 0.0, (summed - summed.mean()) / (mx.sqrt(mx.var(summed, ddof=1)) + 1e-4))
 
 
@@ -1522,8 +1509,8 @@ def geometric_mean(x: Tokens, clip_eps, clip_eps_high) -> mx.array:
     """-(prod_t clipped r_t)^(1/|o|) A, one term a row (GMPO, arXiv 2507.20673).
 
     Each r is clipped before the mean, in log space and on the side where A pushes: to at most e^eps_high
-    where A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. The row's
-    term is on each kept token, scaled so that the mean over the row is the term.
+    where A > 0, to at least e^-eps otherwise. Tokens that the top-entropy mask drops leave the mean. The
+    row's term is on each kept token, scaled so that the mean over the row is the term.
     """
     log_ratio = mx.clip(x.log_ratio, -20.0, 20.0)
     clipped = mx.where(
@@ -1710,44 +1697,23 @@ LOSSES = {
 
 
 def grpo_loss(
-    logps,
-    old_logps,
-    advantages,
-    mask,
-    *,
-    ref_logps=None,
-    sampler_logps=None,
-    entropies=None,
-    loss_type="grpo",
-    importance_sampling_level="token",
-    clip_eps=0.2,
-    clip_eps_high=None,
-    delta=None,
-    kl_coeff=0.0,
-    max_completion_length=None,
-    num_items=None,
-    use_bias_correction_kl=False,
-    top_entropy_quantile=1.0,
-    entropy_coef=0.0,
-    off_policy_mask_threshold=None,
-    sampler_correction=None,
-    sampler_correction_min=None,
-    sampler_correction_max=3.0,
-    sapo_temperature_pos=1.0,
-    sapo_temperature_neg=1.05,
-    vespo_k_pos=2.0,
-    vespo_lambda_pos=3.0,
-    vespo_k_neg=3.0,
-    vespo_lambda_neg=2.0,
-    entropy_mask=None,
-    totals=None,
-):
+    logps, old_logps, advantages, mask, *,
+    ref_logps=None, sampler_logps=None, entropies=None,
+    loss_type="grpo", importance_sampling_level="token",
+    clip_eps=0.2, clip_eps_high=None, delta=None,
+    kl_coeff=0.0, max_completion_length=None, num_items=None, use_bias_correction_kl=False,
+    top_entropy_quantile=1.0, entropy_coef=0.0, off_policy_mask_threshold=None,
+    sampler_correction=None, sampler_correction_min=None, sampler_correction_max=3.0,
+    sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+    vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
+    entropy_mask=None, totals=None,
+):  # fmt: skip
     """The objective: a scalar loss and a dict of scalar metrics.
 
-    logps, old_logps, ref_logps, sampler_logps, entropies and mask are (N, T): nats, and 1 on trained positions;
-    advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items is the
-    mask's sum over the whole generation batch, for the losses that divide by it. Only logps and entropies
-    carry a gradient.
+    logps, old_logps, ref_logps, sampler_logps, entropies and mask are (N, T): nats, and 1 on trained
+    positions; advantages is (N,), or (N, T). old_logps None means logps with the gradient stopped. num_items
+    is the mask's sum over the whole generation batch, for the losses that divide by it. Only logps and
+    entropies carry a gradient.
 
     For a micro-batch, totals are the whole step's {"rows", "tokens", "entropy_tokens"} (StepSizes): the loss
     is then its part, and the parts add up to the step's. entropy_mask (N, T) replaces the top-entropy mask,
@@ -1788,9 +1754,9 @@ def grpo_loss(
     options = {name: given[name] for name in loss.options}
     metrics = loss.measure(x, **options)
 
-    # The policy's term, under the masks and the sampler's correction; the KL escapes the three.
+    # The policy's term, with two masks and the sampler's correction, none of which applies to the KL.
     keep = x.kept > 0
-    if off_policy_mask_threshold is not None:  # drop bad rows that the policy likes less than the sampler did
+    if off_policy_mask_threshold is not None:  # drop rows with A < 0 that the policy likes less
         sampled = old_logps if sampler_logps is None else sampler_logps
         gap = x.row_mean(clean(sampled - stop(logps)))  # (N, 1)
         keep = keep & ((advantages >= 0) | (gap <= off_policy_mask_threshold))
@@ -1804,7 +1770,7 @@ def grpo_loss(
     value = loss.divisor((terms * mask).sum(axis=1, keepdims=True), x.lengths, step)
 
     if isinstance(entropy_coef, mx.array) or entropy_coef > 0:
-        # The mean entropy of a trained token, whatever the loss divides by: the coefficient means one thing.
+        # The mean over trained tokens for every loss, so that the coefficient means the same for all.
         trained = (clean(entropies) * x.kept).sum() / mx.maximum(step.entropy_tokens, 1)
         value = value - entropy_coef * trained
         metrics["entropy_trained"] = trained
@@ -1848,10 +1814,10 @@ def masked_quantile(values: mx.array, inside: mx.array, q: float) -> mx.array:
 
 
 def correction_weights(log_ratio, mask, mode: str, low: float | None, high: float | None) -> mx.array:
-    """Weights that undo the sampler's mismatch: exp(old - sampler) a token or summed over a row, gradient stopped.
+    """Weights that undo the sampler's mismatch: exp(old - sampler), a token or summed over a row.
 
-    log_ratio: (N, T), 0 outside the mask -> (N, T), or (N, 1) for a row's. truncate: limited to [low, high]
-    (truncated importance sampling); mask: 0 outside it.
+    The gradient is stopped. log_ratio: (N, T), 0 outside the mask -> (N, T), or (N, 1) for a row's. truncate:
+    limited to [low, high] (truncated importance sampling); mask: 0 outside it.
     """
     if mode in SEQUENCE_CORRECTIONS:
         log_ratio = (log_ratio * mask).sum(axis=1, keepdims=True)
@@ -1892,20 +1858,21 @@ def next_entropy_coef(coef: float, entropy: float, config: MLXGRPOConfig) -> flo
     return min(max(coef + change, config.entropy_coef_min), config.entropy_coef_max)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Log-probs of completions
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class CompletionLogProbs:
     """Log-probs and entropies of given completions under a model, at the sampling temperature.
 
-    A group's prompt is computed once, forward and backward, and what its caches keep repeated to the group's rows. Models that
-    do not allow that take whole sequences instead, with the same result.
+    A group's prompt is computed once, forward and backward, and its caches are repeated for the group's rows.
+    Models that do not allow that take whole sequences instead, with the same result.
     """
 
     def __init__(self, model, temperature: float, entropy_gradient=True, head_chunk=HEAD_CHUNK_LOGITS):
-        self.model, self.temperature = model, temperature
+        self.model = model
+        self.temperature = temperature
         self.share_prompts = not reason_not_to_share(model)
         # CUDA's fused attention takes no mask: there a padded prompt costs more than it saves.
         self.shares_padded = self.share_prompts and not on_cuda()
@@ -1917,9 +1884,14 @@ class CompletionLogProbs:
             )
 
     def __call__(self, batch: dict) -> tuple[mx.array, mx.array]:
-        """batch: prompts (P, L), left-padded by pads (P,) where that is given, ids (N, T) right-padded, N a multiple
-        of P -> (N, T) each."""
-        prompts, pads, ids = batch["prompts"], batch.get("pads"), batch["ids"]
+        """Log-probs and entropies, (N, T) each, of a batch.
+
+        batch: prompts (P, L), left-padded by pads (P,) if given, and ids (N, T), right-padded. N is a
+        multiple of P: each prompt has N/P rows.
+        """
+        prompts = batch["prompts"]
+        pads = batch.get("pads")
+        ids = batch["ids"]
         repeats = ids.shape[0] // prompts.shape[0]
         run = self.split[0] if self.split else self.model
         if self.shares_padded or (self.share_prompts and pads is None):
@@ -1929,17 +1901,13 @@ class CompletionLogProbs:
             out = run(inputs, cache=cache)  # (N, T, D), or (N, T, V) from a model without a split head
         else:
             rows = mx.concatenate([mx.repeat(prompts, repeats, axis=0), ids], axis=1)  # (N, L+T)
-            first, length = (
-                prompts.shape[1] - 1,
-                ids.shape[1],
-            )  # where the first completion id is predicted, and T
+            first = prompts.shape[1] - 1  # position whose output predicts the first completion id
+            length = ids.shape[1]  # T
             if pads is None:
                 out = run(rows)[:, first : first + length]
-            else:  # padding goes from the left to the right, where attention needs no mask and no position looks
-                starts, shift = (
-                    rows.shape[1] * mx.arange(len(rows))[:, None],
-                    mx.repeat(pads, repeats)[:, None],
-                )
+            else:  # move padding from the left to the right: causal attention then needs no mask
+                starts = rows.shape[1] * mx.arange(len(rows))[:, None]  # (N, 1), in the flat array
+                shift = mx.repeat(pads, repeats)[:, None]  # (N, 1)
                 rows = rows.reshape(-1)[(starts + shift + mx.arange(rows.shape[1])) % rows.size]
                 out = run(rows)
                 out = out.reshape(-1, out.shape[-1])[starts - shift + first + mx.arange(length)]
@@ -1952,25 +1920,21 @@ class CompletionLogProbs:
         return mx.take_along_axis(logits, ids[..., None], axis=-1)[..., 0], entropies
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Optimizer
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class MasterAdamW(optim.AdamW):
     """AdamW with bias correction, in float32 whatever the weights are.
 
-    bfloat16 keeps 8 bits: at a learning rate of 1e-6 nearly every step would be rounded away. So a float32 copy of each
-    half-precision weight is kept in the optimizer's state, and the weight is that copy rounded.
+    bfloat16 keeps 8 bits: at a learning rate of 1e-6 nearly every step would be rounded away. So the
+    optimizer's state keeps a float32 copy of each half-precision weight, and the weight is that copy rounded.
     """
 
     def __init__(self, config: MLXGRPOConfig):
-        super().__init__(
-            0.0,
-            [config.adam_beta1, config.adam_beta2],
-            weight_decay=config.weight_decay,
-            bias_correction=True,
-        )
+        betas = [config.adam_beta1, config.adam_beta2]
+        super().__init__(0.0, betas, weight_decay=config.weight_decay, bias_correction=True)
 
     def init_single(self, parameter, state):
         if parameter.dtype != mx.float32:
@@ -1987,13 +1951,15 @@ class MasterAdamW(optim.AdamW):
 def gradient_norm(grads) -> float:
     """The global norm, in float32, of a tree of gradients."""
     exact = [g.astype(mx.float32) for _, g in tree_flatten(grads)]
-    return mx.sqrt(
-        sum((g * g).sum() for g in exact)
-    ).item()  # g * g: ten times faster than MLX's square on CPUs
+    squares = sum((g * g).sum() for g in exact)  # g * g: ten times faster than MLX's square on CPUs
+    return mx.sqrt(squares).item()
 
 
 def learning_rate(config: MLXGRPOConfig, update: int, updates: int) -> float:
-    """Learning rate of update 0, 1, .. updates-1: linear warm-up to the peak, then the schedule, down to 0 at the end."""
+    """Learning rate of update 0, 1, .. updates-1: linear warm-up to the peak, then lr_scheduler_type's shape.
+
+    linear and cosine go down to 0, which the update after the last would have.
+    """
     warmup = math.ceil(config.warmup_ratio * updates)
     if update < warmup:
         return config.learning_rate * (update + 1) / warmup
@@ -2002,16 +1968,17 @@ def learning_rate(config: MLXGRPOConfig, update: int, updates: int) -> float:
     return config.learning_rate * shape[config.lr_scheduler_type]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def wilson_interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95% confidence interval of a proportion (Wilson, 1927)."""
     if not n:
         return 0.0, 1.0
-    p, centre = hits / n, (hits / n + z * z / (2 * n)) / (1 + z * z / n)
+    p = hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
@@ -2024,17 +1991,25 @@ def fixed_subset(rows: list, size: int, seed: int) -> list:
 
 
 def mean_interval(values: np.ndarray, full: float | None = None) -> tuple[float, float]:
-    """95% interval of the mean of n >= 1 values: Wilson's where each is 0 or `full` (above 0; by default 1), else the normal one."""
-    full, n = full if full and full > 0 else 1.0, len(values)
+    """95% interval of the mean of n >= 1 values.
+
+    Wilson's where each value is 0 or `full` (above 0; 1 if not given), else the normal one.
+    """
+    full = full if full and full > 0 else 1.0
+    n = len(values)
     if np.isin(values, (0.0, full)).all():
         low, high = wilson_interval(int((values == full).sum()), n)
         return full * low, full * high
-    mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    mean = float(values.mean())
+    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
     return mean - half, mean + half
 
 
 def reward_scores(rewards: np.ndarray, names: list[str], weights: list[float]) -> dict:
-    """reward_mean, the weighted total's, and rewards/NAME of rewards (F, n), each with its interval; without abstentions."""
+    """Means over rewards (F, n): reward_mean, of the weighted totals, and rewards/NAME, of each function.
+
+    Each has its interval beside it. Abstentions (NaN) do not count.
+    """
     scores = {}
     alone = ALL_OR_NOTHING.get(names[0], 1.0) * weights[0] if len(names) == 1 else None
     rows = [("reward_mean", alone, total_rewards(rewards, weights))]
@@ -2057,59 +2032,50 @@ def exact_match(texts: list[str], golds: list[str]) -> dict:
     }  # fmt: skip
 
 
-EVALUATION_ROWS = 32  # at a time, where a rollout has fewer
+EVALUATION_ROWS = 32  # an evaluation's rows at a time are at least this many
 
 
 def evaluate(
-    model,
-    tokenizer,
-    rows: list[dict],
-    config: MLXGRPOConfig,
-    progress=None,
-    ranks: Ranks = ALONE,
-    decoder=None,
-    rewards=None,
-) -> dict:
-    """Greedy answers to `rows` ({"prompt", "answer", ..}), scored by the run's rewards and by exact match, and every text.
+    model, tokenizer, rows: list[dict], config: MLXGRPOConfig,
+    progress=None, ranks: Ranks = ALONE, decoder=None, rewards=None,
+) -> dict:  # fmt: skip
+    """Greedy answers to `rows` ({"prompt", "answer", ..}): their rewards, exact match and texts.
 
-    rewards: (functions, weights) as load_rewards gives them, which is asked where None. Raises RunError where one fails.
+    rewards: (functions, weights) as load_rewards returns them; None for the config's. Raises RunError where a
+    reward function fails.
     """
     functions, weights = rewards or load_rewards(config, BUILT_IN_REWARDS)
-    mine, greedy = ranks.share(rows), Sampling(temperature=0.0)
+    mine = ranks.share(rows)
     limit = config.eval_max_new_tokens or config.max_completion_length
     prompts = [build_prompt(tokenizer, r["prompt"], *config.prompting) for r in mine]
+    # As many rows as a rollout has on this rank, so that it takes no more memory.
+    most_rows = max(EVALUATION_ROWS, config.batch_size * config.num_generations // ranks.size)
     completions = generate(
-        model,
-        tokenizer,
-        prompts,
-        sampling=greedy,
-        stop_strings=config.stops,
-        progress=progress,
-        decoder=decoder,
-        prefix=config.completion_prefix,
-        max_new_tokens=limit,
-        kv_budget=int(config.kv_budget_gb * 2**30),
-        # No more rows than a rollout has on this rank: it takes no more memory.
-        most_rows=max(EVALUATION_ROWS, config.batch_size * config.num_generations // ranks.size),
-    )
+        model, tokenizer, prompts, sampling=Sampling(temperature=0.0), max_new_tokens=limit,
+        stop_strings=config.stops, prefix=config.completion_prefix, progress=progress, decoder=decoder,
+        kv_budget=int(config.kv_budget_gb * 2**30), most_rows=most_rows,
+    )  # fmt: skip
     groups = [Group(row, ids, [completion]) for row, ids, completion in zip(mine, prompts, completions)]
     try:
         score_groups(groups, functions, config.reward_timeout, limit)
         answers = [[completion.text, len(completion.ids), completion.rewards] for completion in completions]
-    except RunError as error:  # on one rank
+    except RunError as error:  # on one rank: merge raises it on all
         answers = error
     texts, lengths, scores = zip(*ranks.merge(answers))
+    cut = {}
+    if any(map(has_thought, texts)):
+        cut["cut_thinking"] = float(np.mean([is_thinking(text) for text in texts]))
     return {
         **reward_scores(np.array(scores).T, names_of(functions), weights),
         **exact_match(texts, [row["answer"] for row in rows]),
         "n": len(rows), "completion_length": float(np.mean(lengths)), "texts": list(texts),
-        **({"cut_thinking": float(np.mean([is_thinking(text) for text in texts]))} if any(map(has_thought, texts)) else {}),
+        **cut,
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Update
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def policy_loss(
@@ -2121,7 +2087,7 @@ def policy_loss(
         "entropy_coef": batch.get("entropy_coef", config.entropy_coef),
     }
     old_logps = batch.get("old_logps", mx.stop_gradient(logps))
-    if "on_policy" in batch:  # then they are this very forward's, rounded as it is: the ratio is exactly 1
+    if "on_policy" in batch:  # where True, the old policy is this one: the ratio is exactly 1
         old_logps = mx.where(batch["on_policy"], mx.stop_gradient(logps), old_logps)
     loss, metrics = grpo_loss(
         logps, old_logps, batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
@@ -2133,9 +2099,9 @@ def policy_loss(
 
 OBJECTIVE_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name in FIELD_TYPES)
 
-# Of a micro-batch, what has a row for each completion.
+# A micro-batch's arrays with one row a completion.
 ROW_ARRAYS = ("ids", "mask", "advantages", "sampler_logps", "old_logps", "ref_logps", "entropy_mask")
-# 0 in an update without a forward pass, as are the loss's own.
+# Metrics that are 0 in an update without a forward pass; those of the loss are too.
 IDLE_METRICS = ("loss", "grad_norm", "kl", "entropy", "mismatch/mean", "mismatch/kl", "mismatch/max")
 
 
@@ -2146,7 +2112,9 @@ class Learner:
     """
 
     def __init__(self, model, ref_model, loss, config: MLXGRPOConfig, ranks: Ranks, memory_limit: int):
-        self.model, self.config, self.ranks = model, config, ranks
+        self.model = model
+        self.config = config
+        self.ranks = ranks
         self.memory_limit = memory_limit
         # In float32 the head's logits take at most a 64th of the limit.
         self.head_chunk = min(HEAD_CHUNK_LOGITS, memory_limit // 256) // stream_count()
@@ -2196,18 +2164,19 @@ class Learner:
         return gradient, apply
 
     def set_optimizer(self, state: dict) -> None:
-        """Take over an optimizer's state, in the tree that is there: what is compiled refers to it."""
+        """Replace the optimizer's state in place: the compiled step refers to the same tree."""
         held = self.optimizer.state
-        state = dict(state)  # it may be that tree itself
+        state = dict(state)  # a copy: it may be the tree that is cleared next
         held.clear()
         held.update(state)
-        self.optimizer.init(self.model.trainable_parameters())  # files have no places for what has no state
+        self.optimizer.init(self.model.trainable_parameters())  # fills in branches that a file leaves out
 
     def prepare(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
-        """This rank's micro-batches, with ref_logps, old_logps and entropy_mask (N, T) where the objective needs them.
+        """This rank's micro-batches, with ref_logps, old_logps, entropy_mask (N, T) as the loss needs them.
 
-        advantages: (B, G). What is the policy's here is of the policy as it was before the first of num_iterations steps.
-        That step's own forward gives its log-probs; where they are needed before it, a forward of their own does.
+        advantages: (B, G). old_logps and entropy_mask are of the policy as it was before the first of
+        num_iterations steps. The forward pass of that step gives old_logps; only where something is needed
+        earlier is there an extra forward pass.
         """
         config = self.config
         self.model.train()  # models with kernels for inference alone switch to what has a gradient
@@ -2218,7 +2187,8 @@ class Learner:
         entropies = []
         needs_policy = config.top_entropy_quantile < 1 or config.estimator.tokens
         for batch in batches if config.num_iterations > 1 or needs_policy else ():
-            batch["old_logps"], batch["on_policy"] = mx.zeros_like(batch["mask"]), mx.array(True)
+            batch["old_logps"] = mx.zeros_like(batch["mask"])  # set by the first step's forward
+            batch["on_policy"] = mx.array(True)
         if needs_policy:
             for batch, (logps, found) in zip(batches, run_on_streams(self.log_probs, batches)):
                 batch["old_logps"] = logps
@@ -2247,7 +2217,8 @@ class Learner:
 
         "skipped" among them says why no weight was changed.
         """
-        grads, parts = None, []
+        grads = None
+        parts = []
         if self.config.use_adaptive_entropy:
             for batch in batches:
                 batch["entropy_coef"] = mx.array(entropy_coef)
@@ -2260,7 +2231,7 @@ class Learner:
             parts.append({"loss": value, "metrics": metrics, **sizes})
             mx.async_eval(grads, parts[-1])
             del part  # free these gradients before the next micro-batch
-        # A rank may have no part.
+        # A rank may have no micro-batch.
         grads = self.ranks.sum(grads or tree_map(mx.zeros_like, self.model.trainable_parameters()))
         norm = gradient_norm(grads)
         mine = tree_map(lambda x: x.item() if isinstance(x, mx.array) else x, parts)
@@ -2293,45 +2264,48 @@ class Learner:
         return merge_metrics([part["metrics"] for part in parts], METRICS | config.objective.metrics, sizes)
 
     def idle_step(self, rate: float) -> dict:
-        """The record of a step that is left out because no group has a signal: Adam would blow rounding noise up to a
-        full step."""
+        """The record of a step that is left out because no group has a signal.
+
+        Such a step would be harmful: Adam would blow rounding noise up to a full step.
+        """
         idle = dict.fromkeys([*IDLE_METRICS, *self.config.objective.metrics], 0.0)
         return {**idle, "lr": rate, "skipped": "no signal"}
 
     def probe_memory(self, longest: list[int], groups: int) -> None:
-        """One gradient at the largest micro-batch there can be: memory that will not suffice fails here, not in the night.
+        """One gradient at the largest possible micro-batch, so that too little memory fails at the start.
 
-        longest: the ids of the longest prompt.
+        longest: the ids of the longest prompt. groups: how many there are.
         """
         length = self.config.rollout_tokens
-        prompt = [0] * (grid(len(longest)) - len(longest)) + longest  # as padded ones are
+        prompt = [0] * (grid(len(longest)) - len(longest)) + longest  # padded as in training
         completion = Completion([0] * length, [0.0] * length, [1] * length, "eos", "")
         mx.eval(self.optimizer.state)
-        # Said first: where memory is short, Linux ends the process without another word.
+        # Printed first: where memory is short, Linux kills the process without a message.
         print(f"probe      the longest batch, {len(longest)} + {length} tokens a row: ", end="", flush=True)
         self.trial_gradient([Group({}, prompt, [completion] * self.config.num_generations)] * groups)
         print(f"{mx.get_peak_memory() / 2**30:.2f} GB at the peak", flush=True)
 
     def trial_gradient(self, groups: list[Group]) -> float:
-        """The norm of a gradient that is thrown away: of as many micro-batches as go at once, with made-up advantages."""
+        """The norm of a gradient that is thrown away, with made-up advantages: one micro-batch a stream."""
         made_up = np.linspace(-1, 1, self.config.num_generations, dtype=np.float32)
         batches = self.prepare(groups, np.tile(made_up, (len(groups), 1)))[: stream_count()]
         return gradient_norm([part for _, _, part in run_on_streams(self.gradient, batches)])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Trainer
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class OldPolicy:
-    """model_old: what samples. It is the policy itself, unless it is to be stale or quantised; then it is a copy."""
+    """model_old, the model that samples: the policy itself, or a copy if it is to be stale or quantised."""
 
     def __init__(self, policy, config: MLXGRPOConfig):
-        self.policy, self.config = policy, config
+        self.policy = policy
+        self.config = config
         self.quantize = config.quantize_for_rollouts
         self.model = self.decoder = None
-        self.weights = {}  # the policy's trainable arrays that the copy was made of, where it may be stale
+        self.weights = {}  # the trainable arrays that a stale copy was made from
         self.refresh()
 
     def refresh(self, weights: dict | None = None) -> None:
@@ -2353,9 +2327,9 @@ class OldPolicy:
     def decoder_at(self, update: int) -> Decoder | None:
         """The decoder of the next rollout and evaluation: None, for plain MLX, until a run has been long.
 
-        What is fast on CUDA takes about 10 s to build and saves as much in FAST_AFTER positions: a short run
-        never builds it. Positions are counted by the longest completion there may be, so that a resumed run does
-        as an uninterrupted one.
+        CUDA's fast decoder takes about 10 s to build and saves as much in FAST_AFTER positions: a short run
+        never builds it. Positions are counted as if every completion were the longest possible, so that a
+        resumed run changes decoders where an uninterrupted one does.
         """
         positions = update // self.config.num_iterations * self.config.rollout_tokens
         return self.decoder if positions >= FAST_AFTER else None
@@ -2371,24 +2345,22 @@ class OldPolicy:
         self.policy.load_weights(list(now.items()), strict=False)
         if self.quantize:
             nn.quantize(
-                copied,
-                config.group_size,
-                config.bits,
+                copied, config.group_size, config.bits,
                 class_predicate=lambda _, module: is_divisible(module, config.group_size),
-            )
+            )  # fmt: skip
         mx.eval(copied.parameters())
         return copied
 
 
 def rows_digest(rows: list[dict]) -> str:
-    """A number that changes with any value of any row, and with their order."""
+    """A hash that changes with any value of any row, and with their order."""
     return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
 
 
 def weights_digest(model) -> str:
-    """A number that changes with any bit of what the model brings; of a model with adapters, beneath them."""
+    """A hash that changes with any bit of the base model's weights; adapters are left out."""
     own = {name for name, _ in tree_flatten(model.trainable_parameters())} if adapter_layers(model) else ()
-    arrays = narrowed(model, dict(tree_flatten(model.parameters())))  # as in its files, on every device
+    arrays = narrowed(model, dict(tree_flatten(model.parameters())))  # in the dtype of its files
     parts = [f"{name} {digest(array)}" for name, array in arrays.items() if name not in own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -2419,25 +2391,21 @@ def is_divisible(module, group_size: int) -> bool:
 
 @dataclass
 class RunState:
-    """Where a run is: with weights and optimizer all that a resume needs, since random keys are made of these and the seed."""
+    """Where a run is: all that a resume needs besides weights and optimizer. Random keys derive from it."""
 
     update: int = 0  # optimizer updates done or skipped
     cursor: int = 0  # prompts drawn from the data, or passed over
     passed_easy: int = 0  # prompts passed over because they were all right lately
     passed_hard: int = 0  # or all wrong
-    difficulty: dict = field(
-        default_factory=dict
-    )  # outcomes of the prompts drawn, by row; never changed in place
-    lowest_reward: float = (
-        0.0  # of a completion in the run so far, where difficulty is kept; 0 counts as seen
-    )
-    highest_reward: float = 0.0
+    difficulty: dict = field(default_factory=dict)  # outcomes of prompts, by row; never changed in place
+    lowest_reward: float = 0.0  # of a completion so far, where difficulty is kept; at most 0
+    highest_reward: float = 0.0  # at least 0
     tokens: int = 0  # completion tokens sampled
     nan_updates: int = 0  # with a non-finite gradient, in a row
     flat_updates: int = 0  # without signal, in a row
     changed_updates: int = 0  # that changed a weight
     skipped: dict = field(default_factory=dict)  # updates left out, by reason; never changed in place
-    said_no_signal: int = 0  # the update at which that was said last; 0 for never
+    said_no_signal: int = 0  # update of the last warning that there is no signal; 0 for none
     quantize_rollouts: bool = False  # off for good after a non-finite gradient
     entropy_coef: float = 0.0  # as use_adaptive_entropy has it now
     last_entropy: float = 1e9  # nats a trained token, of the last update
@@ -2480,36 +2448,42 @@ class RunState:
         return [(number, rows[row_of(number, len(rows), config.seed)]) for number in numbers]
 
     def drawn_since(self, start: "RunState") -> dict[str, int]:
-        """What the log says of the prompts drawn since `start`: how many were sampled, and passed over where that may be."""
-        easy, hard = self.passed_easy - start.passed_easy, self.passed_hard - start.passed_hard
+        """For the log: how many prompts were sampled since `start`, and passed over, where any may be."""
+        easy = self.passed_easy - start.passed_easy
+        hard = self.passed_hard - start.passed_hard
         passed = {"prompts/skipped_easy": easy, "prompts/skipped_hard": hard} if self.difficulty else {}
         return {"prompts_drawn": self.cursor - start.cursor - easy - hard, **passed}
 
     def note_difficulty(
         self, drawn: list[tuple[int, dict]], rewards, advantages, rows: int, config: MLXGRPOConfig
     ) -> None:
-        """Remember how the groups of these prompts went. rewards, advantages: (B, G); rows: how many there are in all."""
+        """Remember how the groups of these prompts went.
+
+        rewards, advantages: (B, G). rows: the number of training rows.
+        """
         known = rewards[~np.isnan(rewards)].tolist()
         self.lowest_reward = min([self.lowest_reward, *known])
         self.highest_reward = max([self.highest_reward, *known])
+        bounds = (self.lowest_reward, self.highest_reward)
         outcomes = [
-            (
-                row_of(number, rows, config.seed),
-                outcome(of_group, signal, self.lowest_reward, self.highest_reward),
-            )
+            (row_of(number, rows, config.seed), outcome(of_group, signal, *bounds))
             for (number, _), of_group, signal in zip(drawn, rewards, advantages.any(axis=1))
         ]
         self.difficulty = remembered(self.difficulty, outcomes, config.difficulty_window)
 
     def note_evaluation(self, record: dict, metric: str) -> None:
-        """Remember the best held-out score, and when it was. metric: what counts, None in the record where nothing was scored."""
+        """Remember the best held-out score, and when it was.
+
+        metric: the field of the record that counts; it is None there where nothing was scored.
+        """
         score = record.get(metric)
         if record["split"] == "test" and score is not None and score > self.best:
-            self.best, self.best_update = score, self.update
+            self.best = score
+            self.best_update = self.update
 
     @classmethod
     def read(cls, plain: dict) -> "RunState":
-        """Of a checkpoint's plain data. Raises TypeError or ValueError for what was no RunState's."""
+        """From a checkpoint's plain data. Raises TypeError or ValueError where that is not a RunState's."""
         state = cls(**plain)
         if any(type(value) is not type(getattr(cls(), name)) for name, value in vars(state).items()):
             raise ValueError("a value of another type")
@@ -2542,12 +2516,12 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def keeping_what_is_learnt(state: RunState, save):
-    """Where a reward fails, put the state back and save() what is learnt so far: a resume scores the same prompts."""
+    """Where a reward fails, restore the state and save() what is learnt: a resume scores the same prompts."""
     start = dataclasses.replace(state)
     try:
         yield
     except RunError:
-        if state.update == start.update:  # it was while sampling, and no weight has changed
+        if state.update == start.update:  # no weight has changed since the prompts were drawn
             vars(state).update(vars(start))
         if state.update:
             save()
@@ -2555,22 +2529,22 @@ def keeping_what_is_learnt(state: RunState, save):
 
 
 class RunFiles:
-    """A run on disk: its logs, its checkpoints, its final model. Rank 0 writes and reads, the others are sent the rest.
+    """A run on disk: logs, checkpoints, final model. Rank 0 reads and writes, and sends to the others.
 
-    writer: of the policy as it is then. inputs: digests of what the run reads.
+    writer: writes the policy as it is at the time. inputs: digests of what the run reads.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        learner: Learner,
-        old_policy: OldPolicy,
-        writer: ModelWriter,
-        inputs: dict[str, str],
-    ):
-        self.run_dir, self.learner, self.old_policy = run_dir, learner, old_policy
-        self.writer, self.inputs = writer, inputs
-        self.config, self.ranks = learner.config, learner.ranks
+        self, run_dir: Path, learner: Learner, old_policy: OldPolicy,
+        writer: ModelWriter, inputs: dict[str, str],
+    ):  # fmt: skip
+        self.run_dir = run_dir
+        self.learner = learner
+        self.old_policy = old_policy
+        self.writer = writer
+        self.inputs = inputs
+        self.config = learner.config
+        self.ranks = learner.ranks
         self.logs = RunLogs(run_dir, self.config.log_jsonl and self.ranks.rank == 0)
         self.checkpoints = Checkpoints(run_dir, self.config.save_total_limit)
 
@@ -2582,25 +2556,27 @@ class RunFiles:
         self.ranks.on_first(lambda: write_directory(self.run_dir / "final", self.writer.write_model))
 
     def save_checkpoint(self, state: RunState, may_fail: bool) -> None:
-        """Write checkpoint-UPDATE, with all that an exact resume needs. may_fail: whether the next one may make up for it."""
+        """Write checkpoint-UPDATE, with all that an exact resume needs.
 
+        may_fail: whether the run goes on where the disk refuses, since a later checkpoint will follow.
+        """
         self.check_weights(state)
 
         def write(folder: Path) -> None:
             logs = self.logs.sync()
             self.writer.write_checkpoint(folder)
             settings = dataclasses.asdict(self.config)
-            parts = (with_masters(self.learner.model, self.learner.optimizer.state), self.old_policy.weights)
-            write_snapshot(
-                folder, Snapshot(dataclasses.asdict(state), settings, logs, self.inputs, {}, *parts)
-            )
+            optimizer = with_masters(self.learner.model, self.learner.optimizer.state)
+            stale = self.old_policy.weights
+            plain = dataclasses.asdict(state)
+            write_snapshot(folder, Snapshot(plain, settings, logs, self.inputs, {}, optimizer, stale))
 
         self.ranks.on_first(lambda: self.checkpoints.write(state.update, state.best_update, write, may_fail))
 
     def resume(self, folder: Path, asked: set[str], accept_inputs: bool) -> RunState:
-        """Take over a checkpoint, as if there had been no stop; only rank 0 needs to have it. Raises UserError.
+        """Take over a checkpoint as if there had been no stop; only rank 0 needs the files. Raises UserError.
 
-        asked: settings given by --set, which may differ. accept_inputs: whether data, model and reward files may.
+        asked: settings given by --set, which may differ. accept_inputs: whether data, model and rewards may.
         """
         plain = self.ranks.on_first(lambda: dataclasses.asdict(self.restore(folder, asked, accept_inputs)))
         state = RunState(**plain)
@@ -2614,7 +2590,8 @@ class RunFiles:
 
     def restore(self, folder: Path, asked: set[str], accept_inputs: bool) -> RunState:
         """Load what a checkpoint holds, and set aside what the run wrote after it."""
-        snapshot, trainable = read_snapshot(folder), trainable_arrays(self.learner.model)
+        snapshot = read_snapshot(folder)
+        trainable = trainable_arrays(self.learner.model)
         try:
             state = RunState.read(snapshot.state)
             if any(snapshot.weights[name].shape != now.shape for name, now in trainable.items()):
@@ -2638,31 +2615,31 @@ class RunFiles:
 class MLXGRPOTrainer:
     """GRPO (DeepSeekMath, Algorithm 1) with the settings of `config`, into the directory `run_dir`.
 
-    model: the policy. model_old: what samples, the policy itself unless it is to be quantised or stale. ref_model: the
-    policy as it was, for the KL, where kl_coeff asks for one. Each of several `ranks` rolls out its share of the prompts.
+    model: the policy. model_old: what samples, the policy itself unless it is to be quantised or stale.
+    ref_model: the policy as it was at the start, for the KL; None where kl_coeff is 0. Each of several
+    `ranks` rolls out its share of the prompts.
     """
 
     def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
-        self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
+        self.config = config
+        self.run_dir = Path(run_dir)
+        self.ranks = ranks
         self.reward_functions, self.reward_weights = load_rewards(config, BUILT_IN_REWARDS)
         source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
-        splits = {
-            split: load_dataset_split(config, split) for split in ("train", "test")
-        }  # a wrong path is met before a model is loaded
+        # Data come before the model: a wrong path fails at once.
+        splits = {split: load_dataset_split(config, split) for split in ("train", "test")}
         self.model, self.tokenizer = load_model(config)
         if ranks.rank == 0:
-            warn_of_rows(
-                config, special_tokens(self.tokenizer), training=splits["train"], held_out=splits["test"]
-            )
+            special = special_tokens(self.tokenizer)
+            warn_of_rows(config, special, training=splits["train"], held_out=splits["test"])
         self.rows, self.eval_rows = prompt_rows(splits, self.model, self.tokenizer, config)
         if config.prompts_per_update < ranks.size:
             raise UserError(
-                f"{ranks.size} ranks share {config.prompts_per_update} prompts an update; raise batch_size, or start fewer"
+                f"{ranks.size} ranks share {config.prompts_per_update} prompts an update; "
+                "raise batch_size, or start fewer"
             )
-        self.updates = (
-            max(1, int(config.num_epochs * len(self.rows) / config.prompts_per_update))
-            * config.num_iterations
-        )
+        batches = max(1, int(config.num_epochs * len(self.rows) / config.prompts_per_update))
+        self.updates = batches * config.num_iterations
 
         # Queued MLX work keeps its buffers alive: above this, MLX waits for queued work.
         self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
@@ -2684,7 +2661,7 @@ class MLXGRPOTrainer:
         self.files = RunFiles(self.run_dir, self.learner, self.old_policy, writer, inputs)
         self.monitor = Monitor(self.updates, config.logging_steps, metric=config.best_metric)
         self.signal = SignalWatch(config, self.rows, self.monitor.say, self.files.logs)
-        self.after_evaluation = lambda run_dir: None  # the command line puts the report here
+        self.after_evaluation = no_report  # the command line puts write_report here
         self.stop_signal = 0
         ranks.must_agree(settings=dataclasses.asdict(config), data=list(inputs.items())[:2])
         ranks.check_equal(dict(tree_flatten(self.model.parameters())), "as loaded")
@@ -2696,12 +2673,12 @@ class MLXGRPOTrainer:
     # One update
 
     def train_step(self) -> list[dict]:
-        """Algorithm 1, lines 4 to 11, for one batch of prompts: num_iterations updates. The log record of each."""
-        config, watch, start = self.config, Stopwatch(), dataclasses.replace(self.state)
-        groups = self.rollout(self.config.prompts_per_update, watch)
-        for _ in range(
-            config.dynamic_sampling_max_batches
-        ):  # DAPO: fresh prompts for the groups without signal
+        """Algorithm 1, lines 4 to 11, for one batch of prompts: num_iterations updates, a log record each."""
+        config = self.config
+        watch = Stopwatch()
+        start = dataclasses.replace(self.state)
+        groups = self.rollout(config.prompts_per_update, watch)
+        for _ in range(config.dynamic_sampling_max_batches):  # DAPO: new prompts for groups without signal
             useful = [group for group in groups if self.advantages([group])[1].any()]
             if len(useful) == len(groups):
                 break
@@ -2756,32 +2733,32 @@ class MLXGRPOTrainer:
 
     def compute_rewards(self, groups: list[Group]) -> None:
         """Score every completion by every reward function; NaN where a function abstains."""
-        score_groups(
-            groups, self.reward_functions, self.config.reward_timeout, self.config.max_completion_length
-        )
+        config = self.config
+        score_groups(groups, self.reward_functions, config.reward_timeout, config.max_completion_length)
 
     def advantages(self, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
         """Each completion's reward and advantage, (B, G) each."""
-        each = np.array(
-            [[completion.rewards for completion in group.completions] for group in groups]
-        )  # (B, G, F)
+        nested = [[completion.rewards for completion in group.completions] for group in groups]
+        each = np.array(nested)  # (B, G, F)
         rewards, advantages = combine_rewards(each.transpose(2, 0, 1), self.reward_weights, self.config)
         return rewards, np.array(advantages)
 
     def train_on(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
         """num_iterations optimizer steps on one batch of groups; the metrics of each. advantages: (B, G)."""
-        config, state, metrics = self.config, self.state, []
+        config = self.config
+        state = self.state
+        metrics = []
         idle = not advantages.any() and config.estimator.tokens is None
         batches = [] if idle else self.learner.prepare(groups, advantages)
         note_shapes(state.shapes, batches, state.update)
         for _ in range(config.num_iterations):
             rate = learning_rate(config, state.update, self.updates)
-            metrics.append(
-                self.learner.idle_step(rate)
-                if idle
-                else self.learner.step(batches, rate, state.bonus(config))
-            )
-            state.note(metrics[-1], config)
+            if idle:
+                record = self.learner.idle_step(rate)
+            else:
+                record = self.learner.step(batches, rate, state.bonus(config))
+            metrics.append(record)
+            state.note(record, config)
         if state.nan_updates and self.old_policy.quantize:
             state.quantize_rollouts = self.old_policy.quantize = False
             print("NaN gradient encountered: rollouts are in full precision from here on", file=sys.stderr)
@@ -2794,29 +2771,35 @@ class MLXGRPOTrainer:
     # The run
 
     def check_signal(self) -> tuple[list[Group], dict]:
-        """Sample a few prompts by keys of their own, and say what they earn: the groups, and a log record where it is nothing."""
+        """Sample a few prompts before training: their groups, and a log record where they earn nothing.
+
+        Their random keys are their own, so that training samples the same with and without this check.
+        """
         rows = fixed_subset(self.rows, min(CHECKED_PROMPTS, self.config.prompts_per_update), self.config.seed)
         groups = self.sample_groups([(f"check {i}", row) for i, row in enumerate(rows)], Stopwatch())
         return groups, self.signal.check(names_of(self.reward_functions), groups, *self.advantages(groups))
 
     def dry_run(self) -> None:
-        """The check before the first update and one backward pass; nothing is written and no weight changes."""
+        """The check before training, and one backward pass; nothing is written and no weight changes."""
         groups = self.check_signal()[0][: self.ranks.size]
         norm = self.learner.trial_gradient(groups)
         if not math.isfinite(norm):
             raise RunError(
-                "NaN gradient encountered: in the first backward pass; load the model in float32, or check its weights"
+                "NaN gradient encountered: in the first backward pass; "
+                "load the model in float32, or check its weights"
             )
         print("to fit     " + "\n           ".join(suggestions(self.work)))
         tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
         print(f"dry run    {tokens} tokens in one backward pass (gradient norm {norm:.3g}): all well")
 
     def train(self) -> dict:
-        """Train to the end: evaluate, update, log, save. Returns the evaluations before and after, {} when stopped."""
+        """Train to the end: evaluate, update, log, save.
+
+        Returns the evaluations before and after, or {} when stopped.
+        """
         state = self.state
-        self.learner.probe_memory(
-            max((row["prompt_ids"] for row in self.rows), key=len), self.config.prompts_per_update
-        )
+        longest = max((row["prompt_ids"] for row in self.rows), key=len)
+        self.learner.probe_memory(longest, self.config.prompts_per_update)
         with self.monitor as monitor:
             monitor.begin(state.update, state.before.get("test"))
             if not state.before:
@@ -2845,17 +2828,20 @@ class MLXGRPOTrainer:
 
     def evaluate_and_save(self, previous: int) -> None:
         """The evaluations and the checkpoint that are due after the updates since `previous`."""
-        config, update = self.config, self.state.update
+        config = self.config
+        update = self.state.update
         for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
             if is_due(previous, update, every):
                 self.evaluate_em(split)
-        if is_due(previous, update, config.save_steps) or (
-            config.save_steps and self.state.best_update == update
-        ):
+        is_best = config.save_steps and self.state.best_update == update
+        if is_due(previous, update, config.save_steps) or is_best:
             self.save_checkpoint()
 
     def stop_where_nothing_is_learnt(self, previous: int) -> None:
-        """Save and raise RunError where gradients fail, or there is no signal, for too long. previous: the update before these."""
+        """Save and raise RunError where gradients fail, or there is no signal, for too long.
+
+        previous: the number of updates before the last batch of prompts.
+        """
         if reason := why_stop(self.state, self.state.update - previous, self.config):
             self.save_checkpoint()
             self.signal.end(self.state)
@@ -2873,18 +2859,20 @@ class MLXGRPOTrainer:
 
     def evaluate_em(self, split: str) -> dict:
         """Evaluate on a fixed part of a split, log and show it, and note the best held-out score."""
-        start, state, rows = time.perf_counter(), self.state, self.eval_rows[split]
-        when = {0: "before training", self.updates: "after training"}.get(
-            state.update, f"update {state.update}"
-        )
+        start = time.perf_counter()
+        state = self.state
+        rows = self.eval_rows[split]
+        named = {0: "before training", self.updates: "after training"}
+        when = named.get(state.update, f"update {state.update}")
         self.monitor.evaluating(len(rows), when)
         self.model.eval()
         rewards = self.reward_functions, self.reward_weights
         shared = self.old_policy.decoder_at(state.update) if self.model_old is self.model else None
         with keeping_what_is_learnt(state, self.save_checkpoint):
             result = evaluate(
-                self.model, self.tokenizer, rows, self.config, None, self.ranks, shared, rewards
-            )
+                self.model, self.tokenizer, rows, self.config,
+                ranks=self.ranks, decoder=shared, rewards=rewards,
+            )  # fmt: skip
         del result["texts"]
         record = {"event": "eval", "update": state.update, "split": split, **result}
         timed = {**record, "seconds": time.perf_counter() - start}
@@ -2900,8 +2888,13 @@ class MLXGRPOTrainer:
     def report(
         self, groups, rewards, advantages, metrics, watch: Stopwatch, drawn: dict[str, int]
     ) -> list[dict]:
-        """The log records of the updates just made, and samples where they are due. drawn: as of RunState.drawn_since."""
-        config, state, names = self.config, self.state, names_of(self.reward_functions)
+        """The log records of the updates just made; shows and logs samples where they are due.
+
+        drawn: RunState.drawn_since of the batch.
+        """
+        config = self.config
+        state = self.state
+        names = names_of(self.reward_functions)
         previous = state.update - len(metrics)
         every = config.log_completions_steps
         if every and (not previous or is_due(previous, state.update, every)):
@@ -2909,16 +2902,11 @@ class MLXGRPOTrainer:
             self.files.logs.add("completions", *samples)
             self.monitor.completions(samples, rewards)
         seconds, exchanges = self.ranks.timing(watch.seconds)
-        facts = update_facts(groups, rewards, advantages, names) | time_facts(
-            groups, seconds, drawn["prompts_drawn"], metrics
-        )
+        facts = update_facts(groups, rewards, advantages, names)
+        facts |= time_facts(groups, seconds, drawn["prompts_drawn"], metrics)
         state.tokens += facts.pop("sampled")
-        facts |= {
-            "epoch": round(state.cursor / len(self.rows), 4),
-            "total_tokens": state.tokens,
-            **drawn,
-            **exchanges,
-        }
+        facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens}
+        facts |= drawn | exchanges
         self.signal.after_updates(state, names, groups, rewards)
         return [{"update": previous + i, "kl": 0.0, **one, **facts} for i, one in enumerate(metrics, 1)]
 
@@ -2931,14 +2919,18 @@ class MLXGRPOTrainer:
         self.learner.shapes = self.state.shapes
 
 
+def no_report(run_dir: Path) -> None:
+    """What a trainer does after an evaluation where nothing else is asked for."""
+
+
 def is_due(previous: int, now: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (previous, now]; never for 0."""
     return bool(every) and previous // every < now // every
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 MAIN_SETTINGS = """\
@@ -2950,7 +2942,7 @@ the settings met first (docs/CONFIG_GUIDE.md has all, with their defaults):
   objective   loss_type, clip_eps, kl_coeff, scale_rewards, num_iterations
   optimiser   learning_rate, num_epochs, micro_batch_tokens, grad_checkpoint
   output      output_dir, run_name, eval_steps, save_steps, report_to
-"""  # with the rest of --help on one screen, 24 lines of 80
+"""  # --help as a whole fits one screen, 24 lines of 80 columns
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -2959,45 +2951,38 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Train a small language model by Group Relative Policy Optimization.",
         epilog=MAIN_SETTINGS,
         add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=26, width=80
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80
         ),
     )
-    settings, running = parser.add_argument_group("settings"), parser.add_argument_group("running")
+    settings = parser.add_argument_group("settings")
     settings.add_argument(
         "--config", metavar="FILE", help="TOML file; else $MLX_GRPO_CONFIG, else the quickstart"
     )
     settings.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
+        "--set", metavar="KEY=VALUE", action="append", default=[],
         help="one setting, over the file's; repeatable",
-    )
+    )  # fmt: skip
+    running = parser.add_argument_group("running")
     running.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan, train nothing"
     )
     running.add_argument(
-        "--resume",
-        metavar="CHECKPOINT",
-        nargs="?",
-        const="",
+        "--resume", metavar="CHECKPOINT", nargs="?", const="",
         help="go on from the newest checkpoint, or this one",
-    )
+    )  # fmt: skip
     running.add_argument(
-        "--accept-changed-inputs",
-        action="store_true",
+        "--accept-changed-inputs", action="store_true",
         help="resume though data, model or reward files differ",
-    )
+    )  # fmt: skip
     running.add_argument("-h", "--help", action="help", help="show this")
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks; the exit status."""
-    path = Path(
-        arguments.config or os.environ.get("MLX_GRPO_CONFIG") or ROOT / "configs" / "quickstart.toml"
-    ).expanduser()
+    quickstart = ROOT / "configs" / "quickstart.toml"
+    path = Path(arguments.config or os.environ.get("MLX_GRPO_CONFIG") or quickstart).expanduser()
     values, sources = read_settings(FIELD_TYPES, path, arguments.set)
     config = MLXGRPOConfig(**values)
     check_trackers(config.report_to)
@@ -3008,19 +2993,21 @@ def run(arguments: argparse.Namespace) -> int:
 def run_on(
     ranks: Ranks, arguments: argparse.Namespace, path: Path, config: MLXGRPOConfig, sources: dict
 ) -> int:
-    """The same as one of `ranks`, of which the first has the run's directory."""
+    """Do what the command line asks, as one of `ranks`. Only the first uses the run's directory."""
     print_settings(config, sources)
     if sys.platform == "linux" and on_cpu() and not blas_name():
         print(
-            "No OpenBLAS or MKL found: MLX is many times slower without. Install one: apt-get install libopenblas0, or uv pip install mkl"
+            "No OpenBLAS or MKL found: MLX is many times slower without. "
+            "Install one: apt-get install libopenblas0, or uv pip install mkl"
         )
     run_dir, checkpoint = map(Path, ranks.on_first(lambda: find_run(config, path.stem, arguments.resume)))
     resumes = checkpoint != NO_CHECKPOINT
     trainer = MLXGRPOTrainer(config, run_dir, ranks)
-    gc.freeze()  # what is loaded stays: collections pass over it
+    gc.freeze()  # what is loaded stays: garbage collection need not look at it
     print_plan(
         trainer.work, config, training=len(trainer.rows), held_out=len(trainer.eval_rows["test"]),
-        updates=trainer.updates, ranks=ranks.size, ways=plan_lines(trainer.learner, trainer.old_policy.model, trainer.old_policy.decoder),
+        updates=trainer.updates, ranks=ranks.size,
+        ways=plan_lines(trainer.learner, trainer.old_policy.model, trainer.old_policy.decoder),
     )  # fmt: skip
     if arguments.dry_run:
         trainer.dry_run()
@@ -3029,7 +3016,7 @@ def run_on(
     with contextlib.ExitStack() as held:
         with failing_on_the_disk(run_dir):
             ranks.on_first(lambda: held.enter_context(claimed_directory(run_dir)) and None)
-            if not resumes:  # what was logged here came to no update
+            if not resumes:  # a log that is here is of a run that ended before its first checkpoint
                 ranks.on_first(lambda: trainer.files.logs.cut({}))
             if resumes:
                 asked = {name for name, source in sources.items() if source == "--set"}
@@ -3048,7 +3035,8 @@ def run_on(
         outcome = trainer.train()
     if not outcome:
         print(
-            f"Stopped at update {trainer.state.update} of {trainer.updates}. To continue, run the same command with --resume",
+            f"Stopped at update {trainer.state.update} of {trainer.updates}. "
+            "To continue, run the same command with --resume",
             file=sys.stderr,
         )
         return 128 + trainer.stop_signal
@@ -3060,27 +3048,27 @@ NO_CHECKPOINT = Path("")
 
 
 def print_settings(config: MLXGRPOConfig, sources: dict) -> None:
-    """The settings that differ, a line each, then the defaults."""
+    """Print the settings that differ from their defaults, a line each, then the defaults as one paragraph."""
     lines = config_as_toml(config, sources).splitlines()
     print("\n".join(line for line in lines if not line.endswith("# default")))
-    defaults = "defaults: " + ", ".join(
-        l.removesuffix("  # default").removeprefix("# ") for l in lines if l.endswith("# default")
-    )
+    unchanged = [line.removesuffix("  # default") for line in lines if line.endswith("# default")]
+    defaults = "defaults: " + ", ".join(line.removeprefix("# ") for line in unchanged)
     print(textwrap.fill(defaults, min(100, shutil.get_terminal_size((100, 24)).columns)))
 
 
 def find_run(config: MLXGRPOConfig, name: str, resume: str | None) -> tuple[str, str]:
-    """The run's directory and, for --resume, the checkpoint to go on from; "" where there is none. Raises UserError."""
+    """The run's directory, and the checkpoint that --resume goes on from or "". Raises UserError."""
     run_dir = choose_run_dir(Path(config.output_dir), config.run_name, name, resume)
     if links := [entry for entry in run_dir.glob("*") if entry.is_symlink()]:
         raise UserError(
-            f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. Put in its place what it points to"
+            f"Run directory holds a link, which would lead writes elsewhere: {links[0]}. "
+            "Put in its place what it points to"
         )
     return str(run_dir), str(resume is not None and find_checkpoint(run_dir, resume) or "")
 
 
 def claimed_directory(run_dir: Path):
-    """The run's directory, held for this process and without what a killed save has left."""
+    """Lock the run's directory for this process, and remove what a killed save has left in it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = lock_directory(run_dir)
     for left_over in [*run_dir.glob(".*.partial"), *run_dir.glob(".*.removed")]:
@@ -3089,12 +3077,11 @@ def claimed_directory(run_dir: Path):
 
 
 def describe_run(run_dir: Path, config: MLXGRPOConfig, sources: dict, updates: int) -> None:
-    """Write what the run is of: its settings and the machine."""
+    """Write the run's settings and the machine it runs on."""
     (run_dir / "config.resolved.toml").write_text(config_as_toml(config, sources))
     (run_dir / "settings.json").write_text(json.dumps(settings_record(config, sources), indent=2))
-    (run_dir / "machine.json").write_text(
-        json.dumps({**machine_facts(memory_bytes()), "updates": updates}, indent=2)
-    )
+    machine = {**machine_facts(memory_bytes()), "updates": updates}
+    (run_dir / "machine.json").write_text(json.dumps(machine, indent=2))
 
 
 @contextlib.contextmanager
@@ -3120,9 +3107,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search(
-            "allocat|out of memory|insufficient memory", str(error), re.IGNORECASE
-        ):
+        words = "allocat|out of memory|insufficient memory"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):
             raise
         print(f"Out of memory: {' '.join(str(error).split())}. {LESS_MEMORY}", file=sys.stderr)
         return 1
