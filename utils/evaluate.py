@@ -41,7 +41,7 @@ KINDS = ("strict", "lenient")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the models, in the tables
 
 
-# --- Statistics -------------------------------------------------------------------------------------------------
+# --- Statistics ---------------------------------------------------------------------------------------------
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -82,7 +82,7 @@ def rate(values: list[float]) -> tuple[float, float, float]:
     return mean, *mlx_grpo.wilson_interval(mean * len(values), len(values))
 
 
-# --- Answers ----------------------------------------------------------------------------------------------------
+# --- Answers ------------------------------------------------------------------------------------------------
 
 
 def read_questions(path: Path) -> list[dict]:
@@ -107,7 +107,8 @@ def read_rows(config, split: str) -> list[dict]:
     if path.suffix == ".txt":
         return read_questions(path)
     if path.is_file():  # the trainer would set some of its rows aside; here all are wanted
-        config, split = dataclasses.replace(config, eval_dataset=config.dataset), "test"
+        config = dataclasses.replace(config, eval_dataset=config.dataset)
+        split = "test"
     return mlx_grpo.load_dataset_split(config, split)
 
 
@@ -118,7 +119,8 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
     """
     sampling = config.sampling if samples else mlx_grpo.Sampling(temperature=0.0)
     prompts = [mlx_grpo.build_prompt(tokenizer, row["prompt"], *config.prompting) for row in rows]
-    each, limit = samples or 1, config.eval_max_new_tokens or config.max_completion_length
+    each = samples or 1
+    limit = config.eval_max_new_tokens or config.max_completion_length
     for start in range(0, len(rows), BATCH):
         part = range(start, min(start + BATCH, len(rows)))
         completions = mlx_grpo.generate(
@@ -134,8 +136,10 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
         if rewards:
             mlx_grpo.score_groups(groups, list(rewards.values()), config.reward_timeout, limit)
         for n, completion in enumerate(completions):
-            row, text = rows[part[n // each]], completion.text
-            answer, gold = mlx_grpo.after_thinking(text), row["answer"]
+            row = rows[part[n // each]]
+            text = completion.text
+            answer = mlx_grpo.after_thinking(text)
+            gold = row["answer"]
             tagged = mlx_grpo.extract_xml_answer(answer)
             strict, lenient = (None, None) if gold is None else mlx_grpo.grade(text, gold)
             yield {
@@ -189,14 +193,16 @@ def evaluate_model(
     """One model's result and its records, which go to `output` as they come."""
     model, tokenizer, _ = mlx_grpo.open_model(name, adapter, args.trust_remote_code)
     mlx_grpo.set_template(tokenizer, config)
-    records, start = [], time.perf_counter()
+    records = []
+    start = time.perf_counter()
     for samples in (0, args.samples) if args.samples else (0,):
         with progress_bar(f"{label}, {'samples' if samples else 'greedy'}", len(rows)) as progress:
             for record in answer_rows(model, tokenizer, rows, config, samples, progress, rewards):
                 records.append(record)
                 if output:
                     print(json.dumps({"model": label, **record}, ensure_ascii=False), file=output, flush=True)
-    seconds, tokens = time.perf_counter() - start, sum(r["tokens"] for r in records)
+    seconds = time.perf_counter() - start
+    tokens = sum(r["tokens"] for r in records)
     return {
         "model": label, "n": sum(row["answer"] is not None for row in rows), "questions": len(rows),
         **reward_means(records), **summarise(records, args.k),
@@ -241,7 +247,7 @@ def compare(results: list[dict], answers: list[list[dict]]) -> list[dict]:
     return pairs
 
 
-# --- Output -----------------------------------------------------------------------------------------------------
+# --- Output -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -325,7 +331,7 @@ def print_pairs(pairs: list[dict], console: Console) -> None:
     console.print(table)
 
 
-# --- Command line -----------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 FLAGS = (  # flag, the setting of mlx-grpo.py that it replaces, its type, help
@@ -481,7 +487,8 @@ def run(args: argparse.Namespace) -> None:
         if adapter and not (Path(adapter) / "adapter_config.json").is_file():
             raise mlx_grpo.UserError(f"Not an adapter directory: {adapter} has no adapter_config.json")
     rewards = read_rewards(config, args.reward)
-    results, answers = [], []
+    results = []
+    answers = []
     with open_output(args.output) as output:
         for name, adapter in zip(args.model, adapters):
             label = f"{name} + {adapter}" if adapter else name

@@ -34,7 +34,7 @@ PREFILL_CHUNK = 2048  # prompt positions in one forward
 FILE_BATCH = 256  # prompts of a file between two writes
 
 
-# --- One answer -------------------------------------------------------------------------------------------------
+# --- One answer ---------------------------------------------------------------------------------------------
 
 
 class TextStream:
@@ -44,17 +44,16 @@ class TextStream:
     and the last characters where the tokenizer takes spaces before punctuation away.
     """
 
-    WINDOW, CONTEXT = (
-        128,
-        32,
-    )  # ids decoded again at each step, at most and at least: the cost stays flat as text grows
+    WINDOW = 128
+    CONTEXT = 32  # ids decoded again at each step, at most and at least: the cost stays flat as text grows
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.hold = (
             4 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
         )  # " n't" is the longest
-        self.ids, self.sent = [], 0  # the window, and how many characters of its text are out
+        self.ids = []
+        self.sent = 0  # the window, and how many characters of its text are out
 
     def text(self, ids: list[int]) -> str:
         return mlx_grpo.completion_text(self.tokenizer, ids)
@@ -65,7 +64,8 @@ class TextStream:
         text = self.text(self.ids)
         in_byte_run = str(self.tokenizer.convert_ids_to_tokens(token)).startswith("<0x")
         certain = self.sent if in_byte_run else max(self.sent, len(text.rstrip("\ufffd")) - self.hold)
-        piece, self.sent = text[self.sent : certain], certain
+        piece = text[self.sent : certain]
+        self.sent = certain
         if len(self.ids) >= self.WINDOW:
             self.shorten(text)
         return piece
@@ -75,7 +75,8 @@ class TextStream:
         tail = self.text(self.ids[-self.CONTEXT :])
         before = len(text) - len(tail)
         if before < self.sent and text.endswith(tail):
-            self.ids, self.sent = self.ids[-self.CONTEXT :], self.sent - before
+            self.ids = self.ids[-self.CONTEXT :]
+            self.sent = self.sent - before
 
     def rest(self) -> str:
         """What was held back, once no more ids come."""
@@ -92,7 +93,8 @@ class Answer:
     seconds: float  # in all
 
     def describe(self) -> str:
-        new, written = self.prompt_tokens - self.reused, len(self.ids)
+        new = self.prompt_tokens - self.reused
+        written = len(self.ids)
         decoding = (written - 1) / (self.seconds - self.first) if written > 1 else 0.0
         return (
             f"prompt {self.prompt_tokens} tokens ({self.reused} from the cache), {new / self.first:.1f} tokens/s; "
@@ -108,14 +110,13 @@ class Session:
     """A model that answers one prompt at a time and keeps the KV cache for what the next prompt shares with it."""
 
     def __init__(self, model, tokenizer, sampling, max_tokens: int, stops: list[str] = ()):
-        self.model, self.tokenizer, self.sampling, self.max_tokens, self.stops = (
-            model,
-            tokenizer,
-            sampling,
-            max_tokens,
-            stops,
-        )
-        self.cache, self.held = None, []  # the KV cache, and the ids at its positions
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.stops = stops
+        self.cache = None
+        self.held = []  # the KV cache, and the ids at its positions
 
     def reuse(self, prompt: list[int]) -> int:
         """How many of the prompt's ids the cache holds already, its last id never; the cache is cut back to them."""
@@ -124,7 +125,9 @@ class Session:
         shared = len(os.path.commonprefix([self.held, prompt[:-1]]))
         surplus = len(self.held) - shared
         if self.cache is None or surplus and not can_trim_prompt_cache(self.cache):
-            self.cache, shared, surplus = make_prompt_cache(self.model), 0, 0
+            self.cache = make_prompt_cache(self.model)
+            shared = 0
+            surplus = 0
         if surplus:
             trim_prompt_cache(self.cache, surplus)
         self.held = prompt[:shared]
@@ -173,7 +176,10 @@ class Session:
         """Answer a prompt (ids); `write` gets the text piece by piece, and `stopped` is asked after each id."""
         from mlx_lm.generate import wired_limit
 
-        start, first, ids, stream = time.perf_counter(), 0.0, [], TextStream(self.tokenizer)
+        start = time.perf_counter()
+        first = 0.0
+        ids = []
+        stream = TextStream(self.tokenizer)
         reused = self.reuse(prompt)
         row = mlx_grpo.Row(
             self.tokenizer, self.stops, self.max_tokens, mlx_grpo.primed_text(self.tokenizer, prompt)
@@ -192,7 +198,7 @@ class Session:
         return Answer(ids, text, len(prompt), reused, first or seconds, seconds)
 
 
-# --- The three ways to ask --------------------------------------------------------------------------------------
+# --- The three ways to ask ----------------------------------------------------------------------------------
 
 
 def write_out(piece: str) -> None:
@@ -304,7 +310,8 @@ def read_prompts(path: Path) -> list[dict]:
 def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
     """Write each row with its completion as a line of JSON, in the file's order."""
     prompts = [prompt_ids(tokenizer, row["prompt"], args) for row in rows]
-    start, written = time.perf_counter(), 0
+    start = time.perf_counter()
+    written = 0
     for first in range(0, len(rows), FILE_BATCH):
         part = range(first, min(first + FILE_BATCH, len(rows)))
         completions = mlx_grpo.generate(
@@ -329,7 +336,7 @@ def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
         )
 
 
-# --- Command line -----------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -470,7 +477,8 @@ def trained_with(model: str) -> dict:
 
 def choose_prompting(args: argparse.Namespace, tokenizer) -> None:
     """How the model is asked: as the flags say, else as in the run that trained it. Raises UserError."""
-    args.template, args.stops = {}, []
+    args.template = {}
+    args.stops = []
     if args.raw:
         return
     trained = trained_with(args.model or DEFAULT_MODEL)

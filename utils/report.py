@@ -27,11 +27,9 @@ EXAMPLES = """examples:
   uv run python utils/report.py outputs/quickstart outputs/quickstart-2 --output comparison.html"""
 
 POINTS = 300  # of a curve; longer runs are drawn by the means of as many stretches
-SHOWN_UPDATES, SHOWN_COMPLETIONS, SHOWN_CHARACTERS = (
-    40,
-    16,
-    4000,
-)  # in the table: updates, completions each, text each
+SHOWN_UPDATES = 40
+SHOWN_COMPLETIONS = 16
+SHOWN_CHARACTERS = 4000  # in the table: updates, completions each, text each
 LIGHT = ["#1f6fd6", "#d9480f", "#2b8a3e", "#9c36b5", "#a67c00", "#0c8599", "#c2255c", "#5c5f66"]
 DARK = ["#6ea8fe", "#ff922b", "#69db7c", "#da77f2", "#ffd43b", "#3bc9db", "#f783ac", "#adb5bd"]
 # In the page's SVG these stand for CSS variables, which differ between light and dark.
@@ -81,7 +79,7 @@ class ReportError(Exception):
     """Something failed; exit status 1."""
 
 
-# --- Reading a run ----------------------------------------------------------------------------------------------
+# --- Reading a run ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -148,7 +146,8 @@ def number(value) -> float:
 
 def read_records(path: Path) -> tuple[list[dict], int]:
     """The records of a JSON Lines file, and how many lines are none: a killed run leaves its last line cut."""
-    records, unreadable = [], 0
+    records = []
+    unreadable = 0
     if not path.is_file():
         return records, unreadable
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -188,7 +187,7 @@ def read_run(path: Path) -> Run:
     )  # fmt: skip
 
 
-# --- Tripwires --------------------------------------------------------------------------------------------------
+# --- Tripwires ----------------------------------------------------------------------------------------------
 
 
 def change(values: np.ndarray) -> tuple[float, float, int]:
@@ -204,7 +203,8 @@ def change(values: np.ndarray) -> tuple[float, float, int]:
 
 def difference(before: dict, after: dict, key: str) -> tuple[float, float, float]:
     """(change of a score, low, high), 95% (Newcombe 1998, method 10). Unpaired: for the same questions it is cautious."""
-    (p, q), d = (before[key], after[key]), after[key] - before[key]
+    p, q = before[key], after[key]
+    d = after[key] - before[key]
     if not (before.get(f"{key}_ci") and after.get(f"{key}_ci")):
         return d, math.nan, math.nan
     (p_low, p_high), (q_low, q_high) = before[f"{key}_ci"], after[f"{key}_ci"]
@@ -220,15 +220,18 @@ def repeated_share(text: str) -> float:
 
 def accuracy_against_reward(run: Run):
     """Yield where held-out accuracy fell from its best while the reward rose."""
-    reward, steps = run.column("reward_mean"), run.step
-    steps, reward = steps[~np.isnan(reward)], reward[~np.isnan(reward)]
+    reward = run.column("reward_mean")
+    steps = run.step
+    steps = steps[~np.isnan(reward)]
+    reward = reward[~np.isnan(reward)]
     for key, label in run.scores.items():
         tests = run.tests(key)
         if len(tests) < 2 or len(reward) < 20 or not key.startswith(("em_", "reward_mean")):
             continue
         best, last = max(tests, key=lambda e: e[key]), tests[-1]
         nearest = np.argsort(abs(steps - best["update"]), kind="stable")[: len(reward) // 5]
-        then, now = reward[nearest].mean(), change(reward)[1]
+        then = reward[nearest].mean()
+        now = change(reward)[1]
         if difference(best, last, key)[2] < 0 and now > then:
             title = (
                 "Reward up, accuracy down"
@@ -358,7 +361,7 @@ def tripwires(run: Run):
         yield "Lines not readable", f"{run.unreadable} lines of the logs were left out of this report"
 
 
-# --- Curves -----------------------------------------------------------------------------------------------------
+# --- Curves -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -397,9 +400,12 @@ def update_lines(run: Run, fields: list[str], smooth: bool) -> list[Line]:
     names = dict.fromkeys(name for r in run.updates for name in r)
     lines = []
     for name in (n for n in names if any(fnmatch.fnmatchcase(n, f) for f in fields)):
-        y, x = run.column(name), run.step
+        y = run.column(name)
+        x = run.step
         spread = run.column("reward_std") if name == "reward_mean" else np.full(len(y), np.nan)
-        x, spread, y = x[~np.isnan(y)], spread[~np.isnan(y)], y[~np.isnan(y)]
+        x = x[~np.isnan(y)]
+        spread = spread[~np.isnan(y)]
+        y = y[~np.isnan(y)]
         if not len(y):
             continue
         width = len(y) // 15 | 1 if smooth else 1
@@ -566,7 +572,7 @@ def save_picture(charts: list[Chart], path: Path, title: str = "", small_print: 
         figure.savefig(path, dpi=120)
 
 
-# --- The page ---------------------------------------------------------------------------------------------------
+# --- The page -----------------------------------------------------------------------------------------------
 
 CSS = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1d1d1f; --soft: #5f6066; --line: #dedee3; --box: #f5f5f7; --warn: #fff3d6; --tag: #dbeafe; LIGHT }
@@ -678,7 +684,8 @@ def held_out_table(run: Run) -> str:
 
 def headline(run: Run) -> str:
     """The held-out scores; then the cards: the score that stands for the run, what changed in the completions, what it cost."""
-    key, cards = run.metric, []
+    key = run.metric
+    cards = []
     tests = run.tests(key)
     if tests:
         shown = [tests[0], tests[-1]][: len(tests)]
@@ -731,7 +738,8 @@ def tokens(run: Run) -> str:
 
 def progress(run: Run) -> str:
     """How far the run is; the number of updates it will make is in machine.json."""
-    done, planned = (run.updates[-1]["update"] if run.updates else 0), run.start.get("updates")
+    done = run.updates[-1]["update"] if run.updates else 0
+    planned = run.start.get("updates")
     if not planned:
         return f"{done} updates"
     return f"{done} of {planned} updates" + (": not finished" if unfinished(run) else "")
@@ -830,7 +838,8 @@ def completions_table(run: Run) -> str:
         return "<p class=soft>No completions logged (log_completions_steps).</p>"
     rows = []
     for i, row in enumerate(chosen):
-        total, length = total_reward(row, weights), number(row.get("length"))
+        total = total_reward(row, weights)
+        length = number(row.get("length"))
         rewards = row["rewards"].items() if isinstance(row.get("rewards"), dict) else []
         values = (
             (n.removesuffix("_reward_func"), "-" if math.isnan(number(r)) else f"{r:g}") for n, r in rewards
@@ -933,9 +942,11 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
     numbers = [str(i) for i in range(1, len(runs) + 1)]
     metrics = {run.metric for run in runs}
     metric = metrics.pop() if len(metrics) == 1 else "em_strict"  # the one score that all runs have
-    rows, scores = [], []
+    rows = []
+    scores = []
     for i, run in enumerate(runs):
-        tests, reward = run.tests(metric), ends(run.column("reward_mean"))[1]
+        tests = run.tests(metric)
+        reward = ends(run.column("reward_mean"))[1]
         scores.append((tests[-1][metric] if tests else -math.inf, np.nan_to_num(reward)))
         cells = [setting_text(run, n) for n in differ[:3]]
         cells += [with_interval(e, metric) for e in (tests[0], tests[-1])] if tests else ["-", "-"]
@@ -975,7 +986,7 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
     )
 
 
-# --- Command line -----------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 def pictures(runs: list[Run], charts: list[Chart], folder: Path) -> None:
