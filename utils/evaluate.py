@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Score models on questions with checkable answers: exact match, pass@k, maj@k or any reward, and paired comparisons of models.
+"""Score models on questions with checkable answers (exact match, pass@k, maj@k, any reward), and compare them.
 
-Prompts, generation and grading are those of mlx-grpo.py, so that a score here and one in a training log mean the same.
-The data is GSM8K, another hub dataset, a local file or folder, or a .txt file with one question a line; a line may end
-in "#### answer", and lines without are answered and not graded.
+Prompts, generation and grading are those of mlx-grpo.py, so that a score here and one in a training log mean
+the same. The data is GSM8K, another hub dataset, a local file or folder, or a .txt file with one question a
+line; a line may end in "#### answer", and lines without are answered and not graded.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from rich.table import Table  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/evaluate.py --model starter/model outputs/quickstart/final --dataset starter/data
-  uv run python utils/evaluate.py --model outputs/run/final --config configs/prod.toml --samples 8 --output answers.jsonl"""
+  uv run python utils/evaluate.py --model outputs/run/final --config configs/prod.toml \
+--samples 8 --output answers.jsonl"""
 BATCH = 256  # questions between two writes of --output
 KINDS = ("strict", "lenient")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the models, in the tables
@@ -45,12 +46,12 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the models, in the tables
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n answers, drawn without replacement, hold one of the `right` ones (Chen et al., 2107.03374, eq. 1)."""
+    """Chance that k of n answers, drawn without replacement, hold a right one (Chen et al., 2107.03374, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def maj_at_k(answers: list[str], gold: str, k: int) -> float:
-    """Share of the disjoint groups of k answers whose most common answer is right (self-consistency, 2203.11171).
+    """Share of the disjoint groups of k answers whose commonest answer is right (self-consistency, 2203.11171).
 
     Equal numbers are one answer; an empty answer does not vote; of equally common ones the first counts.
     """
@@ -65,7 +66,7 @@ def maj_at_k(answers: list[str], gold: str, k: int) -> float:
 
 
 def mcnemar(first: list[bool], second: list[bool]) -> tuple[int, int, float]:
-    """(only the first right, only the second right, two-sided exact p) of two models' hits on the same questions.
+    """(only first right, only second right, two-sided exact p) of two models' hits on the same questions.
 
     Under the null hypothesis each question that tells the two apart is a coin toss.
     """
@@ -76,7 +77,8 @@ def mcnemar(first: list[bool], second: list[bool]) -> tuple[int, int, float]:
 def rate(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high): the mean of values in [0, 1] with the 95% Wilson interval.
 
-    Exact match is a proportion. pass@k and maj@k are means of fractions, whose spread is smaller: there it is cautious.
+    Exact match is a proportion. pass@k and maj@k are means of fractions, whose spread is smaller: there it is
+    cautious.
     """
     mean = fmean(values)
     return mean, *mlx_grpo.wilson_interval(mean * len(values), len(values))
@@ -86,7 +88,7 @@ def rate(values: list[float]) -> tuple[float, float, float]:
 
 
 def read_questions(path: Path) -> list[dict]:
-    """Rows of a .txt file: each line is a question, with "#### answer" after it or, where answer is None, without."""
+    """Rows of a .txt file: a question a line, with "#### answer" after it or, where answer is None, without."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -102,7 +104,7 @@ def read_questions(path: Path) -> list[dict]:
 
 
 def read_rows(config, split: str) -> list[dict]:
-    """The questions as {"prompt", "answer"}; of one local file all rows, else the split that training would take."""
+    """The questions as {"prompt", "answer"}: all rows of one local file, else the split that training takes."""
     path = Path(config.dataset).expanduser()
     if path.suffix == ".txt":
         return read_questions(path)
@@ -113,7 +115,7 @@ def read_rows(config, split: str) -> list[dict]:
 
 
 def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progress, rewards: dict):
-    """Yield a record for each greedy answer (samples = 0) or for `samples` sampled answers a question, in order.
+    """Yield a record for each greedy answer (samples = 0) or for `samples` sampled ones a question, in order.
 
     rewards: functions by name, whose scores the records have too.
     """
@@ -142,16 +144,24 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
             gold = row["answer"]
             tagged = mlx_grpo.extract_xml_answer(answer)
             strict, lenient = (None, None) if gold is None else mlx_grpo.grade(text, gold)
-            yield {
-                "index": part[n // each], "sample": n % each if samples else None, "question": row["prompt"], "gold": gold,
+            record = {
+                "index": part[n // each], "sample": n % each if samples else None,
+                "question": row["prompt"], "gold": gold,
                 "text": text, "answer_strict": tagged, "answer_lenient": tagged or last_number(answer),
-                "strict": strict, "lenient": lenient, "tokens": len(completion.ids), "finish_reason": completion.finish_reason,
-                **({"rewards": {k: None if math.isnan(r) else r for k, r in zip(rewards, completion.rewards)}} if rewards else {}),
+                "strict": strict, "lenient": lenient,
+                "tokens": len(completion.ids), "finish_reason": completion.finish_reason,
             }  # fmt: skip
+            if rewards:
+                scores = zip(rewards, completion.rewards)
+                record["rewards"] = {name: None if math.isnan(r) else r for name, r in scores}
+            yield record
 
 
 def reward_means(records: list[dict]) -> dict:
-    """Scores {"rewards/NAME", "rewards/NAME, sampled": (mean, low, high)} of one model's records, None where nothing was scored."""
+    """Scores {"rewards/NAME", "rewards/NAME, sampled": (mean, low, high)} of one model's records.
+
+    None where nothing was scored.
+    """
     scores = {}
     for name, sampled in itertools.product(records[0].get("rewards", ()), (False, True)):
         values = [r["rewards"][name] for r in records if (r["sample"] is not None) == sampled]
@@ -167,7 +177,7 @@ def reward_means(records: list[dict]) -> dict:
 
 
 def summarise(records: list[dict], ks: list[int]) -> dict:
-    """Scores {"em_strict", "pass@4_lenient", ..: (mean, low, high)} of one model's records, over the graded questions."""
+    """Scores {"em_strict", "pass@4_lenient", ..: (mean, low, high)} of one model's graded records."""
     graded = [r for r in records if r["gold"] is not None]
     greedy = [r for r in graded if r["sample"] is None]
     sampled = [
@@ -203,17 +213,23 @@ def evaluate_model(
                     print(json.dumps({"model": label, **record}, ensure_ascii=False), file=output, flush=True)
     seconds = time.perf_counter() - start
     tokens = sum(r["tokens"] for r in records)
+    cut_thinking = {}
+    if any(has_thought(r["text"]) for r in records):
+        cut_thinking["cut_thinking"] = fmean(is_thinking(r["text"]) for r in records)
     return {
         "model": label, "n": sum(row["answer"] is not None for row in rows), "questions": len(rows),
         **reward_means(records), **summarise(records, args.k),
-        "tokens_per_answer": tokens / len(records), "cut": fmean(r["finish_reason"] == "length" for r in records),
-        **({"cut_thinking": fmean(is_thinking(r["text"]) for r in records)} if any(has_thought(r["text"]) for r in records) else {}),
+        "tokens_per_answer": tokens / len(records),
+        "cut": fmean(r["finish_reason"] == "length" for r in records), **cut_thinking,
         "tokens_per_second": tokens / seconds, "seconds": seconds,
     }, records  # fmt: skip
 
 
 def compare_rewards(results: list[dict], answers: list[list[dict]], i: int, j: int, name: str) -> dict:
-    """Models i and j on the same questions by one reward: where one's greedy answer earns more, and the sign test's exact p."""
+    """Models i and j on the same questions by one reward.
+
+    Where one's greedy answer earns more, and the sign test's exact p.
+    """
     scores = [[r["rewards"][name] for r in answers[m] if r["sample"] is None] for m in (i, j)]
     both = [(a, b) for a, b in zip(*scores) if a is not None and b is not None]
     only_first, only_second, p = mcnemar([a > b for a, b in both], [b > a for a, b in both])
@@ -228,7 +244,10 @@ def compare_rewards(results: list[dict], answers: list[list[dict]], i: int, j: i
 
 
 def compare(results: list[dict], answers: list[list[dict]]) -> list[dict]:
-    """Every pair of models on the same questions: greedy hits of one and not the other, and McNemar's exact p; so by rewards."""
+    """Every pair of models on the same questions.
+
+    Greedy hits of one and not the other, and McNemar's exact p; then the same by each reward.
+    """
     pairs = []
     for (i, j), name in itertools.product(
         itertools.combinations(range(len(results)), 2), answers[0][0].get("rewards", ())
@@ -450,7 +469,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--model takes at most {len(LETTERS)} models")
     if args.adapter_path and len(args.adapter_path) != len(args.model):
         parser.error(
-            f"--adapter-path has {len(args.adapter_path)} entries for {len(args.model)} models: give one for each, or none"
+            f"--adapter-path has {len(args.adapter_path)} entries for {len(args.model)} models: "
+            "give one for each, or none"
         )
     return args
 

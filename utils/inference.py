@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Ask a model: one prompt, a chat that keeps its history, or a file of prompts answered in batches.
 
-Models open through mlx-grpo.py as in training, so that whatever the trainer, the converters or mlx-lm wrote works here,
-adapters and tokenizer.pkl directories included. Answers go to stdout, everything else to stderr.
+Models open through mlx-grpo.py as in training, so that whatever the trainer, the converters or mlx-lm wrote
+works here, adapters and tokenizer.pkl directories included. Answers go to stdout, everything else to stderr.
 """
 
 import argparse
@@ -28,7 +28,8 @@ import mlx_grpo  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/inference.py --model outputs/run/final --chat
-  uv run python utils/inference.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "What is 17 * 3?" --stream --verbose"""
+  uv run python utils/inference.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "What is 17 * 3?" \
+--stream --verbose"""
 DEFAULT_MODEL = "mlx_model"  # where the converters write unless told otherwise
 PREFILL_CHUNK = 2048  # prompt positions in one forward
 FILE_BATCH = 256  # prompts of a file between two writes
@@ -38,22 +39,22 @@ FILE_BATCH = 256  # prompts of a file between two writes
 
 
 class TextStream:
-    """Token ids in, text out as soon as later ids cannot change it; the pieces joined are decode(all ids) to the byte.
+    """Token ids in, text out as soon as later ids cannot change it; the pieces joined are decode(all ids).
 
-    Held back: a character whose bytes are not all there yet, a run of SentencePiece byte tokens (it decodes as one),
-    and the last characters where the tokenizer takes spaces before punctuation away.
+    Held back: a character whose bytes are not all there yet, a run of SentencePiece byte tokens (it decodes as
+    one), and the last characters where the tokenizer takes spaces before punctuation away.
     """
 
+    # Ids decoded again at each step, at most and at least: the cost stays flat as text grows.
     WINDOW = 128
-    CONTEXT = 32  # ids decoded again at each step, at most and at least: the cost stays flat as text grows
+    CONTEXT = 32
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.hold = (
-            4 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
-        )  # " n't" is the longest
-        self.ids = []
-        self.sent = 0  # the window, and how many characters of its text are out
+        # " n't" is the longest
+        self.hold = 4 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
+        self.ids = []  # the window
+        self.sent = 0  # how many characters of the window's text are out
 
     def text(self, ids: list[int]) -> str:
         return mlx_grpo.completion_text(self.tokenizer, ids)
@@ -76,7 +77,7 @@ class TextStream:
         before = len(text) - len(tail)
         if before < self.sent and text.endswith(tail):
             self.ids = self.ids[-self.CONTEXT :]
-            self.sent = self.sent - before
+            self.sent -= before
 
     def rest(self) -> str:
         """What was held back, once no more ids come."""
@@ -97,8 +98,9 @@ class Answer:
         written = len(self.ids)
         decoding = (written - 1) / (self.seconds - self.first) if written > 1 else 0.0
         return (
-            f"prompt {self.prompt_tokens} tokens ({self.reused} from the cache), {new / self.first:.1f} tokens/s; "
-            f"generation {written} tokens, {decoding:.1f} tokens/s; first token after {self.first:.3f} s; {peak_memory()}"
+            f"prompt {self.prompt_tokens} tokens ({self.reused} from the cache), "
+            f"{new / self.first:.1f} tokens/s; generation {written} tokens, {decoding:.1f} tokens/s; "
+            f"first token after {self.first:.3f} s; {peak_memory()}"
         )
 
 
@@ -107,7 +109,7 @@ def peak_memory() -> str:
 
 
 class Session:
-    """A model that answers one prompt at a time and keeps the KV cache for what the next prompt shares with it."""
+    """A model that answers one prompt at a time and keeps the KV cache for what the next prompt shares."""
 
     def __init__(self, model, tokenizer, sampling, max_tokens: int, stops: list[str] = ()):
         self.model = model
@@ -115,11 +117,11 @@ class Session:
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.stops = stops
-        self.cache = None
-        self.held = []  # the KV cache, and the ids at its positions
+        self.cache = None  # the KV cache
+        self.held = []  # the ids at its positions
 
     def reuse(self, prompt: list[int]) -> int:
-        """How many of the prompt's ids the cache holds already, its last id never; the cache is cut back to them."""
+        """How many of the prompt's ids the cache holds, its last id never; the cache is cut back to them."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
         shared = len(os.path.commonprefix([self.held, prompt[:-1]]))
@@ -173,7 +175,7 @@ class Session:
             token = ahead
 
     def answer(self, prompt: list[int], key: mx.array, write, stopped=lambda: False) -> Answer:
-        """Answer a prompt (ids); `write` gets the text piece by piece, and `stopped` is asked after each id."""
+        """Answer a prompt (ids); `write` gets the text piece by piece; `stopped` is asked after each id."""
         from mlx_lm.generate import wired_limit
 
         start = time.perf_counter()
@@ -233,7 +235,7 @@ def answer_one(session: Session, args) -> None:
 
 @contextlib.contextmanager
 def ctrl_c_noted():
-    """Within, Ctrl-C raises nothing, so that no forward pass stops halfway; yields a function that tells of it."""
+    """Within, Ctrl-C raises nothing: no forward pass stops halfway. Yields a function that tells of it."""
     pressed = []
     previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
@@ -267,7 +269,7 @@ def chat(session: Session, args) -> None:
 
 
 def take_turn(session: Session, messages: list[dict], question: str, args) -> list[dict]:
-    """Answer as the text is written; the conversation with question and answer, or as it was if nothing was answered."""
+    """Answer as the text is written; the conversation with both turns, or as it was if nothing was answered."""
     asked = [*messages, {"role": "user", "content": question}]
     prompt = mlx_grpo.build_prompt(session.tokenizer, asked, args.system, **args.template)
     key = mlx_grpo.random_key("inference", args.seed, len(messages) // 2)
@@ -283,11 +285,10 @@ def take_turn(session: Session, messages: list[dict], question: str, args) -> li
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """The lines of a text file as {"prompt": line}; the objects of a .jsonl file, with "prompt" (or "question") as "prompt"."""
+    """A text file's lines as {"prompt": line}; a .jsonl file's objects, "prompt" (or "question") as "prompt"."""
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # not splitlines: JSON text may hold other line breaks
+        # Not splitlines: JSON text may hold other line breaks.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise mlx_grpo.UserError(
             f"Failed to read prompts: {path}: {getattr(error, 'strerror', None) or error}"
@@ -330,8 +331,8 @@ def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
     if args.verbose:
         seconds = time.perf_counter() - start
         print(
-            f"{len(rows)} prompts of {sum(map(len, prompts))} tokens; generation {written} tokens in {seconds:.2f} s, "
-            f"{written / seconds:.1f} tokens/s; {peak_memory()}",
+            f"{len(rows)} prompts of {sum(map(len, prompts))} tokens; "
+            f"generation {written} tokens in {seconds:.2f} s, {written / seconds:.1f} tokens/s; {peak_memory()}",
             file=sys.stderr,
         )
 
@@ -405,7 +406,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--prompt-template",
         metavar="TEXT",
-        help=r"plain text with {prompt} in the place of the chat template, for base models (default: that run's)",
+        help="plain text with {prompt} in the place of the chat template, for base models "
+        "(default: that run's)",
     )
     add(
         "--chat-template-kwargs",
@@ -464,7 +466,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--system needs the chat template: leave --raw out, or write it into the prompt")
     if args.model is None and not Path(DEFAULT_MODEL).is_dir():
         parser.error(
-            f"no directory {DEFAULT_MODEL} here: name a model with --model, or make one with utils/convert_model.py"
+            f"no directory {DEFAULT_MODEL} here: name a model with --model, "
+            "or make one with utils/convert_model.py"
         )
     return args
 
