@@ -301,8 +301,8 @@ def completion_sigma(args: argparse.Namespace) -> float:
 def completion_lengths(args: argparse.Namespace, turn: int) -> list[int]:
     """Tokens of each completion of a turn, rows of a prompt together: log-normal, and cut at --tokens.
 
-    A row's length depends on --seed, the turn, its prompt and its place in the group alone: every program does
-    the same work.
+    A row's length depends on --seed, the turn, its prompt and its place in the group alone: every program
+    does the same work.
     """
     if args.lengths == "fixed":
         return [args.tokens] * (args.prompts * args.completions)
@@ -318,7 +318,7 @@ def completion_lengths(args: argparse.Namespace, turn: int) -> list[int]:
 
 
 def questions(tokenizer, lengths: list[int]) -> list[str]:
-    """Word problems joined and cut so that the prompts have just these lengths, in tokens. Raises UserError."""
+    """Word problems joined and cut so that prompts have just these lengths, in tokens. Raises UserError."""
     words = " ".join(starter_problems()).split()
     template = len(mlx_grpo.build_prompt(tokenizer, ""))
     found = []
@@ -357,7 +357,7 @@ def write_work(folder: Path, texts: list[str]) -> None:
 
 
 def prepare(args: argparse.Namespace, folder: Path, settings: list[str], turns: int):
-    """The project's trainer for the work in `args`, with prompts for so many turns; its files go to `folder`."""
+    """Our trainer for the work in `args`, with prompts for so many turns; `folder` gets its files."""
     from mlx_lm.utils import load_tokenizer
 
     model = args.model or model_folder(args.preset)
@@ -377,7 +377,7 @@ def prepare(args: argparse.Namespace, folder: Path, settings: list[str], turns: 
 
 @contextlib.contextmanager
 def rows_ending_at(lengths: list[int]):
-    """Within it the rows that `generate` decodes end at these lengths, in order, as if the model ended them."""
+    """Within it the rows that `generate` decodes end at these lengths, in order, as if by the model."""
     script = mlx_grpo.script
     due = iter(lengths)
     rows = []
@@ -478,9 +478,9 @@ def ceilings(side: int = 0, megabytes: int = 0) -> tuple[float, float]:
 def costs(model, turns: list[tuple[list[int], list[int]]]) -> dict[str, tuple[float, float]]:
     """By phase, the least FLOPs and bytes of these turns: a group's prompt once, attention not counted.
 
-    turns: the prompts' lengths and the completions'. The rollout reads every weight once a position, as long as
-    a row is left, and each row's KV once a position of its own. Training is three times a forward; its bytes
-    are few.
+    turns: the prompts' lengths and the completions'. The rollout reads every weight once a position, as long
+    as a row is left, and each row's KV once a position of its own. Training is three times a forward; its
+    bytes are few.
     """
     parameters = [p for _, p in tree_flatten(model.parameters())]
     count, weights = sum(p.size for p in parameters), sum(p.nbytes for p in parameters)
@@ -507,7 +507,7 @@ def print_table(rows: list[list[str]]) -> None:
 
 
 def over_seeds(values: list[float | str], digits: int) -> str:
-    """The seeds' mean and range, and how many have none and why: [1.0, "crashed"] -> "1.0, 1 of 2 crashed"."""
+    """Mean and range over the seeds, and how many have none: [1.0, "crashed"] -> "1.0, 1 of 2 crashed"."""
     numbers = [value for value in values if not isinstance(value, str)]
     said = [spread(numbers, digits)] if numbers else []
     for word, count in Counter(value for value in values if isinstance(value, str)).items():
@@ -516,7 +516,7 @@ def over_seeds(values: list[float | str], digits: int) -> str:
 
 
 def level_to_reach(courses: tuple[Course, ...], target: float | None) -> float:
-    """The held-out reward that times are taken to: `target`, else the highest that all unbroken courses reach."""
+    """The held-out reward to reach: `target`, else the highest that all uncrashed courses reach."""
     return target if target is not None else min(course.best() for course in courses if not course.crashed)
 
 
@@ -624,7 +624,8 @@ def describe_work(args: argparse.Namespace, trainer, lengths: list[list[int]]) -
         )
     return (
         f"{args.model or args.preset}: {size}; {args.prompts} prompts of {prompts} x "
-        f"{args.completions} completions of {completions}; the first turn and {args.repeats} more\n{machine()}"
+        f"{args.completions} completions of {completions}; the first turn and {args.repeats} more\n"
+        f"{machine()}"
     )
 
 
@@ -761,7 +762,7 @@ def full_logits_step(trainer, groups):
 
 
 def memory(args: argparse.Namespace) -> None:
-    """A training step's peak, measured and planned: as configured, with all logits, with what saves memory."""
+    """A training step's peak, measured and planned: as configured, with all logits, with less memory."""
     cases = {  # gradient checkpointing patches a model's class for good, so it comes last
         "as configured": [],
         "all logits at once": [],
@@ -852,8 +853,8 @@ def add_lengths(one: argparse.ArgumentParser) -> None:
     """The flags that say when completions end."""
     natural = (
         "natural (default): completions end at lengths drawn from a log-normal distribution with --median, "
-        "of which the share --cut is beyond --tokens and cut there; prompts have two thirds of --prompt-tokens "
-        "or more, uniformly. fixed: all are longest"
+        "of which the share --cut is beyond --tokens and cut there; prompts have two thirds of "
+        "--prompt-tokens or more, uniformly. fixed: all are longest"
     )
     one.add_argument("--lengths", choices=("natural", "fixed"), default="natural", help=natural)
     one.add_argument(

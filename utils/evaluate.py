@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Score models on questions with checkable answers (exact match, pass@k, maj@k, any reward), and compare them.
+"""Score models on questions with checkable answers (exact match, pass@k, maj@k, rewards) and compare them.
 
 Prompts, generation and grading are those of mlx-grpo.py, so that a score here and one in a training log mean
 the same. The data is GSM8K, another hub dataset, a local file or folder, or a .txt file with one question a
@@ -46,12 +46,12 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the models, in the tables
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n answers, drawn without replacement, hold a right one (Chen et al., 2107.03374, eq. 1)."""
+    """Chance that k of n answers, without replacement, hold a right one (Chen et al., 2107.03374, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def maj_at_k(answers: list[str], gold: str, k: int) -> float:
-    """Share of the disjoint groups of k answers whose commonest answer is right (self-consistency, 2203.11171).
+    """Share of disjoint groups of k answers whose commonest answer is right (self-consistency, 2203.11171).
 
     Equal numbers are one answer; an empty answer does not vote; of equally common ones the first counts.
     """
@@ -88,7 +88,7 @@ def rate(values: list[float]) -> tuple[float, float, float]:
 
 
 def read_questions(path: Path) -> list[dict]:
-    """Rows of a .txt file: a question a line, with "#### answer" after it or, where answer is None, without."""
+    """Rows of a .txt file: a question a line, then "#### answer"; without that the row's answer is None."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -104,7 +104,7 @@ def read_questions(path: Path) -> list[dict]:
 
 
 def read_rows(config, split: str) -> list[dict]:
-    """The questions as {"prompt", "answer"}: all rows of one local file, else the split that training takes."""
+    """The questions as {"prompt", "answer"}: all rows of a local file, else the split that training takes."""
     path = Path(config.dataset).expanduser()
     if path.suffix == ".txt":
         return read_questions(path)

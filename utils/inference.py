@@ -41,8 +41,8 @@ FILE_BATCH = 256  # prompts of a file between two writes
 class TextStream:
     """Token ids in, text out as soon as later ids cannot change it; the pieces joined are decode(all ids).
 
-    Held back: a character whose bytes are not all there yet, a run of SentencePiece byte tokens (it decodes as
-    one), and the last characters where the tokenizer takes spaces before punctuation away.
+    Held back: a character whose bytes are not all there yet, a run of SentencePiece byte tokens (it decodes
+    as one), and the last characters where the tokenizer takes spaces before punctuation away.
     """
 
     # Ids decoded again at each step, at most and at least: the cost stays flat as text grows.
@@ -269,7 +269,7 @@ def chat(session: Session, args) -> None:
 
 
 def take_turn(session: Session, messages: list[dict], question: str, args) -> list[dict]:
-    """Answer as the text is written; the conversation with both turns, or as it was if nothing was answered."""
+    """Answer as the text is written; the conversation with both turns, or as it was without an answer."""
     asked = [*messages, {"role": "user", "content": question}]
     prompt = mlx_grpo.build_prompt(session.tokenizer, asked, args.system, **args.template)
     key = mlx_grpo.random_key("inference", args.seed, len(messages) // 2)
@@ -285,7 +285,7 @@ def take_turn(session: Session, messages: list[dict], question: str, args) -> li
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """A text file's lines as {"prompt": line}; a .jsonl file's objects, "prompt" (or "question") as "prompt"."""
+    """A text file's lines as {"prompt": line}; a .jsonl file's objects, "question" renamed to "prompt"."""
     try:
         # Not splitlines: JSON text may hold other line breaks.
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -332,7 +332,8 @@ def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
         seconds = time.perf_counter() - start
         print(
             f"{len(rows)} prompts of {sum(map(len, prompts))} tokens; "
-            f"generation {written} tokens in {seconds:.2f} s, {written / seconds:.1f} tokens/s; {peak_memory()}",
+            f"generation {written} tokens in {seconds:.2f} s, {written / seconds:.1f} tokens/s; "
+            f"{peak_memory()}",
             file=sys.stderr,
         )
 

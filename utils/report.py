@@ -118,7 +118,7 @@ class Run:
 
     @property
     def scores(self) -> dict[str, str]:
-        """What held-out problems are scored by: fields of the evaluations, and a name for each. Rewards first.
+        """What held-out problems are scored by: fields of the evaluations, each with a name; rewards first.
 
         Exact match counts only where the correctness reward is one of the run's; old logs have nothing else.
         """
@@ -249,7 +249,8 @@ def accuracy_against_reward(run: Run):
                 title,
                 (
                     f"{label} fell from {score_text(best[key], key)} at update {best['update']} "
-                    f"to {score_text(last[key], key)}, while the reward in training went from {then:.2f} to {now:.2f}"
+                    f"to {score_text(last[key], key)}, "
+                    f"while the reward in training went from {then:.2f} to {now:.2f}"
                 ),
             )
 
@@ -424,7 +425,7 @@ def update_lines(run: Run, fields: list[str], smooth: bool) -> list[Line]:
 
 
 def evaluation_lines(run: Run, split: str, exact: bool) -> list[Line]:
-    """A split's scores with their intervals: exact match in percent, strict and lenient, or else the rewards."""
+    """A split's scores with their intervals: exact match in percent, strict and lenient, or the rewards."""
     lines = []
     for key, label in run.scores.items():
         records = run.scored(split, key)

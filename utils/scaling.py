@@ -2,7 +2,7 @@
 """Measure how rollout and training speed grow with the ranks: one row of a table, for the ranks started.
 
 The model has random weights and no completion ends early, so that every number of ranks does the same work.
---prompts are those of all ranks together: keep it for strong scaling, multiply it by the ranks for weak scaling.
+--prompts are those of all ranks together: keep it for strong scaling, multiply it by the ranks for weak.
 """
 
 import argparse
@@ -57,11 +57,11 @@ def speeds(found: list[dict]) -> list[str]:
     """Medians over the updates: tokens/s of rollout and training; seconds of an update and of these two."""
     rates = [median(r[name] for r in found) for name in ("rollout_tokens_per_s", "train_tokens_per_s")]
     seconds = [median(r[name] for r in found) for name in ("wall", "seconds/rollout", "seconds/train")]
-    return [*(f"{rate:,.0f}" for rate in rates), *(f"{second:.3f}" for second in seconds)]
+    return [*(f"{rate:,.0f}" for rate in rates), *(f"{value:.3f}" for value in seconds)]
 
 
 def shares(found: list[dict]) -> list[str]:
-    """Medians over the updates: what of an update's time is communication, the ranks' mean wait, the longest."""
+    """Medians over the updates: the shares of communication, the ranks' mean wait and the longest wait."""
     parts = []  # fractions, an update each
     for record in found:
         waits = record.get("wait_by_rank", [0.0])
@@ -98,8 +98,8 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> None:
 
     trained = sum(p.size for p in mlx_grpo.trainable_arrays(trainer.model).values())
     print(
-        f"{args.preset}, {trained / 1e6:.1f}M trained; {args.prompts} prompts of {args.prompt_tokens} tokens x "
-        f"{args.completions} completions of {args.tokens}, over all ranks; median of {args.repeats}\n"
+        f"{args.preset}, {trained / 1e6:.1f}M trained; {args.prompts} prompts of {args.prompt_tokens} tokens "
+        f"x {args.completions} completions of {args.tokens}, over all ranks; median of {args.repeats}\n"
         f"{machine()}\n"
     )
     print_table([
