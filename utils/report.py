@@ -638,8 +638,8 @@ r.textContent.toLowerCase().includes(words));
 r.parentNode.append(r); }
   count.textContent = seen.length + " of " + rows.length + " completions";
 }
-function turn(by) { update.selectedIndex = Math.min(update.options.length - 1, Math.max(0, \
-update.selectedIndex + by)); show(); }
+function turn(by) { \
+update.selectedIndex = Math.min(update.options.length - 1, Math.max(0, update.selectedIndex + by)); show(); }
 if (update) {
   for (const box of [update, order, find]) box.addEventListener("input", show);
   document.querySelector("#back").addEventListener("click", () => turn(-1));
