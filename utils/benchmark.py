@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Measure the trainer: what each objective learns, how fast a step is, what it holds in memory, and peers on the same work.
+"""Measure the trainer: what each objective learns, a step's speed and memory, and peers on the same work.
 
-objectives trains the starter once a variant and seed and prints held-out accuracy. learn trains any configuration beside TRL and
-prints what both reach on held-out prompts, and when. rollout, train and step run a GRPO step or a part of it: new prompts each turn, and
-completions that end at lengths drawn as models end them, the same for every peer. memory measures an update's peak.
+objectives trains the starter once a variant and seed and prints held-out accuracy. learn trains any
+configuration beside TRL and prints what both reach on held-out prompts, and when. rollout, train and step run
+a GRPO step or a part of it: new prompts each turn, and completions that end at lengths drawn as models end
+them, the same for every peer. memory measures an update's peak.
 """
 
 import argparse
@@ -54,10 +55,10 @@ EXAMPLES = """examples:
   uv run python utils/benchmark.py step --preset tiny --peer trl
   uv run python utils/benchmark.py learn --config configs/quickstart.toml --seeds 0,1,2"""
 
-# --- Objectives -------------------------------------------------------------------------------------------------
+# --- Objectives ---------------------------------------------------------------------------------------------
 
-# With one update a rollout the ratio is 1, and grpo, sapo and GSPO are one gradient, as are bnpo, dapo, cispo and vespo:
-# the loss types are told apart where a rollout is used several times.
+# With one update a rollout the ratio is 1, and grpo, sapo and GSPO are one gradient, as are bnpo, dapo, cispo
+# and vespo: the loss types are told apart where a rollout is used several times.
 REUSE = ("num_iterations=4",)
 VARIANTS = {  # name: settings over configs/quickstart.toml
     "grpo": REUSE,
@@ -149,7 +150,7 @@ def train_variant(folder: Path, command: list[str], threads: int) -> str:
 
 
 def read_run(folder: Path) -> dict:
-    """What the table says of one run: exact match before, half-way and after (%), the last rewards, seconds an update."""
+    """One run's figures: exact match before, half-way and after (%), the last rewards, seconds an update."""
     records = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     scores = [100 * r["em_strict"] for r in records if r.get("event") == "eval" and r["split"] == "test"]
     updates = [r for r in records if "event" not in r]
@@ -215,16 +216,18 @@ def objectives(args: argparse.Namespace) -> None:
         v: [read_run(runs[v, s][0]) for s in args.seeds if is_complete(*runs[v, s])] for v in args.variants
     }
     print(
-        f"\nHeld-out exact match of the starter, {args.updates} updates, mean of seeds {args.seeds} (range)\n{machine()}\n"
+        f"\nHeld-out exact match of the starter, {args.updates} updates, mean of seeds {args.seeds} (range)\n"
+        f"{machine()}\n"
     )
     print_table(objectives_table({name: found for name, found in results.items() if found}))
     if failures:
         raise mlx_grpo.RunError(
-            f"{len(failures)} of {len(runs)} runs failed; their output.txt says why, the same command tries again"
+            f"{len(failures)} of {len(runs)} runs failed; their output.txt says why, "
+            "the same command tries again"
         )
 
 
-# --- The work ---------------------------------------------------------------------------------------------------
+# --- The work -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -252,17 +255,20 @@ def on_gpu() -> bool:
 
 
 def model_folder(preset: str) -> Path:
-    """A model directory of this shape with random weights and the starter's tokenizer, made once and kept in the cache."""
+    """A cached model directory of this shape: random weights and the starter's tokenizer."""
     from mlx_lm.models import qwen2
 
-    shape, dtype = PRESETS[preset], "bfloat16" if on_gpu() else "float32"
+    shape = PRESETS[preset]
+    dtype = "bfloat16" if on_gpu() else "float32"
     folder = cache_folder() / f"{preset}-{dtype}"
     if folder.is_dir():
         return folder
     config = {
-        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": shape.hidden, "intermediate_size": shape.wide,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-        "vocab_size": shape.vocabulary, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": shape.hidden, "intermediate_size": shape.wide, "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "tie_word_embeddings": True, "torch_dtype": dtype, "eos_token_id": 1, "pad_token_id": 0,
     }  # fmt: skip
     mx.random.seed(0)
@@ -280,7 +286,7 @@ def model_folder(preset: str) -> Path:
 
 
 def prompt_lengths(args: argparse.Namespace, count: int) -> list[int]:
-    """Tokens of each prompt: from two thirds of --prompt-tokens to all of it, or just that where lengths are fixed."""
+    """Tokens of each prompt: two thirds of --prompt-tokens to all of it, or just that with fixed lengths."""
     if args.lengths == "fixed":
         return [args.prompt_tokens] * count
     draws = random.Random(f"{args.seed}/prompts")
@@ -295,7 +301,8 @@ def completion_sigma(args: argparse.Namespace) -> float:
 def completion_lengths(args: argparse.Namespace, turn: int) -> list[int]:
     """Tokens of each completion of a turn, rows of a prompt together: log-normal, and cut at --tokens.
 
-    A row's length depends on --seed, the turn, its prompt and its place in the group alone: every program does the same work.
+    A row's length depends on --seed, the turn, its prompt and its place in the group alone: every program
+    does the same work.
     """
     if args.lengths == "fixed":
         return [args.tokens] * (args.prompts * args.completions)
@@ -311,20 +318,21 @@ def completion_lengths(args: argparse.Namespace, turn: int) -> list[int]:
 
 
 def questions(tokenizer, lengths: list[int]) -> list[str]:
-    """Word problems run together and cut so that the prompts have just these lengths, in tokens. Raises UserError."""
+    """Word problems joined and cut so that prompts have just these lengths, in tokens. Raises UserError."""
     words = " ".join(starter_problems()).split()
     template = len(mlx_grpo.build_prompt(tokenizer, ""))
-    found, start = [], 0
+    found = []
+    start = 0
     while len(found) < len(lengths):
         wanted = lengths[len(found)]
         if template >= wanted or start + wanted > len(words):
             raise mlx_grpo.UserError(
-                f"No {len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens could be made; change --prompt-tokens "
-                f"(the chat template alone takes {template})"
+                f"No {len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens could be made; "
+                f"change --prompt-tokens (the chat template alone takes {template})"
             )
 
-        def tokens(n: int) -> int:
-            return len(mlx_grpo.build_prompt(tokenizer, " ".join(words[start : start + n])))  # noqa: B023  called in this round
+        def tokens(n: int) -> int:  # called in this round only, so `start` is this round's
+            return len(mlx_grpo.build_prompt(tokenizer, " ".join(words[start : start + n])))  # noqa: B023
 
         n = bisect_right(range(1, wanted + 1), wanted, key=tokens)  # no word is less than a token
         if n and tokens(n) == wanted:
@@ -349,16 +357,17 @@ def write_work(folder: Path, texts: list[str]) -> None:
 
 
 def prepare(args: argparse.Namespace, folder: Path, settings: list[str], turns: int):
-    """A trainer of the project's own for the work in `args`, with prompts for so many turns; `folder` takes its files."""
+    """Our trainer for the work in `args`, with prompts for so many turns; `folder` gets its files."""
     from mlx_lm.utils import load_tokenizer
 
     model = args.model or model_folder(args.preset)
     tokenizer = load_tokenizer(mlx_grpo.resolve_model(str(model)))
     write_work(folder, questions(tokenizer, prompt_lengths(args, turns * args.prompts)))
     config = mlx_grpo.load_config(None, [
-        f"model_name={model}", f"dataset={folder}", f"reward_funcs=['{folder}/rewards.py:alternate']", "system_prompt=",
-        f"batch_size={args.prompts}", f"num_generations={args.completions}", f"max_completion_length={args.tokens}",
-        f"max_prompt_length={args.prompt_tokens}", "stop_strings=[]", "num_epochs=1000", "lr_scheduler_type=constant",
+        f"model_name={model}", f"dataset={folder}", f"reward_funcs=['{folder}/rewards.py:alternate']",
+        "system_prompt=", f"batch_size={args.prompts}", f"num_generations={args.completions}",
+        f"max_completion_length={args.tokens}", f"max_prompt_length={args.prompt_tokens}",
+        "stop_strings=[]", "num_epochs=1000", "lr_scheduler_type=constant",
         "log_completions_steps=0", "log_jsonl=false", *settings,
     ])  # fmt: skip
     trainer = mlx_grpo.MLXGRPOTrainer(config, folder)
@@ -368,9 +377,11 @@ def prepare(args: argparse.Namespace, folder: Path, settings: list[str], turns: 
 
 @contextlib.contextmanager
 def rows_ending_at(lengths: list[int]):
-    """Within it the rows that `generate` decodes end at these lengths, in order, as if the model had ended them there."""
+    """Within it the rows that `generate` decodes end at these lengths, in order, as if by the model."""
     script = mlx_grpo.script
-    due, rows, plain = iter(lengths), [], script.Row
+    due = iter(lengths)
+    rows = []
+    plain = script.Row
 
     class Ending(plain):
         def __init__(self, tokenizer, stop_strings, max_tokens, primed=""):
@@ -395,7 +406,8 @@ def check_tokens(program: str, tokens: int, lengths: list[int]) -> None:
     """Raises RunError where a program has not done the work it was given."""
     if tokens != sum(lengths):
         raise mlx_grpo.RunError(
-            f"{program} sampled {tokens} tokens where {sum(lengths)} were asked for; its figures would mean nothing"
+            f"{program} sampled {tokens} tokens where {sum(lengths)} were asked for; "
+            "its figures would mean nothing"
         )
 
 
@@ -418,7 +430,7 @@ def own_turn(args: argparse.Namespace, trainer, lengths: list[int]) -> dict:
     return {"train": time.perf_counter() - start}
 
 
-# --- The machine ------------------------------------------------------------------------------------------------
+# --- The machine --------------------------------------------------------------------------------------------
 
 
 def machine() -> str:
@@ -428,13 +440,17 @@ def machine() -> str:
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         name = found[1] if found else platform.machine()
     blas = f", {Path(blas_name()).name}" if blas_name() and not on_gpu() else ""
-    return f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, Python {platform.python_version()}; {name}, {os.cpu_count()} CPU cores{blas}"
+    return (
+        f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, Python {platform.python_version()}; "
+        f"{name}, {os.cpu_count()} CPU cores{blas}"
+    )
 
 
 def warn_if_busy() -> None:
     if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
         print(
-            f"load average {os.getloadavg()[0]:.1f}: other programs are running, and every figure below may be off",
+            f"load average {os.getloadavg()[0]:.1f}: other programs are running, "
+            "and every figure below may be off",
             file=sys.stderr,
         )
 
@@ -450,8 +466,9 @@ def best_seconds(function, repeats: int = 5) -> float:
 
 
 def ceilings(side: int = 0, megabytes: int = 0) -> tuple[float, float]:
-    """What the device reaches: FLOP/s of a square matrix product, and bytes/s of reading and writing a large array."""
-    side, megabytes = side or (8192 if on_gpu() else 1536), megabytes or (2048 if on_gpu() else 256)
+    """What the device reaches: FLOP/s of a square matrix product, bytes/s of reading and writing an array."""
+    side = side or (8192 if on_gpu() else 1536)
+    megabytes = megabytes or (2048 if on_gpu() else 256)
     a = mx.random.normal((side, side)).astype(mx.bfloat16 if on_gpu() else mx.float32)
     large = mx.zeros(megabytes * 2**18)
     mx.eval(a, large)
@@ -459,10 +476,11 @@ def ceilings(side: int = 0, megabytes: int = 0) -> tuple[float, float]:
 
 
 def costs(model, turns: list[tuple[list[int], list[int]]]) -> dict[str, tuple[float, float]]:
-    """By phase, the FLOPs and the bytes that these turns take at the least: a group's prompt once, attention not counted.
+    """By phase, the least FLOPs and bytes of these turns: a group's prompt once, attention not counted.
 
-    turns: the prompts' lengths and the completions'. The rollout reads every weight once a position, as long as a row is left, and
-    each row's KV once a position of its own. Training is three times a forward; its bytes are few.
+    turns: the prompts' lengths and the completions'. The rollout reads every weight once a position, as long
+    as a row is left, and each row's KV once a position of its own. Training is three times a forward; its
+    bytes are few.
     """
     parameters = [p for _, p in tree_flatten(model.parameters())]
     count, weights = sum(p.size for p in parameters), sum(p.nbytes for p in parameters)
@@ -485,11 +503,11 @@ def print_table(rows: list[list[str]]) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-# --- Learning beside a peer -------------------------------------------------------------------------------------
+# --- Learning beside a peer ---------------------------------------------------------------------------------
 
 
 def over_seeds(values: list[float | str], digits: int) -> str:
-    """The mean of the seeds with their range, and how many have none and why: [1.0, "crashed"] -> "1.0, 1 of 2 crashed"."""
+    """Mean and range over the seeds, and how many have none: [1.0, "crashed"] -> "1.0, 1 of 2 crashed"."""
     numbers = [value for value in values if not isinstance(value, str)]
     said = [spread(numbers, digits)] if numbers else []
     for word, count in Counter(value for value in values if isinstance(value, str)).items():
@@ -498,7 +516,7 @@ def over_seeds(values: list[float | str], digits: int) -> str:
 
 
 def level_to_reach(courses: tuple[Course, ...], target: float | None) -> float:
-    """The held-out reward that times are taken to: `target`, else the highest that all come to that did not crash."""
+    """The held-out reward to reach: `target`, else the highest that all uncrashed courses reach."""
     return target if target is not None else min(course.best() for course in courses if not course.crashed)
 
 
@@ -510,7 +528,7 @@ def seconds_an_update(course: Course, updates: int) -> float | str:
 def learn_table(
     courses: list[tuple[Course, Course]], peer: str, updates: int, target: float | None
 ) -> list[list[str]]:
-    """Rows of the table from the courses of each seed, this trainer's and the peer's. updates: on each rollout."""
+    """Rows of the table from each seed's courses, this trainer's and the peer's. updates: on each rollout."""
     levels = [level_to_reach(pair, target) for pair in courses]
     last = [[course.scores[max(course.scores)] for course in pair] for pair in courses]
     rows = {
@@ -546,7 +564,7 @@ def learn_table(
 
 
 def curve_table(courses: list[tuple[Course, Course]], peer: str, updates: int) -> list[list[str]]:
-    """Held-out reward over the updates with the seconds until then, of both programs, over the seeds. updates: on each rollout."""
+    """Both programs' held-out reward by update, and the seconds until then. updates: on each rollout."""
     table = [["updates", "this trainer, s", "held-out", f"{peer}, s", "held-out"]]
     for turns in sorted(courses[0][0].scores):
         cells = []
@@ -573,10 +591,12 @@ def learn(args: argparse.Namespace) -> None:
             flush=True,
         )
     turns = len(courses[0][0].seconds)
+    target = "the highest that both come to" if args.target is None else args.target
     print(
-        f"\n{Path(args.config).name}, {config.model_name}: {turns * config.num_iterations} updates of {config.batch_size} prompts x "
-        f"{config.num_generations} completions; mean of seeds {args.seeds} (range). Held-out: mean reward of greedy answers, by one "
-        f"evaluator, not in the seconds. The reward to reach is {'the highest that both come to' if args.target is None else args.target}\n{machine()}\n"
+        f"\n{Path(args.config).name}, {config.model_name}: {turns * config.num_iterations} updates of "
+        f"{config.batch_size} prompts x {config.num_generations} completions; "
+        f"mean of seeds {args.seeds} (range). Held-out: mean reward of greedy answers, by one "
+        f"evaluator, not in the seconds. The reward to reach is {target}\n{machine()}\n"
     )
     print_table(learn_table(courses, args.peer, config.num_iterations, args.target))
     print()
@@ -587,32 +607,36 @@ def learn(args: argparse.Namespace) -> None:
         )
 
 
-# --- The commands -----------------------------------------------------------------------------------------------
+# --- The commands -------------------------------------------------------------------------------------------
 
 
 def describe_work(args: argparse.Namespace, trainer, lengths: list[list[int]]) -> str:
     """What is measured and where; lengths: of the completions of each turn."""
     parameters = [p for _, p in tree_flatten(trainer.model.parameters())]
-    size = f"{sum(p.size for p in parameters) / 1e6:.1f}M parameters, {str(parameters[0].dtype).rpartition('.')[2]}"
+    dtype = str(parameters[0].dtype).rpartition(".")[2]
+    size = f"{sum(p.size for p in parameters) / 1e6:.1f}M parameters, {dtype}"
     prompts, completions = f"{args.prompt_tokens} tokens", f"{args.tokens} tokens"
     if args.lengths == "natural":
         prompts = f"{2 * args.prompt_tokens // 3} to {prompts}, new ones each turn,"
         completions = (
-            f"at most {completions} (log-normal, median {args.median}, sigma {completion_sigma(args):.2f}, {args.cut:.0%} cut at the limit, "
-            f"seed {args.seed}; mean {fmean(sum(lengths, [])):.1f})"
+            f"at most {completions} (log-normal, median {args.median}, sigma {completion_sigma(args):.2f}, "
+            f"{args.cut:.0%} cut at the limit, seed {args.seed}; mean {fmean(sum(lengths, [])):.1f})"
         )
     return (
-        f"{args.model or args.preset}: {size}; {args.prompts} prompts of {prompts} x {args.completions} completions of {completions}; "
-        f"the first turn and {args.repeats} more\n{machine()}"
+        f"{args.model or args.preset}: {size}; {args.prompts} prompts of {prompts} x "
+        f"{args.completions} completions of {completions}; the first turn and {args.repeats} more\n"
+        f"{machine()}"
     )
 
 
 def speed_table(
     args: argparse.Namespace, own: list[dict], peer: list[dict] | None, tokens: int, work: dict, limits: tuple
 ) -> list[list[str]]:
-    """Rows of the table, one a phase: the first turn, which compiles, and the others' median, mean, speed and share of the ceilings.
+    """Rows of the table, one a phase: the first turn, which compiles, and the others' median, mean, speed and
+    share of the ceilings.
 
-    own, peer: each turn's seconds; peer None where it crashed. tokens, work: of all turns but the first. The ratio is of the means.
+    own, peer: each turn's seconds; peer None where it crashed. tokens, work: of all turns but the first. The
+    ratio is of the means.
     """
 
     def percent(x: float) -> str:
@@ -666,7 +690,8 @@ def speed(args: argparse.Namespace) -> None:
         warn_if_busy()
         limits = ceilings()
         print(
-            f"ceilings: {limits[0] / 1e12:.2f} TFLOP/s in a matrix product, {limits[1] / 1e9:.0f} GB/s read and written\n",
+            f"ceilings: {limits[0] / 1e12:.2f} TFLOP/s in a matrix product, "
+            f"{limits[1] / 1e9:.0f} GB/s read and written\n",
             flush=True,
         )
         ids = [row["prompt_ids"] for row in rows]
@@ -718,7 +743,7 @@ def take_turns(
 
 
 def full_logits_step(trainer, groups):
-    """A training step as it is commonly written: the whole sequences of all rows, all their logits at once."""
+    """A training step as commonly written: the whole sequences of all rows, all their logits at once."""
     rows = mx.array([g.prompt + c.ids for g in groups for c in g.completions])
     advantages = mx.array([float(i % 2) - 0.5 for i in range(rows.shape[0])])[:, None]
     first = len(groups[0].prompt) - 1
@@ -737,7 +762,7 @@ def full_logits_step(trainer, groups):
 
 
 def memory(args: argparse.Namespace) -> None:
-    """The peak of a training step, measured and planned: as configured, with all logits, and with what saves memory."""
+    """A training step's peak, measured and planned: as configured, with all logits, with less memory."""
     cases = {  # gradient checkpointing patches a model's class for good, so it comes last
         "as configured": [],
         "all logits at once": [],
@@ -783,7 +808,7 @@ def memory(args: argparse.Namespace) -> None:
     print_table(table)
 
 
-# --- Command line -----------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 def positive(text: str) -> int:
@@ -811,9 +836,13 @@ def add_work(one: argparse.ArgumentParser, gpu: bool) -> None:
     model.add_argument(
         "--model", metavar="DIR", help="a real model instead: a directory, or a hub name that is in the cache"
     )
-    for flag, default, what in (("--prompts", 8 if gpu else 1, "prompts a step"), ("--completions", 8, "completions a prompt"),
-                                ("--prompt-tokens", 125, "the longest prompt"), ("--tokens", 256 if gpu else 128, "the longest completion"),
-                                ("--repeats", 5, "turns after the first")):  # fmt: skip
+    for flag, default, what in (
+        ("--prompts", 8 if gpu else 1, "prompts a step"),
+        ("--completions", 8, "completions a prompt"),
+        ("--prompt-tokens", 125, "the longest prompt"),
+        ("--tokens", 256 if gpu else 128, "the longest completion"),
+        ("--repeats", 5, "turns after the first"),
+    ):
         one.add_argument(
             flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
         )
@@ -823,8 +852,9 @@ def add_work(one: argparse.ArgumentParser, gpu: bool) -> None:
 def add_lengths(one: argparse.ArgumentParser) -> None:
     """The flags that say when completions end."""
     natural = (
-        "natural (default): completions end at lengths drawn from a log-normal distribution with --median, of which the share --cut is "
-        "beyond --tokens and cut there; prompts have two thirds of --prompt-tokens or more, uniformly. fixed: all are longest"
+        "natural (default): completions end at lengths drawn from a log-normal distribution with --median, "
+        "of which the share --cut is beyond --tokens and cut there; prompts have two thirds of "
+        "--prompt-tokens or more, uniformly. fixed: all are longest"
     )
     one.add_argument("--lengths", choices=("natural", "fixed"), default="natural", help=natural)
     one.add_argument(
@@ -899,7 +929,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         else:
             one.set_defaults(lengths="fixed")
     for name in ("learn", *SPEEDS):
-        peers, one = [peer for peer, (_, can) in PEERS.items() if name in can], commands.choices[name]
+        peers = [peer for peer, (_, can) in PEERS.items() if name in can]
+        one = commands.choices[name]
         helps = "run this program on the same work, in an environment of its own" + (
             " (default: trl)" if name == "learn" else ""
         )

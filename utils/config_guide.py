@@ -1,4 +1,4 @@
-"""Write the table of settings in docs/CONFIG_GUIDE.md from MLXGRPOConfig: its fields, types, defaults and the comment beside each.
+"""Write the table of settings in docs/CONFIG_GUIDE.md from MLXGRPOConfig: fields, types, defaults, comments.
 
 examples:
   uv run python utils/config_guide.py            rewrite the table
@@ -27,7 +27,8 @@ def settings_table() -> str:
     """Markdown: one table for each group of fields, in the order of the dataclass."""
     source = inspect.getsource(mlx_grpo.MLXGRPOConfig).split("def __post_init__")[0]
     fields = {f.name: f for f in dataclasses.fields(mlx_grpo.MLXGRPOConfig)}
-    lines, name = [], None
+    lines = []
+    name = None
     for line in source.splitlines():
         if heading := re.fullmatch(r"    # (\w+)", line):
             lines += [

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Score models on questions with checkable answers: exact match, pass@k, maj@k or any reward, and paired comparisons of models.
+"""Score models on questions with checkable answers (exact match, pass@k, maj@k, rewards) and compare them.
 
-Prompts, generation and grading are those of mlx-grpo.py, so that a score here and one in a training log mean the same.
-The data is GSM8K, another hub dataset, a local file or folder, or a .txt file with one question a line; a line may end
-in "#### answer", and lines without are answered and not graded.
+Prompts, generation and grading are those of mlx-grpo.py, so that a score here and one in a training log mean
+the same. The data is GSM8K, another hub dataset, a local file or folder, or a .txt file with one question a
+line; a line may end in "#### answer", and lines without are answered and not graded.
 """
 
 import argparse
@@ -35,22 +35,23 @@ from rich.table import Table  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/evaluate.py --model starter/model outputs/quickstart/final --dataset starter/data
-  uv run python utils/evaluate.py --model outputs/run/final --config configs/prod.toml --samples 8 --output answers.jsonl"""
+  uv run python utils/evaluate.py --model outputs/run/final --config configs/prod.toml \
+--samples 8 --output answers.jsonl"""
 BATCH = 256  # questions between two writes of --output
 KINDS = ("strict", "lenient")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the models, in the tables
 
 
-# --- Statistics -------------------------------------------------------------------------------------------------
+# --- Statistics ---------------------------------------------------------------------------------------------
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n answers, drawn without replacement, hold one of the `right` ones (Chen et al., 2107.03374, eq. 1)."""
+    """Chance that k of n answers, without replacement, hold a right one (Chen et al., 2107.03374, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def maj_at_k(answers: list[str], gold: str, k: int) -> float:
-    """Share of the disjoint groups of k answers whose most common answer is right (self-consistency, 2203.11171).
+    """Share of disjoint groups of k answers whose commonest answer is right (self-consistency, 2203.11171).
 
     Equal numbers are one answer; an empty answer does not vote; of equally common ones the first counts.
     """
@@ -65,7 +66,7 @@ def maj_at_k(answers: list[str], gold: str, k: int) -> float:
 
 
 def mcnemar(first: list[bool], second: list[bool]) -> tuple[int, int, float]:
-    """(only the first right, only the second right, two-sided exact p) of two models' hits on the same questions.
+    """(only first right, only second right, two-sided exact p) of two models' hits on the same questions.
 
     Under the null hypothesis each question that tells the two apart is a coin toss.
     """
@@ -76,17 +77,18 @@ def mcnemar(first: list[bool], second: list[bool]) -> tuple[int, int, float]:
 def rate(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high): the mean of values in [0, 1] with the 95% Wilson interval.
 
-    Exact match is a proportion. pass@k and maj@k are means of fractions, whose spread is smaller: there it is cautious.
+    Exact match is a proportion. pass@k and maj@k are means of fractions, whose spread is smaller: there it is
+    cautious.
     """
     mean = fmean(values)
     return mean, *mlx_grpo.wilson_interval(mean * len(values), len(values))
 
 
-# --- Answers ----------------------------------------------------------------------------------------------------
+# --- Answers ------------------------------------------------------------------------------------------------
 
 
 def read_questions(path: Path) -> list[dict]:
-    """Rows of a .txt file: each line is a question, with "#### answer" after it or, where answer is None, without."""
+    """Rows of a .txt file: a question a line, then "#### answer"; without that the row's answer is None."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -102,23 +104,25 @@ def read_questions(path: Path) -> list[dict]:
 
 
 def read_rows(config, split: str) -> list[dict]:
-    """The questions as {"prompt", "answer"}; of one local file all rows, else the split that training would take."""
+    """The questions as {"prompt", "answer"}: all rows of a local file, else the split that training takes."""
     path = Path(config.dataset).expanduser()
     if path.suffix == ".txt":
         return read_questions(path)
     if path.is_file():  # the trainer would set some of its rows aside; here all are wanted
-        config, split = dataclasses.replace(config, eval_dataset=config.dataset), "test"
+        config = dataclasses.replace(config, eval_dataset=config.dataset)
+        split = "test"
     return mlx_grpo.load_dataset_split(config, split)
 
 
 def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progress, rewards: dict):
-    """Yield a record for each greedy answer (samples = 0) or for `samples` sampled answers a question, in order.
+    """Yield a record for each greedy answer (samples = 0) or for `samples` sampled ones a question, in order.
 
     rewards: functions by name, whose scores the records have too.
     """
     sampling = config.sampling if samples else mlx_grpo.Sampling(temperature=0.0)
     prompts = [mlx_grpo.build_prompt(tokenizer, row["prompt"], *config.prompting) for row in rows]
-    each, limit = samples or 1, config.eval_max_new_tokens or config.max_completion_length
+    each = samples or 1
+    limit = config.eval_max_new_tokens or config.max_completion_length
     for start in range(0, len(rows), BATCH):
         part = range(start, min(start + BATCH, len(rows)))
         completions = mlx_grpo.generate(
@@ -134,20 +138,30 @@ def answer_rows(model, tokenizer, rows: list[dict], config, samples: int, progre
         if rewards:
             mlx_grpo.score_groups(groups, list(rewards.values()), config.reward_timeout, limit)
         for n, completion in enumerate(completions):
-            row, text = rows[part[n // each]], completion.text
-            answer, gold = mlx_grpo.after_thinking(text), row["answer"]
+            row = rows[part[n // each]]
+            text = completion.text
+            answer = mlx_grpo.after_thinking(text)
+            gold = row["answer"]
             tagged = mlx_grpo.extract_xml_answer(answer)
             strict, lenient = (None, None) if gold is None else mlx_grpo.grade(text, gold)
-            yield {
-                "index": part[n // each], "sample": n % each if samples else None, "question": row["prompt"], "gold": gold,
+            record = {
+                "index": part[n // each], "sample": n % each if samples else None,
+                "question": row["prompt"], "gold": gold,
                 "text": text, "answer_strict": tagged, "answer_lenient": tagged or last_number(answer),
-                "strict": strict, "lenient": lenient, "tokens": len(completion.ids), "finish_reason": completion.finish_reason,
-                **({"rewards": {k: None if math.isnan(r) else r for k, r in zip(rewards, completion.rewards)}} if rewards else {}),
+                "strict": strict, "lenient": lenient,
+                "tokens": len(completion.ids), "finish_reason": completion.finish_reason,
             }  # fmt: skip
+            if rewards:
+                scores = zip(rewards, completion.rewards)
+                record["rewards"] = {name: None if math.isnan(r) else r for name, r in scores}
+            yield record
 
 
 def reward_means(records: list[dict]) -> dict:
-    """Scores {"rewards/NAME", "rewards/NAME, sampled": (mean, low, high)} of one model's records, None where nothing was scored."""
+    """Scores {"rewards/NAME", "rewards/NAME, sampled": (mean, low, high)} of one model's records.
+
+    None where nothing was scored.
+    """
     scores = {}
     for name, sampled in itertools.product(records[0].get("rewards", ()), (False, True)):
         values = [r["rewards"][name] for r in records if (r["sample"] is not None) == sampled]
@@ -163,7 +177,7 @@ def reward_means(records: list[dict]) -> dict:
 
 
 def summarise(records: list[dict], ks: list[int]) -> dict:
-    """Scores {"em_strict", "pass@4_lenient", ..: (mean, low, high)} of one model's records, over the graded questions."""
+    """Scores {"em_strict", "pass@4_lenient", ..: (mean, low, high)} of one model's graded records."""
     graded = [r for r in records if r["gold"] is not None]
     greedy = [r for r in graded if r["sample"] is None]
     sampled = [
@@ -189,25 +203,33 @@ def evaluate_model(
     """One model's result and its records, which go to `output` as they come."""
     model, tokenizer, _ = mlx_grpo.open_model(name, adapter, args.trust_remote_code)
     mlx_grpo.set_template(tokenizer, config)
-    records, start = [], time.perf_counter()
+    records = []
+    start = time.perf_counter()
     for samples in (0, args.samples) if args.samples else (0,):
         with progress_bar(f"{label}, {'samples' if samples else 'greedy'}", len(rows)) as progress:
             for record in answer_rows(model, tokenizer, rows, config, samples, progress, rewards):
                 records.append(record)
                 if output:
                     print(json.dumps({"model": label, **record}, ensure_ascii=False), file=output, flush=True)
-    seconds, tokens = time.perf_counter() - start, sum(r["tokens"] for r in records)
+    seconds = time.perf_counter() - start
+    tokens = sum(r["tokens"] for r in records)
+    cut_thinking = {}
+    if any(has_thought(r["text"]) for r in records):
+        cut_thinking["cut_thinking"] = fmean(is_thinking(r["text"]) for r in records)
     return {
         "model": label, "n": sum(row["answer"] is not None for row in rows), "questions": len(rows),
         **reward_means(records), **summarise(records, args.k),
-        "tokens_per_answer": tokens / len(records), "cut": fmean(r["finish_reason"] == "length" for r in records),
-        **({"cut_thinking": fmean(is_thinking(r["text"]) for r in records)} if any(has_thought(r["text"]) for r in records) else {}),
+        "tokens_per_answer": tokens / len(records),
+        "cut": fmean(r["finish_reason"] == "length" for r in records), **cut_thinking,
         "tokens_per_second": tokens / seconds, "seconds": seconds,
     }, records  # fmt: skip
 
 
 def compare_rewards(results: list[dict], answers: list[list[dict]], i: int, j: int, name: str) -> dict:
-    """Models i and j on the same questions by one reward: where one's greedy answer earns more, and the sign test's exact p."""
+    """Models i and j on the same questions by one reward.
+
+    Where one's greedy answer earns more, and the sign test's exact p.
+    """
     scores = [[r["rewards"][name] for r in answers[m] if r["sample"] is None] for m in (i, j)]
     both = [(a, b) for a, b in zip(*scores) if a is not None and b is not None]
     only_first, only_second, p = mcnemar([a > b for a, b in both], [b > a for a, b in both])
@@ -222,7 +244,10 @@ def compare_rewards(results: list[dict], answers: list[list[dict]], i: int, j: i
 
 
 def compare(results: list[dict], answers: list[list[dict]]) -> list[dict]:
-    """Every pair of models on the same questions: greedy hits of one and not the other, and McNemar's exact p; so by rewards."""
+    """Every pair of models on the same questions.
+
+    Greedy hits of one and not the other, and McNemar's exact p; then the same by each reward.
+    """
     pairs = []
     for (i, j), name in itertools.product(
         itertools.combinations(range(len(results)), 2), answers[0][0].get("rewards", ())
@@ -241,7 +266,7 @@ def compare(results: list[dict], answers: list[list[dict]]) -> list[dict]:
     return pairs
 
 
-# --- Output -----------------------------------------------------------------------------------------------------
+# --- Output -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -325,7 +350,7 @@ def print_pairs(pairs: list[dict], console: Console) -> None:
     console.print(table)
 
 
-# --- Command line -----------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 FLAGS = (  # flag, the setting of mlx-grpo.py that it replaces, its type, help
@@ -444,7 +469,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--model takes at most {len(LETTERS)} models")
     if args.adapter_path and len(args.adapter_path) != len(args.model):
         parser.error(
-            f"--adapter-path has {len(args.adapter_path)} entries for {len(args.model)} models: give one for each, or none"
+            f"--adapter-path has {len(args.adapter_path)} entries for {len(args.model)} models: "
+            "give one for each, or none"
         )
     return args
 
@@ -481,7 +507,8 @@ def run(args: argparse.Namespace) -> None:
         if adapter and not (Path(adapter) / "adapter_config.json").is_file():
             raise mlx_grpo.UserError(f"Not an adapter directory: {adapter} has no adapter_config.json")
     rewards = read_rewards(config, args.reward)
-    results, answers = [], []
+    results = []
+    answers = []
     with open_output(args.output) as output:
         for name, adapter in zip(args.model, adapters):
             label = f"{name} + {adapter}" if adapter else name

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Ask a model: one prompt, a chat that keeps its history, or a file of prompts answered in batches.
 
-Models open through mlx-grpo.py as in training, so that whatever the trainer, the converters or mlx-lm wrote works here,
-adapters and tokenizer.pkl directories included. Answers go to stdout, everything else to stderr.
+Models open through mlx-grpo.py as in training, so that whatever the trainer, the converters or mlx-lm wrote
+works here, adapters and tokenizer.pkl directories included. Answers go to stdout, everything else to stderr.
 """
 
 import argparse
@@ -28,33 +28,33 @@ import mlx_grpo  # noqa: E402
 
 EXAMPLES = """examples:
   uv run python utils/inference.py --model outputs/run/final --chat
-  uv run python utils/inference.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "What is 17 * 3?" --stream --verbose"""
+  uv run python utils/inference.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "What is 17 * 3?" \
+--stream --verbose"""
 DEFAULT_MODEL = "mlx_model"  # where the converters write unless told otherwise
 PREFILL_CHUNK = 2048  # prompt positions in one forward
 FILE_BATCH = 256  # prompts of a file between two writes
 
 
-# --- One answer -------------------------------------------------------------------------------------------------
+# --- One answer ---------------------------------------------------------------------------------------------
 
 
 class TextStream:
-    """Token ids in, text out as soon as later ids cannot change it; the pieces joined are decode(all ids) to the byte.
+    """Token ids in, text out as soon as later ids cannot change it; the pieces joined are decode(all ids).
 
-    Held back: a character whose bytes are not all there yet, a run of SentencePiece byte tokens (it decodes as one),
-    and the last characters where the tokenizer takes spaces before punctuation away.
+    Held back: a character whose bytes are not all there yet, a run of SentencePiece byte tokens (it decodes
+    as one), and the last characters where the tokenizer takes spaces before punctuation away.
     """
 
-    WINDOW, CONTEXT = (
-        128,
-        32,
-    )  # ids decoded again at each step, at most and at least: the cost stays flat as text grows
+    # Ids decoded again at each step, at most and at least: the cost stays flat as text grows.
+    WINDOW = 128
+    CONTEXT = 32
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.hold = (
-            4 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
-        )  # " n't" is the longest
-        self.ids, self.sent = [], 0  # the window, and how many characters of its text are out
+        # " n't" is the longest
+        self.hold = 4 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
+        self.ids = []  # the window
+        self.sent = 0  # how many characters of the window's text are out
 
     def text(self, ids: list[int]) -> str:
         return mlx_grpo.completion_text(self.tokenizer, ids)
@@ -65,7 +65,8 @@ class TextStream:
         text = self.text(self.ids)
         in_byte_run = str(self.tokenizer.convert_ids_to_tokens(token)).startswith("<0x")
         certain = self.sent if in_byte_run else max(self.sent, len(text.rstrip("\ufffd")) - self.hold)
-        piece, self.sent = text[self.sent : certain], certain
+        piece = text[self.sent : certain]
+        self.sent = certain
         if len(self.ids) >= self.WINDOW:
             self.shorten(text)
         return piece
@@ -75,7 +76,8 @@ class TextStream:
         tail = self.text(self.ids[-self.CONTEXT :])
         before = len(text) - len(tail)
         if before < self.sent and text.endswith(tail):
-            self.ids, self.sent = self.ids[-self.CONTEXT :], self.sent - before
+            self.ids = self.ids[-self.CONTEXT :]
+            self.sent -= before
 
     def rest(self) -> str:
         """What was held back, once no more ids come."""
@@ -92,11 +94,13 @@ class Answer:
     seconds: float  # in all
 
     def describe(self) -> str:
-        new, written = self.prompt_tokens - self.reused, len(self.ids)
+        new = self.prompt_tokens - self.reused
+        written = len(self.ids)
         decoding = (written - 1) / (self.seconds - self.first) if written > 1 else 0.0
         return (
-            f"prompt {self.prompt_tokens} tokens ({self.reused} from the cache), {new / self.first:.1f} tokens/s; "
-            f"generation {written} tokens, {decoding:.1f} tokens/s; first token after {self.first:.3f} s; {peak_memory()}"
+            f"prompt {self.prompt_tokens} tokens ({self.reused} from the cache), "
+            f"{new / self.first:.1f} tokens/s; generation {written} tokens, {decoding:.1f} tokens/s; "
+            f"first token after {self.first:.3f} s; {peak_memory()}"
         )
 
 
@@ -105,26 +109,27 @@ def peak_memory() -> str:
 
 
 class Session:
-    """A model that answers one prompt at a time and keeps the KV cache for what the next prompt shares with it."""
+    """A model that answers one prompt at a time and keeps the KV cache for what the next prompt shares."""
 
     def __init__(self, model, tokenizer, sampling, max_tokens: int, stops: list[str] = ()):
-        self.model, self.tokenizer, self.sampling, self.max_tokens, self.stops = (
-            model,
-            tokenizer,
-            sampling,
-            max_tokens,
-            stops,
-        )
-        self.cache, self.held = None, []  # the KV cache, and the ids at its positions
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.stops = stops
+        self.cache = None  # the KV cache
+        self.held = []  # the ids at its positions
 
     def reuse(self, prompt: list[int]) -> int:
-        """How many of the prompt's ids the cache holds already, its last id never; the cache is cut back to them."""
+        """How many of the prompt's ids the cache holds, its last id never; the cache is cut back to them."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
         shared = len(os.path.commonprefix([self.held, prompt[:-1]]))
         surplus = len(self.held) - shared
         if self.cache is None or surplus and not can_trim_prompt_cache(self.cache):
-            self.cache, shared, surplus = make_prompt_cache(self.model), 0, 0
+            self.cache = make_prompt_cache(self.model)
+            shared = 0
+            surplus = 0
         if surplus:
             trim_prompt_cache(self.cache, surplus)
         self.held = prompt[:shared]
@@ -170,10 +175,13 @@ class Session:
             token = ahead
 
     def answer(self, prompt: list[int], key: mx.array, write, stopped=lambda: False) -> Answer:
-        """Answer a prompt (ids); `write` gets the text piece by piece, and `stopped` is asked after each id."""
+        """Answer a prompt (ids); `write` gets the text piece by piece; `stopped` is asked after each id."""
         from mlx_lm.generate import wired_limit
 
-        start, first, ids, stream = time.perf_counter(), 0.0, [], TextStream(self.tokenizer)
+        start = time.perf_counter()
+        first = 0.0
+        ids = []
+        stream = TextStream(self.tokenizer)
         reused = self.reuse(prompt)
         row = mlx_grpo.Row(
             self.tokenizer, self.stops, self.max_tokens, mlx_grpo.primed_text(self.tokenizer, prompt)
@@ -192,7 +200,7 @@ class Session:
         return Answer(ids, text, len(prompt), reused, first or seconds, seconds)
 
 
-# --- The three ways to ask --------------------------------------------------------------------------------------
+# --- The three ways to ask ----------------------------------------------------------------------------------
 
 
 def write_out(piece: str) -> None:
@@ -227,7 +235,7 @@ def answer_one(session: Session, args) -> None:
 
 @contextlib.contextmanager
 def ctrl_c_noted():
-    """Within, Ctrl-C raises nothing, so that no forward pass stops halfway; yields a function that tells of it."""
+    """Within, Ctrl-C raises nothing: no forward pass stops halfway. Yields a function that tells of it."""
     pressed = []
     previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
@@ -261,7 +269,7 @@ def chat(session: Session, args) -> None:
 
 
 def take_turn(session: Session, messages: list[dict], question: str, args) -> list[dict]:
-    """Answer as the text is written; the conversation with question and answer, or as it was if nothing was answered."""
+    """Answer as the text is written; the conversation with both turns, or as it was without an answer."""
     asked = [*messages, {"role": "user", "content": question}]
     prompt = mlx_grpo.build_prompt(session.tokenizer, asked, args.system, **args.template)
     key = mlx_grpo.random_key("inference", args.seed, len(messages) // 2)
@@ -277,11 +285,10 @@ def take_turn(session: Session, messages: list[dict], question: str, args) -> li
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """The lines of a text file as {"prompt": line}; the objects of a .jsonl file, with "prompt" (or "question") as "prompt"."""
+    """A text file's lines as {"prompt": line}; a .jsonl file's objects, "question" renamed to "prompt"."""
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # not splitlines: JSON text may hold other line breaks
+        # Not splitlines: JSON text may hold other line breaks.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise mlx_grpo.UserError(
             f"Failed to read prompts: {path}: {getattr(error, 'strerror', None) or error}"
@@ -304,7 +311,8 @@ def read_prompts(path: Path) -> list[dict]:
 def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
     """Write each row with its completion as a line of JSON, in the file's order."""
     prompts = [prompt_ids(tokenizer, row["prompt"], args) for row in rows]
-    start, written = time.perf_counter(), 0
+    start = time.perf_counter()
+    written = 0
     for first in range(0, len(rows), FILE_BATCH):
         part = range(first, min(first + FILE_BATCH, len(rows)))
         completions = mlx_grpo.generate(
@@ -323,13 +331,14 @@ def answer_file(model, tokenizer, rows: list[dict], sampling, args) -> None:
     if args.verbose:
         seconds = time.perf_counter() - start
         print(
-            f"{len(rows)} prompts of {sum(map(len, prompts))} tokens; generation {written} tokens in {seconds:.2f} s, "
-            f"{written / seconds:.1f} tokens/s; {peak_memory()}",
+            f"{len(rows)} prompts of {sum(map(len, prompts))} tokens; "
+            f"generation {written} tokens in {seconds:.2f} s, {written / seconds:.1f} tokens/s; "
+            f"{peak_memory()}",
             file=sys.stderr,
         )
 
 
-# --- Command line -----------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -398,7 +407,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--prompt-template",
         metavar="TEXT",
-        help=r"plain text with {prompt} in the place of the chat template, for base models (default: that run's)",
+        help="plain text with {prompt} in the place of the chat template, for base models "
+        "(default: that run's)",
     )
     add(
         "--chat-template-kwargs",
@@ -457,7 +467,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--system needs the chat template: leave --raw out, or write it into the prompt")
     if args.model is None and not Path(DEFAULT_MODEL).is_dir():
         parser.error(
-            f"no directory {DEFAULT_MODEL} here: name a model with --model, or make one with utils/convert_model.py"
+            f"no directory {DEFAULT_MODEL} here: name a model with --model, "
+            "or make one with utils/convert_model.py"
         )
     return args
 
@@ -470,7 +481,8 @@ def trained_with(model: str) -> dict:
 
 def choose_prompting(args: argparse.Namespace, tokenizer) -> None:
     """How the model is asked: as the flags say, else as in the run that trained it. Raises UserError."""
-    args.template, args.stops = {}, []
+    args.template = {}
+    args.stops = []
     if args.raw:
         return
     trained = trained_with(args.model or DEFAULT_MODEL)

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Make report.html of a training run, or compare several: curves, warnings, completions, configuration, machine.
+"""Make report.html of a training run, or compare several: curves, warnings, completions, settings, machine.
 
-The page is one file that opens offline: the curves are SVG by matplotlib with CSS colours for light and dark, the
-script in it only turns pages, and whatever a model wrote is escaped. The log's fields are listed in utils/README.md.
+The page is one file that opens offline: the curves are SVG by matplotlib with CSS colours for light and dark,
+the script in it only turns pages, and whatever a model wrote is escaped. The log's fields are listed in
+utils/README.md.
 """
 
 import argparse
@@ -27,11 +28,9 @@ EXAMPLES = """examples:
   uv run python utils/report.py outputs/quickstart outputs/quickstart-2 --output comparison.html"""
 
 POINTS = 300  # of a curve; longer runs are drawn by the means of as many stretches
-SHOWN_UPDATES, SHOWN_COMPLETIONS, SHOWN_CHARACTERS = (
-    40,
-    16,
-    4000,
-)  # in the table: updates, completions each, text each
+SHOWN_UPDATES = 40  # in the table of completions
+SHOWN_COMPLETIONS = 16  # of each of these updates
+SHOWN_CHARACTERS = 4000  # of each of these texts
 LIGHT = ["#1f6fd6", "#d9480f", "#2b8a3e", "#9c36b5", "#a67c00", "#0c8599", "#c2255c", "#5c5f66"]
 DARK = ["#6ea8fe", "#ff922b", "#69db7c", "#da77f2", "#ffd43b", "#3bc9db", "#f783ac", "#adb5bd"]
 # In the page's SVG these stand for CSS variables, which differ between light and dark.
@@ -81,7 +80,7 @@ class ReportError(Exception):
     """Something failed; exit status 1."""
 
 
-# --- Reading a run ----------------------------------------------------------------------------------------------
+# --- Reading a run ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -119,9 +118,9 @@ class Run:
 
     @property
     def scores(self) -> dict[str, str]:
-        """What held-out problems are scored by: fields of the evaluations, with a name for each. Rewards come first.
+        """What held-out problems are scored by: fields of the evaluations, each with a name; rewards first.
 
-        Exact match counts only where the correctness reward is one of the run's; in old logs it is all there is.
+        Exact match counts only where the correctness reward is one of the run's; old logs have nothing else.
         """
         names = dict.fromkeys(
             name for e in self.evals for name in e if name.startswith("rewards/") and not name.endswith("_ci")
@@ -147,8 +146,9 @@ def number(value) -> float:
 
 
 def read_records(path: Path) -> tuple[list[dict], int]:
-    """The records of a JSON Lines file, and how many lines are none: a killed run leaves its last line cut."""
-    records, unreadable = [], 0
+    """The records of a JSON Lines file, and how many lines are none: a killed run cuts its last line."""
+    records = []
+    unreadable = 0
     if not path.is_file():
         return records, unreadable
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -180,19 +180,22 @@ def read_run(path: Path) -> Run:
     completions, cut = read_records(path / "completions.jsonl")
     if not records:
         raise ReportError(f"Nothing to report: {log} has no complete record yet")
-    of = lambda event: [r for r in records if r.get("event") == event]  # noqa: E731
-    updates = {r["update"]: r for r in of(None)}  # a later record of the same update stands
+    # A later record of the same update stands.
+    updates = {r["update"]: r for r in records if r.get("event") is None}
+    evaluations = [r for r in records if r.get("event") == "eval"]
+    notes = [r for r in records if r.get("event") in ("check", "no_signal", "end")]
     return Run(
-        path, path.resolve().name, [updates[u] for u in sorted(updates)], of("eval"), read_object(path / "machine.json"), completions,
-        read_object(path / "settings.json"), unreadable + cut, [r for r in records if r.get("event") in ("check", "no_signal", "end")],
+        path, path.resolve().name, [updates[u] for u in sorted(updates)], evaluations,
+        read_object(path / "machine.json"), completions, read_object(path / "settings.json"),
+        unreadable + cut, notes,
     )  # fmt: skip
 
 
-# --- Tripwires --------------------------------------------------------------------------------------------------
+# --- Tripwires ----------------------------------------------------------------------------------------------
 
 
 def change(values: np.ndarray) -> tuple[float, float, int]:
-    """(mean of the first fifth, of the last fifth, direction): 0 within two standard errors, or with under 20 values."""
+    """(mean of the first fifth, of the last, direction): 0 within two standard errors, or under 20 values."""
     values = values[~np.isnan(values)]
     if len(values) < 20:
         return math.nan, math.nan, 0
@@ -203,8 +206,12 @@ def change(values: np.ndarray) -> tuple[float, float, int]:
 
 
 def difference(before: dict, after: dict, key: str) -> tuple[float, float, float]:
-    """(change of a score, low, high), 95% (Newcombe 1998, method 10). Unpaired: for the same questions it is cautious."""
-    (p, q), d = (before[key], after[key]), after[key] - before[key]
+    """(change of a score, low, high), 95% (Newcombe 1998, method 10).
+
+    Unpaired: for the same questions it is cautious.
+    """
+    p, q = before[key], after[key]
+    d = after[key] - before[key]
     if not (before.get(f"{key}_ci") and after.get(f"{key}_ci")):
         return d, math.nan, math.nan
     (p_low, p_high), (q_low, q_high) = before[f"{key}_ci"], after[f"{key}_ci"]
@@ -220,15 +227,18 @@ def repeated_share(text: str) -> float:
 
 def accuracy_against_reward(run: Run):
     """Yield where held-out accuracy fell from its best while the reward rose."""
-    reward, steps = run.column("reward_mean"), run.step
-    steps, reward = steps[~np.isnan(reward)], reward[~np.isnan(reward)]
+    reward = run.column("reward_mean")
+    steps = run.step
+    steps = steps[~np.isnan(reward)]
+    reward = reward[~np.isnan(reward)]
     for key, label in run.scores.items():
         tests = run.tests(key)
         if len(tests) < 2 or len(reward) < 20 or not key.startswith(("em_", "reward_mean")):
             continue
         best, last = max(tests, key=lambda e: e[key]), tests[-1]
         nearest = np.argsort(abs(steps - best["update"]), kind="stable")[: len(reward) // 5]
-        then, now = reward[nearest].mean(), change(reward)[1]
+        then = reward[nearest].mean()
+        now = change(reward)[1]
         if difference(best, last, key)[2] < 0 and now > then:
             title = (
                 "Reward up, accuracy down"
@@ -238,14 +248,15 @@ def accuracy_against_reward(run: Run):
             yield (
                 title,
                 (
-                    f"{label} fell from {score_text(best[key], key)} at update {best['update']} to {score_text(last[key], key)}, "
+                    f"{label} fell from {score_text(best[key], key)} at update {best['update']} "
+                    f"to {score_text(last[key], key)}, "
                     f"while the reward in training went from {then:.2f} to {now:.2f}"
                 ),
             )
 
 
 def format_against_correctness(run: Run):
-    """Yield the format rewards that rose while no correctness reward did; functions are told apart by their names."""
+    """Yield the format rewards that rose while no correctness reward did; their names tell them apart."""
     names = [name for name in (run.updates[-1] if run.updates else {}) if name.startswith("rewards/")]
     right = [name for name in names if re.search("correct|accura", name)]
     if not right or any(change(run.column(name))[2] > 0 for name in right):
@@ -280,7 +291,10 @@ def skip_reason(record: dict) -> str | None:
 
 
 def without_signal(run: Run):
-    """Yield where nothing is learnt: no update has changed a weight, or the last ones had no signal. From the first update on."""
+    """Yield where nothing is learnt: no update has changed a weight, or the last ones had no signal.
+
+    From the first update on.
+    """
     reasons = [skip_reason(record) for record in run.updates]
     said = [note["message"] for note in run.notes if isinstance(note.get("message"), str)]
     advice = next(
@@ -295,21 +309,11 @@ def without_signal(run: Run):
         counts = ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
         ended = not unfinished(run) or any(note["event"] == "end" for note in run.notes)
         so_far = "" if ended else " so far"
-        yield (
-            "Nothing was learnt" if ended else "No signal",
-            (
-                f"none of {len(reasons)} updates{so_far} changed a weight ({counts}). {advice}".strip().rstrip(
-                    "."
-                )
-            ),
-        )
+        seen = f"none of {len(reasons)} updates{so_far} changed a weight ({counts}). {advice}"
+        yield "Nothing was learnt" if ended else "No signal", seen.strip().rstrip(".")
     elif row >= FLAT_ROW:
-        yield (
-            "No signal",
-            f"the last {row} updates were skipped: all completions of each prompt scored alike. {advice}".strip().rstrip(
-                "."
-            ),
-        )
+        seen = f"the last {row} updates were skipped: all completions of each prompt scored alike. {advice}"
+        yield "No signal", seen.strip().rstrip(".")
 
 
 def level(values: np.ndarray) -> float:
@@ -358,7 +362,7 @@ def tripwires(run: Run):
         yield "Lines not readable", f"{run.unreadable} lines of the logs were left out of this report"
 
 
-# --- Curves -----------------------------------------------------------------------------------------------------
+# --- Curves -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -397,9 +401,12 @@ def update_lines(run: Run, fields: list[str], smooth: bool) -> list[Line]:
     names = dict.fromkeys(name for r in run.updates for name in r)
     lines = []
     for name in (n for n in names if any(fnmatch.fnmatchcase(n, f) for f in fields)):
-        y, x = run.column(name), run.step
+        y = run.column(name)
+        x = run.step
         spread = run.column("reward_std") if name == "reward_mean" else np.full(len(y), np.nan)
-        x, spread, y = x[~np.isnan(y)], spread[~np.isnan(y)], y[~np.isnan(y)]
+        x = x[~np.isnan(y)]
+        spread = spread[~np.isnan(y)]
+        y = y[~np.isnan(y)]
         if not len(y):
             continue
         width = len(y) // 15 | 1 if smooth else 1
@@ -408,7 +415,8 @@ def update_lines(run: Run, fields: list[str], smooth: bool) -> list[Line]:
         spread = moving_average(spread, width) if width > 1 else spread
         band = (y - spread, y + spread) if not np.isnan(spread).all() else (None, None)
         label = re.sub(
-            r"^(rewards|seconds|clip_ratio|mismatch)/|^completion_length_|_(reward_func|tokens_per_s|fraction)$",
+            r"^(rewards|seconds|clip_ratio|mismatch)/|^completion_length_"
+            r"|_(reward_func|tokens_per_s|fraction)$",
             "",
             name,
         )
@@ -417,7 +425,7 @@ def update_lines(run: Run, fields: list[str], smooth: bool) -> list[Line]:
 
 
 def evaluation_lines(run: Run, split: str, exact: bool) -> list[Line]:
-    """The scores of a split with their intervals: exact match in percent, strict and lenient, or else the rewards."""
+    """A split's scores with their intervals: exact match in percent, strict and lenient, or the rewards."""
     lines = []
     for key, label in run.scores.items():
         records = run.scored(split, key)
@@ -444,10 +452,14 @@ def make_charts(runs: list[Run]) -> list[Chart]:
         for title, unit, fields, smooth in CHARTS
     ]
     found[1:1] = [
-        (f"{name} {'exact match' if exact else 'reward'}", f"{'%, ' * exact}bars: 95% interval", [evaluation_lines(run, split, exact) for run in runs])
+        (
+            f"{name} {'exact match' if exact else 'reward'}",
+            f"{'%, ' * exact}bars: 95% interval",
+            [evaluation_lines(run, split, exact) for run in runs],
+        )
         for name, split in (("Held-out", "test"), ("Training subset", "train"))
         for exact in (True, False)
-    ]  # fmt: skip
+    ]
     charts = []
     for title, unit, lines in found:
         labels = list(dict.fromkeys(line.label for of_run in lines for line in of_run))
@@ -566,44 +578,68 @@ def save_picture(charts: list[Chart], path: Path, title: str = "", small_print: 
         figure.savefig(path, dpi=120)
 
 
-# --- The page ---------------------------------------------------------------------------------------------------
+# --- The page -----------------------------------------------------------------------------------------------
 
 CSS = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1d1d1f; --soft: #5f6066; --line: #dedee3; --box: #f5f5f7; --warn: #fff3d6; --tag: #dbeafe; LIGHT }
+:root { color-scheme: light dark; --page: #fff; --ink: #1d1d1f; --soft: #5f6066; --line: #dedee3; \
+--box: #f5f5f7; --warn: #fff3d6; --tag: #dbeafe; LIGHT }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #131316; --ink: #e9e9ec; --soft: #a2a3aa; --line: #37383f; --box: #1d1e22; --warn: #42340f; --tag: #1e3a5f; DARK } }
+  :root { --page: #131316; --ink: #e9e9ec; --soft: #a2a3aa; --line: #37383f; --box: #1d1e22; \
+--warn: #42340f; --tag: #1e3a5f; DARK } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page); color: var(--ink); \
+font: 15px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.5rem; margin: .3rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem }
-p { margin: .3rem 0 } .soft, figcaption small, th { color: var(--soft) } code, pre { font-family: ui-monospace, monospace; font-size: .87em }
+p { margin: .3rem 0 } .soft, figcaption small, th { color: var(--soft) } \
+code, pre { font-family: ui-monospace, monospace; font-size: .87em }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
-.cards { display: flex; flex-wrap: wrap } .cards .card { flex: 1 1 11rem } .cards .wide { flex: 2 1 18rem } .runs td { white-space: nowrap } .runs td:first-child { white-space: normal; min-width: min(18rem, 40vw); overflow-wrap: anywhere }
-.card, figure, .warning { background: var(--box); border-radius: 8px; padding: .8rem 1rem; margin: 0 } .warning { background: var(--warn); margin: .5rem 0 }
+.cards { display: flex; flex-wrap: wrap } .cards .card { flex: 1 1 11rem } \
+.cards .wide { flex: 2 1 18rem } .runs td { white-space: nowrap } \
+.runs td:first-child { white-space: normal; min-width: min(18rem, 40vw); overflow-wrap: anywhere }
+.card, figure, .warning { background: var(--box); border-radius: 8px; padding: .8rem 1rem; margin: 0 } \
+.warning { background: var(--warn); margin: .5rem 0 }
 .card strong { display: block; font-size: 1.35rem; line-height: 1.3 }
-figure { display: flex; flex-direction: column; padding-bottom: .4rem } figcaption { font-size: .9rem } figcaption b { font-size: .95rem } figcaption small { display: block; min-height: 1.5em }
+figure { display: flex; flex-direction: column; padding-bottom: .4rem } figcaption { font-size: .9rem } \
+figcaption b { font-size: .95rem } figcaption small { display: block; min-height: 1.5em }
 svg { width: 100%; height: auto; display: block; margin-top: auto } [hidden] { display: none !important }
 svg text { font-family: inherit !important; fill: var(--soft) !important }
-.key { display: inline-block; max-width: 100%; margin-right: .9em } .key::before { content: ""; display: inline-block; width: .9em; height: .25em; margin-right: .4em; vertical-align: middle; background: var(--key) }
+.key { display: inline-block; max-width: 100%; margin-right: .9em } \
+.key::before { content: ""; display: inline-block; width: .9em; height: .25em; margin-right: .4em; \
+vertical-align: middle; background: var(--key) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
-th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line) } th { font-weight: 500; white-space: nowrap }
-td.n, th.n { text-align: right } td + td code { display: block; min-width: 5rem; overflow-wrap: anywhere } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
-.tag { background: var(--tag); border-radius: 3px } .chip { display: inline-block; max-width: 100%; margin-right: .7em } .best td { font-weight: 600 }
-.bar { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0 } .bar > * { font: inherit; padding: .3rem .6rem; color: inherit; background: var(--box); border: 1px solid var(--line); border-radius: 6px; max-width: 100% }
-#completions { table-layout: fixed } #completions col:nth-child(1) { width: 30% } #completions col:nth-child(3) { width: 24% }
+th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; \
+border-bottom: 1px solid var(--line) } th { font-weight: 500; white-space: nowrap }
+td.n, th.n { text-align: right } td + td code { display: block; min-width: 5rem; \
+overflow-wrap: anywhere } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+.tag { background: var(--tag); border-radius: 3px } \
+.chip { display: inline-block; max-width: 100%; margin-right: .7em } .best td { font-weight: 600 }
+.bar { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0 } \
+.bar > * { font: inherit; padding: .3rem .6rem; color: inherit; background: var(--box); \
+border: 1px solid var(--line); border-radius: 6px; max-width: 100% }
+#completions { table-layout: fixed } #completions col:nth-child(1) { width: 30% } \
+#completions col:nth-child(3) { width: 24% }
 summary { cursor: pointer; color: var(--soft); margin: .5rem 0 }
-@media (max-width: 44rem) { #completions thead { display: none } #completions, #completions tbody { display: block } #completions tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line) } #completions td { display: block; border: 0; padding: .2rem 0 } }
+@media (max-width: 44rem) { #completions thead { display: none } \
+#completions, #completions tbody { display: block } \
+#completions tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line) } \
+#completions td { display: block; border: 0; padding: .2rem 0 } }
 """
 JS = """
-const rows = [...document.querySelectorAll("#completions tbody tr")], update = document.querySelector("#update");
-const order = document.querySelector("#order"), find = document.querySelector("#find"), count = document.querySelector("#count");
+const rows = [...document.querySelectorAll("#completions tbody tr")], \
+update = document.querySelector("#update");
+const order = document.querySelector("#order"), find = document.querySelector("#find"), \
+count = document.querySelector("#count");
 function show() {
   const words = find.value.toLowerCase(), key = order.value, down = key === "index" ? 1 : -1;
-  const seen = rows.filter(r => (update.value === "" || r.dataset.update === update.value) && r.textContent.toLowerCase().includes(words));
+  const seen = rows.filter(r => (update.value === "" || r.dataset.update === update.value) && \
+r.textContent.toLowerCase().includes(words));
   for (const r of rows) r.hidden = true;
-  for (const r of seen.sort((a, b) => down * (a.dataset[key] - b.dataset[key]))) { r.hidden = false; r.parentNode.append(r); }
+  for (const r of seen.sort((a, b) => down * (a.dataset[key] - b.dataset[key]))) { r.hidden = false; \
+r.parentNode.append(r); }
   count.textContent = seen.length + " of " + rows.length + " completions";
 }
-function turn(by) { update.selectedIndex = Math.min(update.options.length - 1, Math.max(0, update.selectedIndex + by)); show(); }
+function turn(by) { \
+update.selectedIndex = Math.min(update.options.length - 1, Math.max(0, update.selectedIndex + by)); show(); }
 if (update) {
   for (const box of [update, order, find]) box.addEventListener("input", show);
   document.querySelector("#back").addEventListener("click", () => turn(-1));
@@ -620,7 +656,10 @@ def table(header: list[str], rows: list[list[str]], name: str = "plain", best: i
         f"<tr{' class=best' if i == best else ''}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
         for i, row in enumerate(rows)
     )
-    return f"<div class=scroll><table class={name}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return (
+        f"<div class=scroll><table class={name}><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def score_text(value: float, key: str) -> str:
@@ -654,15 +693,19 @@ def ends(values: np.ndarray) -> tuple[float, float]:
 
 
 def held_out_table(run: Run) -> str:
-    """The scores on held-out problems, the run's rewards first: before or at the first evaluation, at the last, and the change."""
+    """The scores on held-out problems, the run's rewards first.
+
+    Before training or at the first evaluation, at the last, and the change.
+    """
     rows = []
     for key, label in run.scores.items():
         tests = run.tests(key)
         if not tests:
             continue
         first, last = tests[0], tests[-1]
-        cells = [label, with_interval(first, key), with_interval(last, key), change_text(first, last, key)] if len(tests) > 1 else (
-            [label, with_interval(first, key), "", ""])  # fmt: skip
+        cells = [label, with_interval(first, key), "", ""]
+        if len(tests) > 1:
+            cells[2:] = [with_interval(last, key), change_text(first, last, key)]
         rows.append([html.escape(cell) for cell in cells])
     if not rows:
         return ""
@@ -677,8 +720,9 @@ def held_out_table(run: Run) -> str:
 
 
 def headline(run: Run) -> str:
-    """The held-out scores; then the cards: the score that stands for the run, what changed in the completions, what it cost."""
-    key, cards = run.metric, []
+    """The held-out scores; then the cards: the run's one score, how the completions changed, what it cost."""
+    key = run.metric
+    cards = []
     tests = run.tests(key)
     if tests:
         shown = [tests[0], tests[-1]][: len(tests)]
@@ -731,7 +775,8 @@ def tokens(run: Run) -> str:
 
 def progress(run: Run) -> str:
     """How far the run is; the number of updates it will make is in machine.json."""
-    done, planned = (run.updates[-1]["update"] if run.updates else 0), run.start.get("updates")
+    done = run.updates[-1]["update"] if run.updates else 0
+    planned = run.start.get("updates")
     if not planned:
         return f"{done} updates"
     return f"{done} of {planned} updates" + (": not finished" if unfinished(run) else "")
@@ -760,7 +805,10 @@ def warnings(run: Run) -> str:
     if not run.updates:
         return "<p class=soft>No update yet.</p>"
     enough = "" if len(run.updates) >= 20 else " Most need 20 updates to judge by."
-    return f"<p class=soft>No sign of reward hacking, exploding lengths, entropy collapse or repeated text.{enough}</p>"
+    return (
+        "<p class=soft>No sign of reward hacking, exploding lengths, entropy collapse or repeated text."
+        f"{enough}</p>"
+    )
 
 
 def key(i: int, label: str) -> str:
@@ -776,7 +824,10 @@ def figures(charts: list[Chart], keys: list[str] | None = None) -> str:
         legend = "".join(key(i, name) for i, name in enumerate(names)) if len(names) > 1 else ""
         caption = f"<b>{html.escape(chart.title)}</b> <small>{html.escape(chart.unit)}</small>{legend}"
         parts.append(f"<figure><figcaption>{caption}</figcaption>{as_svg(chart)}</figure>")
-    return f"<p class=soft>By update; thin lines are single updates, thick ones moving averages.</p><div class=grid>{''.join(parts)}</div>"
+    return (
+        "<p class=soft>By update; thin lines are single updates, thick ones moving averages.</p>"
+        f"<div class=grid>{''.join(parts)}</div>"
+    )
 
 
 def text_of(value) -> str:
@@ -803,7 +854,7 @@ def total_reward(row: dict, weights: list[float]) -> float:
 
 
 def chosen_completions(run: Run, weights: list[float]) -> list[dict]:
-    """The best and the worst of each group, for updates spread over the run: what a reader can look through."""
+    """The best and the worst of each group, for updates spread over the run: as many as one can read."""
     groups = {}
     for row in run.completions:
         groups.setdefault(row["update"], {}).setdefault(
@@ -830,7 +881,8 @@ def completions_table(run: Run) -> str:
         return "<p class=soft>No completions logged (log_completions_steps).</p>"
     rows = []
     for i, row in enumerate(chosen):
-        total, length = total_reward(row, weights), number(row.get("length"))
+        total = total_reward(row, weights)
+        length = number(row.get("length"))
         rewards = row["rewards"].items() if isinstance(row.get("rewards"), dict) else []
         values = (
             (n.removesuffix("_reward_func"), "-" if math.isnan(number(r)) else f"{r:g}") for n, r in rewards
@@ -838,19 +890,25 @@ def completions_table(run: Run) -> str:
         chips = "".join(f"<span class=chip>{html.escape(n)} {r}</span> " for n, r in values)
         facts = f"{length:.0f} tokens, ended by {html.escape(text_of(row.get('finish_reason')))}"
         rows.append(
-            f"<tr data-index={i} data-update={row['update']} data-total={total:g} data-length={np.nan_to_num(length):g}>"
-            f"<td><pre>{escaped(text_of(row.get('prompt')))}</pre><span class=soft>gold: {escaped(text_of(row.get('answer')))}</span></td>"
+            f"<tr data-index={i} data-update={row['update']} data-total={total:g} "
+            f"data-length={np.nan_to_num(length):g}>"
+            f"<td><pre>{escaped(text_of(row.get('prompt')))}</pre>"
+            f"<span class=soft>gold: {escaped(text_of(row.get('answer')))}</span></td>"
             f"<td><pre>{escaped(text_of(row.get('completion')))}</pre></td>"
-            f"<td><b>{total:.2f}</b> <span class=soft>update {row['update']}</span><br>{chips}<br><span class=soft>{facts}</span></td></tr>"
+            f"<td><b>{total:.2f}</b> <span class=soft>update {row['update']}</span><br>{chips}<br>"
+            f"<span class=soft>{facts}</span></td></tr>"
         )
     updates = list(dict.fromkeys(row["update"] for row in chosen))
     choices = "".join(
         f"<option value={u}{' selected' * (u == updates[-1])}>update {u}</option>" for u in updates
     )
-    return f"""<p class=soft>The best and the worst of each group: {len(chosen)} of {len(run.completions)} logged. All are in completions.jsonl.</p>
-<div class=bar><button id=back type=button aria-label="earlier update">←</button><select id=update aria-label="update">
+    return f"""<p class=soft>The best and the worst of each group: {len(chosen)} of {len(run.completions)} \
+logged. All are in completions.jsonl.</p>
+<div class=bar><button id=back type=button aria-label="earlier update">←</button>\
+<select id=update aria-label="update">
 <option value="">all updates</option>{choices}</select>
-<button id=on type=button aria-label="later update">→</button><select id=order aria-label="order"><option value=index>by prompt</option>
+<button id=on type=button aria-label="later update">→</button>\
+<select id=order aria-label="order"><option value=index>by prompt</option>
 <option value=total>by reward</option><option value=length>by length</option></select>
 <input id=find type=search placeholder="find text" aria-label="find text"></div>
 <p id=count class=soft></p><table id=completions><colgroup><col><col><col></colgroup>
@@ -910,7 +968,8 @@ def page(title: str, body: str) -> str:
         css = css.replace(name, " ".join(f"--c{i}: {colour};" for i, colour in enumerate(colours, 16)))
     return f"""<!DOCTYPE html>
 <html lang=en><head><meta charset=utf-8><meta http-equiv=Content-Security-Policy content="{policy}">
-<meta name=viewport content="width=device-width, initial-scale=1"><link rel=icon href="data:,"><title>{html.escape(title)}</title>
+<meta name=viewport content="width=device-width, initial-scale=1"><link rel=icon href="data:,">\
+<title>{html.escape(title)}</title>
 <style>{css}</style></head><body>
 {body}
 <script>{JS}</script></body></html>
@@ -922,7 +981,8 @@ def run_page(run: Run, charts: list[Chart]) -> str:
     return page(
         f"{run.name}: MLX-GRPO",
         f"<h1>{html.escape(run.name)}</h1><p class=soft>{html.escape(' · '.join(filter(None, facts)))}</p>"
-        f"{headline(run)}<h2>Warnings</h2>{warnings(run)}<h2>Curves</h2>{figures(charts)}<h2>Completions</h2>{completions_table(run)}"
+        f"{headline(run)}<h2>Warnings</h2>{warnings(run)}<h2>Curves</h2>{figures(charts)}"
+        f"<h2>Completions</h2>{completions_table(run)}"
         f"<h2>Configuration</h2>{settings_tables(run)}<h2>Machine</h2>{machine_table(run)}",
     )
 
@@ -933,9 +993,11 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
     numbers = [str(i) for i in range(1, len(runs) + 1)]
     metrics = {run.metric for run in runs}
     metric = metrics.pop() if len(metrics) == 1 else "em_strict"  # the one score that all runs have
-    rows, scores = [], []
+    rows = []
+    scores = []
     for i, run in enumerate(runs):
-        tests, reward = run.tests(metric), ends(run.column("reward_mean"))[1]
+        tests = run.tests(metric)
+        reward = ends(run.column("reward_mean"))[1]
         scores.append((tests[-1][metric] if tests else -math.inf, np.nan_to_num(reward)))
         cells = [setting_text(run, n) for n in differ[:3]]
         cells += [with_interval(e, metric) for e in (tests[0], tests[-1])] if tests else ["-", "-"]
@@ -968,14 +1030,17 @@ def comparison_page(runs: list[Run], charts: list[Chart]) -> str:
     settings = [[code(cell) for cell in (n, *(setting_text(run, n) for run in runs))] for n in differ]
     return page(
         "Comparison: MLX-GRPO",
-        f"<h1>{len(runs)} runs</h1><p class=soft>Before and after: held-out {html.escape(runs[0].scores.get(metric, metric))}, with its 95% interval. "
-        "Bold: the highest, of equals the one with more reward. Curves that are zero in every run are left out.</p>"
+        f"<h1>{len(runs)} runs</h1><p class=soft>Before and after: "
+        f"held-out {html.escape(runs[0].scores.get(metric, metric))}, with its 95% interval. "
+        "Bold: the highest, of equals the one with more reward. "
+        "Curves that are zero in every run are left out.</p>"
         f"{table(header, rows, 'runs', scores.index(max(scores)))}<h2>Settings that differ</h2>"
-        f"{table(['Setting', *numbers], settings) if differ else '<p class=soft>None.</p>'}<h2>Curves</h2>{figures(charts, numbers)}",
+        f"{table(['Setting', *numbers], settings) if differ else '<p class=soft>None.</p>'}"
+        f"<h2>Curves</h2>{figures(charts, numbers)}",
     )
 
 
-# --- Command line -----------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 def pictures(runs: list[Run], charts: list[Chart], folder: Path) -> None:
@@ -995,7 +1060,7 @@ def pictures(runs: list[Run], charts: list[Chart], folder: Path) -> None:
 
 
 def write_report(paths: list[Path], output: Path | None = None, png: bool = False) -> Path:
-    """Write the report of one run, or the comparison of several; where it is. Raises UserError and ReportError."""
+    """Write the report of one run, or the comparison of several; its path. Raises UserError, ReportError."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

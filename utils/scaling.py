@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Measure how rollout and training speed grow with the number of ranks: one row of a table, for the ranks it was started on.
+"""Measure how rollout and training speed grow with the ranks: one row of a table, for the ranks started.
 
-The model has random weights and no completion ends early, so that every number of ranks does the same work. --prompts are
-those of all ranks together: keep it for strong scaling, multiply it by the ranks for weak scaling.
+The model has random weights and no completion ends early, so that every number of ranks does the same work.
+--prompts are those of all ranks together: keep it for strong scaling, multiply it by the ranks for weak.
 """
 
 import argparse
@@ -53,15 +53,34 @@ def work_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
+def speeds(found: list[dict]) -> list[str]:
+    """Medians over the updates: tokens/s of rollout and training; seconds of an update and of these two."""
+    rates = [median(r[name] for r in found) for name in ("rollout_tokens_per_s", "train_tokens_per_s")]
+    seconds = [median(r[name] for r in found) for name in ("wall", "seconds/rollout", "seconds/train")]
+    return [*(f"{rate:,.0f}" for rate in rates), *(f"{value:.3f}" for value in seconds)]
+
+
+def shares(found: list[dict]) -> list[str]:
+    """Medians over the updates: the shares of communication, the ranks' mean wait and the longest wait."""
+    parts = []  # fractions, an update each
+    for record in found:
+        waits = record.get("wait_by_rank", [0.0])
+        seconds = (record.get("communication_time", 0.0), fmean(waits), max(waits))
+        parts.append([second / record["wall"] for second in seconds])
+    return [f"{100 * median(part):.1f}%" for part in zip(*parts)]
+
+
 def measure(args: argparse.Namespace, ranks: Ranks) -> None:
     for turn in range(ranks.size):  # one after the other: ranks of one machine share its cache
         if turn == ranks.rank:
             folder = work_folder(args)
         ranks.gather(None)
     config = mlx_grpo.load_config(None, [
-        f"model_name={model_folder(args.preset)}", f"dataset={folder}", f"reward_funcs=['{folder}/rewards.py:alternate']",
-        "system_prompt=", f"batch_size={args.prompts}", f"num_generations={args.completions}", f"max_completion_length={args.tokens}",
-        f"max_prompt_length={args.prompt_tokens}", "stop_strings=[]", "num_epochs=1000", "lr_scheduler_type=constant",
+        f"model_name={model_folder(args.preset)}", f"dataset={folder}",
+        f"reward_funcs=['{folder}/rewards.py:alternate']", "system_prompt=",
+        f"batch_size={args.prompts}", f"num_generations={args.completions}",
+        f"max_completion_length={args.tokens}", f"max_prompt_length={args.prompt_tokens}",
+        "stop_strings=[]", "num_epochs=1000", "lr_scheduler_type=constant",
         "log_completions_steps=0", "log_jsonl=false", "check_weights_steps=0", *args.set,
     ])  # fmt: skip
     trainer = mlx_grpo.MLXGRPOTrainer(config, folder, ranks)
@@ -76,19 +95,17 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> None:
     found = found[1:]
     trainer.files.check_weights(trainer.state)
     peaks = ranks.gather(mx.get_peak_memory() / 2**30)
-    middle = lambda value: median(map(value, found))  # noqa: E731
-    share = lambda value: f"{100 * middle(lambda r: value(r) / r['wall']):.1f}%"  # noqa: E731
+
     trained = sum(p.size for p in mlx_grpo.trainable_arrays(trainer.model).values())
-    print(f"{args.preset}, {trained / 1e6:.1f}M trained; {args.prompts} prompts of {args.prompt_tokens} tokens x {args.completions} completions of "
-          f"{args.tokens}, over all ranks; median of {args.repeats}\n{machine()}\n")  # fmt: skip
+    print(
+        f"{args.preset}, {trained / 1e6:.1f}M trained; {args.prompts} prompts of {args.prompt_tokens} tokens "
+        f"x {args.completions} completions of {args.tokens}, over all ranks; median of {args.repeats}\n"
+        f"{machine()}\n"
+    )
     print_table([
-        ["ranks", "rollout, tokens/s", "training, tokens/s", "update, s", "rollout, s", "training, s", "communication", "wait, mean", "wait, most", "peak, GB"],
-        [
-            str(ranks.size), f"{middle(lambda r: r['rollout_tokens_per_s']):,.0f}", f"{middle(lambda r: r['train_tokens_per_s']):,.0f}",
-            f"{middle(lambda r: r['wall']):.3f}", f"{middle(lambda r: r['seconds/rollout']):.3f}", f"{middle(lambda r: r['seconds/train']):.3f}",
-            share(lambda r: r.get("communication_time", 0.0)), share(lambda r: fmean(r.get("wait_by_rank", [0.0]))),
-            share(lambda r: max(r.get("wait_by_rank", [0.0]))), f"{max(peaks):.2f}",
-        ],
+        ["ranks", "rollout, tokens/s", "training, tokens/s", "update, s", "rollout, s", "training, s",
+         "communication", "wait, mean", "wait, most", "peak, GB"],
+        [str(ranks.size), *speeds(found), *shares(found), f"{max(peaks):.2f}"],
     ])  # fmt: skip
 
 
@@ -105,9 +122,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="0.5b" if gpu else "tiny",
         help="the model's shape (default: 0.5b on a GPU, else tiny)",
     )
-    for flag, default, what in (("--prompts", 32 if gpu else 4, "prompts an update, over all ranks"), ("--completions", 8, "completions a prompt"),
-                                ("--prompt-tokens", 125, "tokens a prompt"), ("--tokens", 256 if gpu else 64, "tokens a completion"),
-                                ("--repeats", 5, "measurements; the median counts")):  # fmt: skip
+    for flag, default, what in (
+        ("--prompts", 32 if gpu else 4, "prompts an update, over all ranks"),
+        ("--completions", 8, "completions a prompt"),
+        ("--prompt-tokens", 125, "tokens a prompt"),
+        ("--tokens", 256 if gpu else 64, "tokens a completion"),
+        ("--repeats", 5, "measurements; the median counts"),
+    ):
         parser.add_argument(
             flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
         )

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Run the trainer once for each point of a grid of settings, then compare the runs in one page.
 
-A sweep that stops is continued by the same command: finished points are kept, an interrupted one goes on from its
-newest checkpoint, or anew where it has none.
+A sweep that stops is continued by the same command: finished points are kept, an interrupted one goes on from
+its newest checkpoint, or anew where it has none.
 """
 
 import argparse
@@ -23,14 +23,19 @@ from mlx_grpo.run.terminal import describe_evaluation  # noqa: E402
 from mlx_grpo.run.directory import checkpoints  # noqa: E402
 
 EXAMPLES = """examples:
-  uv run python utils/sweep.py configs/quickstart.toml --grid learning_rate=1e-4,2e-4 --grid num_generations=4,8
-  uv run python utils/sweep.py configs/prod.toml --grid kl_coeff=0,0.04 --set max_train_samples=200 --output outputs/kl"""
+  uv run python utils/sweep.py configs/quickstart.toml --grid learning_rate=1e-4,2e-4 \
+--grid num_generations=4,8
+  uv run python utils/sweep.py configs/prod.toml --grid kl_coeff=0,0.04 --set max_train_samples=200 \
+--output outputs/kl"""
 
 STOPPED = {-2: 130, 130: 130, -15: 143, 143: 143}  # the trainer's status after Ctrl-C and SIGTERM, and ours
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
-    """`key=a,b` as ("key", ["a", "b"]). Commas within brackets or quotes do not divide: `weights=[1,0],[1,1]` has two."""
+    """`key=a,b` as ("key", ["a", "b"]).
+
+    Commas within brackets or quotes do not divide: `weights=[1,0],[1,1]` has two values.
+    """
     key, _, values = text.partition("=")
     quoted, bracketed = r"\"[^\"]*\"|'[^']*'", r"\[[^\]]*\]|\{[^}]*\}"
     parts = [part.strip() for part in re.findall(rf"(?:{quoted}|{bracketed}|[^,])+", values)]
@@ -40,7 +45,10 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
 
 
 def grid_points(axes: list[str]) -> list[dict[str, str]]:
-    """Every combination of the axes' values, as settings. Raises UserError for an axis named twice or that the sweep sets itself."""
+    """Every combination of the axes' values, as settings.
+
+    Raises UserError for an axis that is named twice or that the sweep sets itself.
+    """
     parsed = [parse_axis(axis) for axis in axes]
     names = [key for key, _ in parsed]
     for key in names:
@@ -48,13 +56,17 @@ def grid_points(axes: list[str]) -> list[dict[str, str]]:
             raise mlx_grpo.UserError(f"--grid {key} is given twice; list all its values in one")
         if key in ("run_name", "output_dir"):
             raise mlx_grpo.UserError(
-                f"--grid {key}: each point has a directory of its own; use --output for the folder that holds them"
+                f"--grid {key}: each point has a directory of its own; "
+                "use --output for the folder that holds them"
             )
     return [dict(zip(names, values)) for values in itertools.product(*(values for _, values in parsed))]
 
 
 def point_name(point: dict[str, str]) -> str:
-    """The point's directory, such as `learning_rate=1e-6,num_generations=4`; with a hash where that is no plain or short name."""
+    """The point's directory, such as `learning_rate=1e-6,num_generations=4`.
+
+    With a hash where that is no plain or short name.
+    """
     text = ",".join(f"{key}={value}" for key, value in point.items())
     plain = re.sub(r"[^\w.=,+-]", "-", text)[:100]
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -89,7 +101,7 @@ def run_point(config: Path, run_dir: Path, settings: list[str]) -> int:
 
 
 def summary(run_dir: Path) -> str:
-    """One point in a line: its name, the last reward, and of held-out problems the reward and, where it counts, exact match."""
+    """One line: the point's name, the last reward, the held-out reward and, where it counts, exact match."""
     reward = held_out = None
     with open(run_dir / "training_log.jsonl", encoding="utf-8") as file:
         for line in file:
@@ -105,7 +117,8 @@ def summary(run_dir: Path) -> str:
 
 def sweep(config: Path, points: list[dict[str, str]], folder: Path, settings: list[str]) -> int:
     """Run what is not finished yet, then write the comparison; the exit status: 1 if a point failed."""
-    failed, run_dirs = [], [folder / point_name(point) for point in points]
+    failed = []
+    run_dirs = [folder / point_name(point) for point in points]
     for i, (point, run_dir) in enumerate(zip(points, run_dirs), 1):
         title = f"{i}/{len(points)} {' '.join(f'{key}={value}' for key, value in point.items())}"
         if finished(run_dir):

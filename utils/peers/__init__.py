@@ -37,7 +37,8 @@ def peer_python(peer: str) -> str:
         extra = "".join(f"[{name.removeprefix('mlx-').replace('-', '')}]" for name in here)
         packages.append(f"mlx{extra}=={version('mlx')}")
     folder = cache_folder() / "peers" / peer
-    python, mark = folder / "bin" / "python", folder / "packages.json"
+    python = folder / "bin" / "python"
+    mark = folder / "packages.json"
     if mark.is_file() and json.loads(mark.read_text()) == packages:
         return str(python)
     uv = shutil.which("uv")
@@ -77,7 +78,8 @@ class Peer:
 
     def __init__(self, args, config, folder: Path, **work):
         python = args.peer_python or peer_python(args.peer)
-        self.name, self.log = args.peer, folder / "peer.log"
+        self.name = args.peer
+        self.log = folder / "peer.log"
         work = {"settings": {}, "prompts": config.prompts_per_update, **work}
         work |= {
             "completions": config.num_generations,

@@ -1,7 +1,7 @@
 """What a peer's own environment runs, `python drivers.py PEER`: the benchmark's work by that program.
 
-The first line of stdin is the work, as JSON. Each further line is one turn (an update or a rollout), answered by
-a line with its seconds. While it learns, the driver also asks for rewards and says what it has saved;
+The first line of stdin is the work, as JSON. Each further line is one turn (an update or a rollout), answered
+by a line with its seconds. While it learns, the driver also asks for rewards and says what it has saved;
 peers/__init__.py has the other side.
 """
 
@@ -21,7 +21,8 @@ class Session:
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print goes to the log
         self.work = json.loads(sys.stdin.readline())
-        self.prompts, self.completions = self.work["prompts"], self.work["completions"]
+        self.prompts = self.work["prompts"]
+        self.completions = self.work["completions"]
         self.rows = self.prompts * self.completions
         self.turn = -1
         self.sync = self.no_sync
@@ -126,7 +127,8 @@ def mlx_lm(session: Session) -> None:
         session.wait()
         prompts = [ids for ids in session.of_turn("ids") for _ in range(session.completions)]
         found = generate(
-            model, tokenizer, prompts, max_tokens=session.lengths(), sampler=make_sampler(1.0), return_token_ids=True,
+            model, tokenizer, prompts, max_tokens=session.lengths(), sampler=make_sampler(1.0),
+            return_token_ids=True,
             completion_batch_size=session.rows, prefill_batch_size=session.rows,
         )  # fmt: skip
         session.tokens = sum(map(len, found.token_ids))
@@ -169,12 +171,15 @@ def mlx_lm_lora(session: Session) -> None:
     grpo_trainer.generate_grpo = session.timed(generate)
     grpo_trainer.BatchGenerator = Ending
     args = grpo_trainer.GRPOTrainingArgs(
-        batch_size=session.prompts, iters=10**9, group_size=session.completions, max_completion_length=session.work["tokens"],
-        beta=0.0, epsilon=0.2, temperature=1.0, top_p=1.0, top_k=0, max_seq_length=32768, steps_per_report=10**9,
-        steps_per_save=10**9, adapter_file=os.path.join(tempfile.mkdtemp(), "a.safetensors"),
+        batch_size=session.prompts, iters=10**9, group_size=session.completions,
+        max_completion_length=session.work["tokens"],
+        beta=0.0, epsilon=0.2, temperature=1.0, top_p=1.0, top_k=0, max_seq_length=32768,
+        steps_per_report=10**9, steps_per_save=10**9,
+        adapter_file=os.path.join(tempfile.mkdtemp(), "a.safetensors"),
     )  # fmt: skip
     grpo_trainer.train_grpo(
-        model, None, tokenizer, optim.Adam(1e-6), [], None, [alternate], args, iterate_batches=batches, end_answer_token="",
+        model, None, tokenizer, optim.Adam(1e-6), [], None, [alternate], args,
+        iterate_batches=batches, end_answer_token="",
     )  # fmt: skip
 
 
@@ -203,7 +208,10 @@ class EndingAt:
     """
 
     def __init__(self, start: int, lengths: list[int], ends: list[int], limit: int):
-        self.start, self.lengths, self.ends, self.limit = start, lengths, ends, limit
+        self.start = start
+        self.lengths = lengths
+        self.ends = ends
+        self.limit = limit
 
     def __call__(self, input_ids, scores):
         length = input_ids.shape[1] - self.start + 1  # with the id that is drawn now
@@ -306,7 +314,8 @@ def trl(session: Session) -> None:
 
     model.generate = generate_with
     settings = {
-        "per_device_train_batch_size": session.rows, "max_completion_length": work["tokens"], "num_generations": session.completions,
+        "per_device_train_batch_size": session.rows, "max_completion_length": work["tokens"],
+        "num_generations": session.completions,
         "bf16": cuda, "gradient_checkpointing": False, "use_cpu": not cuda, "report_to": "none",
         "logging_steps": 10**6,
         "save_strategy": "no", "disable_tqdm": True, "shuffle_dataset": False,

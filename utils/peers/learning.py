@@ -65,8 +65,10 @@ class HeldOut:
     """Scores weights on the held-out rows: the mean reward of greedy answers, by the run's own functions."""
 
     def __init__(self, trainer):
-        self.config, self.tokenizer = trainer.config, trainer.tokenizer
-        self.functions, self.weights = trainer.reward_functions, trainer.reward_weights
+        self.config = trainer.config
+        self.tokenizer = trainer.tokenizer
+        self.functions = trainer.reward_functions
+        self.weights = trainer.reward_weights
         self.rows = trainer.eval_rows["test"]
 
     def rewards(self, rows: list[dict], ids: list[list[int]]) -> np.ndarray:
@@ -106,8 +108,10 @@ class HeldOut:
     def score(self) -> float:
         config = self.config
         completions = mlx_grpo.generate(
-            self.model, self.tokenizer, [row["prompt_ids"] for row in self.rows], sampling=mlx_grpo.Sampling(temperature=0.0),
-            max_new_tokens=config.eval_max_new_tokens or config.max_completion_length, stop_strings=config.stop_strings,
+            self.model, self.tokenizer, [row["prompt_ids"] for row in self.rows],
+            sampling=mlx_grpo.Sampling(temperature=0.0),
+            max_new_tokens=config.eval_max_new_tokens or config.max_completion_length,
+            stop_strings=config.stop_strings,
             decoder=self.decoder, kv_budget=int(config.kv_budget_gb * 2**30),
             most_rows=max(mlx_grpo.EVALUATION_ROWS, config.batch_size * config.num_generations),
         )  # fmt: skip
@@ -159,7 +163,8 @@ def show_progress(program: str, turn: int, turns: int, seconds: list[float]) -> 
 
 def learn_here(trainer, folder: Path) -> Course:
     """This trainer's course; its loop, less evaluations and saves."""
-    course, turns = Course(), trainer.updates // trainer.config.num_iterations
+    course = Course()
+    turns = trainer.updates // trainer.config.num_iterations
     keep = evaluation_turns(trainer.config, turns)
     for turn in range(1, turns + 1):
         start = time.perf_counter()
@@ -206,8 +211,9 @@ def answer(peer: Peer, held_out: HeldOut, rows: list[dict], message: dict) -> di
 def learn_there(
     args: argparse.Namespace, held_out: HeldOut, rows: list[dict], updates: int, folder: Path
 ) -> Course:
-    """The peer's course, on the same `rows` in the same order, with the trainer's settings and reward functions."""
-    config, course = held_out.config, Course()
+    """The peer's course, on the same `rows` in the same order, with the trainer's settings and rewards."""
+    config = held_out.config
+    course = Course()
     mu = config.num_iterations
     keep = evaluation_turns(config, updates // mu)
     work = {
@@ -234,7 +240,8 @@ def learn_there(
 def learn_once(args: argparse.Namespace, seed: int, folder: Path) -> tuple[Course, Course]:
     """Both courses of one seed, with their scores."""
     trainer, rows = learner(args, seed, folder)
-    updates, held_out = trainer.updates, HeldOut(trainer)
+    updates = trainer.updates
+    held_out = HeldOut(trainer)
     if missing := not_in_peer(trainer.config):
         print(
             f"{args.peer} has no counterpart of {', '.join(missing)}: only this trainer uses them",
