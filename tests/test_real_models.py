@@ -48,7 +48,6 @@ def rollout_gaps(model, tokenizer, prompts: list[list[int]], tokens: int = 6) ->
     rows = generate(
         model, tokenizer, prompts, max_new_tokens=tokens, num_generations=G,
         keys=[mlx_grpo.random_key(0, tuple(prompt)) for prompt in prompts],
-        decoder=mlx_grpo.make_decoder(model, Sampling(), use_compile=False),
     )  # fmt: skip
     assert len(rows) == G * len(prompts)
     gaps = []

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Draw the rooms of the program, their files and what each imports: docs/map.png, for CONTRIBUTING.md."""
 
+import argparse
 import ast
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ ROOMS = {  # name: (folder, column, row); the script stands above all of them
     "backends": ("mlx_grpo/backends", 1, 0),
     "models": ("mlx_grpo/models", 2, 0),
 }
+EXAMPLES = """examples:
+  uv run python utils/draw_map.py
+  uv run python utils/draw_map.py --output /tmp/map.png"""
 WIDTH, HEIGHT = 4.6, 1.9
 
 
@@ -51,7 +55,10 @@ def draw_room(axes, name: str) -> None:
 
     x, y = corner(name)
     box = FancyBboxPatch(
-        (x, y), WIDTH, HEIGHT, boxstyle="round,pad=0.05", facecolor="#f2f5fa", edgecolor="#44546a"
+        (x, y), EXAMPLES = """examples:
+  uv run python utils/draw_map.py
+  uv run python utils/draw_map.py --output /tmp/map.png"""
+WIDTH, HEIGHT, boxstyle="round,pad=0.05", facecolor="#f2f5fa", edgecolor="#44546a"
     )
     axes.add_patch(box)
     axes.text(x + 0.1, y + HEIGHT - 0.1, name, weight="bold", va="top", fontsize=10)
@@ -71,7 +78,16 @@ def draw_room(axes, name: str) -> None:
     )
 
 
-def main() -> int:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", metavar="FILE", type=Path, default=ROOT / "docs" / "map.png", help="docs/map.png")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    target = parse_arguments(argv).output
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,7 +99,6 @@ def main() -> int:
     axes.set_xlim(-0.3, 3 * WIDTH + 1.0)
     axes.set_ylim(-0.3, 3 * HEIGHT + 1.0)
     axes.axis("off")
-    target = ROOT / "docs" / "map.png"
     figure.savefig(target, dpi=100, bbox_inches="tight", metadata={"Software": None})
     print(target)
     return 0

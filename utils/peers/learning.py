@@ -93,9 +93,6 @@ class HeldOut:
             self.config.model_name, trust_remote_code=self.config.trust_remote_code
         )[0]
         self.model.eval()
-        self.decoder = mlx_grpo.make_decoder(
-            self.model, mlx_grpo.Sampling(temperature=0.0), self.config.use_compile
-        )
 
     def load(self, file: Path, is_peers: bool) -> None:
         """Take over saved weights, rounded to the precision of the model's own."""
@@ -112,7 +109,7 @@ class HeldOut:
             sampling=mlx_grpo.Sampling(temperature=0.0),
             max_new_tokens=config.eval_max_new_tokens or config.max_completion_length,
             stop_strings=config.stop_strings,
-            decoder=self.decoder, kv_budget=int(config.kv_budget_gb * 2**30),
+            kv_budget=int(config.kv_budget_gb * 2**30),
             most_rows=max(mlx_grpo.EVALUATION_ROWS, config.batch_size * config.num_generations),
         )  # fmt: skip
         rewards = self.rewards(self.rows, [completion.ids for completion in completions])
