@@ -55,10 +55,7 @@ def draw_room(axes, name: str) -> None:
 
     x, y = corner(name)
     box = FancyBboxPatch(
-        (x, y), EXAMPLES = """examples:
-  uv run python utils/draw_map.py
-  uv run python utils/draw_map.py --output /tmp/map.png"""
-WIDTH, HEIGHT, boxstyle="round,pad=0.05", facecolor="#f2f5fa", edgecolor="#44546a"
+        (x, y), WIDTH, HEIGHT, boxstyle="round,pad=0.05", facecolor="#f2f5fa", edgecolor="#44546a"
     )
     axes.add_patch(box)
     axes.text(x + 0.1, y + HEIGHT - 0.1, name, weight="bold", va="top", fontsize=10)
@@ -82,7 +79,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", metavar="FILE", type=Path, default=ROOT / "docs" / "map.png", help="docs/map.png")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, default=ROOT / "docs" / "map.png", help="the picture"
+    )
     return parser.parse_args(argv)
 
 
