@@ -16,7 +16,7 @@ LONGEST_ANSWER = (
 )
 
 
-# --- Texts of models that think ---------------------------------------------------------------------------------
+# --- Texts of models that think -----------------------------------------------------------------------------
 
 
 def has_thought(text: str) -> bool:
@@ -25,18 +25,22 @@ def has_thought(text: str) -> bool:
 
 
 def is_thinking(text: str) -> bool:
-    """Whether a completion begins with <think> and has not come to </think>: it was cut there, and has no answer."""
+    """Whether a completion begins with <think> and has not come to </think>: it was cut there, and has no
+    answer.
+    """
     return has_thought(text) and THINK_END not in text
 
 
 def after_thinking(text: str) -> str:
-    """What is graded of a completion: what follows </think>, "" where thinking never ended, all where there was none."""
+    """What is graded of a completion: what follows </think>, "" where thinking never ended, all where there
+    was none.
+    """
     if THINK_END in text:
         return text.split(THINK_END, 1)[1].lstrip()
     return "" if is_thinking(text) else text
 
 
-# --- Plain numbers ----------------------------------------------------------------------------------------------
+# --- Plain numbers ------------------------------------------------------------------------------------------
 
 
 def parse_number(text: str) -> Decimal | None:
@@ -59,7 +63,7 @@ def answers_equal(given: str, gold: str) -> bool:
     )
 
 
-# --- Numbers as people write them -------------------------------------------------------------------------------
+# --- Numbers as people write them ---------------------------------------------------------------------------
 
 WRAPPERS = (
     ("$$", "$$"),
@@ -129,7 +133,9 @@ class Quantity:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} of the text, braces matched; None where there is none that is closed."""
+    r"""What stands in the last \boxed{...} of the text, braces matched; None where there is none that is
+    closed.
+    """
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None
@@ -163,7 +169,10 @@ def unwrapped(text: str) -> str:
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """The one number that the whole text is, with its unit; None where it is more, or none. "12 or 13" is none."""
+    """The one number that the whole text is, with its unit; None where it is more, or none.
+
+    "12 or 13" is none.
+    """
     text = unwrapped(text)
     if len(text) > LONGEST_ANSWER:
         return None
@@ -195,7 +204,9 @@ def read_quantity(text: str) -> Quantity | None:
 
 
 def same_answer(given: str, gold: str) -> bool:
-    r"""Whether two answers are the same, however people write them: "15 dollars" is 15, \frac{1}{2} is 0.5, **Paris** is Paris."""
+    r"""Whether two answers are the same, however people write them: "15 dollars" is 15, \frac{1}{2} is 0.5,
+    **Paris** is Paris.
+    """
     if answers_equal(given, gold):
         return True
     a, b = read_quantity(given), read_quantity(gold)
@@ -205,7 +216,7 @@ def same_answer(given: str, gold: str) -> bool:
     return bool(given) and given == gold
 
 
-# --- Answers in a text ------------------------------------------------------------------------------------------
+# --- Answers in a text --------------------------------------------------------------------------------------
 
 
 def last_number(text: str) -> str:
@@ -221,7 +232,9 @@ ENDING = re.compile(
 
 
 def last_quantity(text: str) -> str:
-    r"""The last number where it is written as a fraction or with spaces, such as 3/4, \frac{3}{4} and 12 000; else ""."""
+    r"""The last number where it is written as a fraction or with spaces, such as 3/4, \frac{3}{4} and 12 000;
+    else "".
+    """
     ends = [number.end() for number in NUMBER.finditer(text)]
     if not ends:
         return ""

@@ -26,10 +26,12 @@ def special_tokens(tokenizer) -> re.Pattern | None:
 def without_special_tokens(
     tokenizer, messages: list[dict], own_words: str
 ) -> tuple[list[dict], dict[str, str]]:
-    """The chat with one private character for each special token that its texts spell, and what each stands for.
+    """The chat with one private character for each special token that its texts spell, and what each stands
+    for.
 
-    Spelling a special token makes none, as in nanochat: a question may speak of <|im_end|> and does not end there. What the
-    run's own words hold, such as a tag of the answer's form, stays a special token wherever it is written.
+    Spelling a special token makes none, as in nanochat: a question may speak of <|im_end|> and does not end
+    there. What the run's own words hold, such as a tag of the answer's form, stays a special token wherever
+    it is written.
     """
     pattern = special_tokens(tokenizer)
     contents = "".join(message["content"] for message in messages)
@@ -48,7 +50,9 @@ def without_special_tokens(
 
 
 def encode_chat(tokenizer, text: str, ordinary: dict[str, str]) -> list[int]:
-    """Ids of a rendered chat: its special tokens are such, and what the marks in `ordinary` stand for is ordinary text."""
+    """Ids of a rendered chat: its special tokens are such, and what the marks in `ordinary` stand for is
+    ordinary text.
+    """
     if not ordinary:
         return list(tokenizer.encode(text, add_special_tokens=False))
     parts = re.split(f"([{''.join(ordinary)}])", text)

@@ -1,4 +1,6 @@
-"""Reward functions: found by name, called each within its time, and a failure named with the completion it was met on."""
+"""Reward functions: found by name, called each within its time, and a failure named with the completion it
+was met on.
+"""
 
 import asyncio
 import contextlib
@@ -23,7 +25,10 @@ from mlx_grpo.errors import RunError, UserError
 
 
 class OutOfTime(BaseException):
-    """A reward function took too long. No Exception, so that a function's own `except Exception` does not swallow it."""
+    """A reward function took too long.
+
+    No Exception, so that a function's own `except Exception` does not swallow it.
+    """
 
 
 GRACE = 10  # seconds for which what is out of time is asked to end, once a second; then the process ends
@@ -31,11 +36,15 @@ USERS_SIGNALS = (signal.SIGALRM, signal.SIGINT, signal.SIGTERM)  # whose handler
 
 
 def wake(signum, frame) -> None:
-    """A signal's handler that does nothing: that it runs lets the watchdog's thread in, and ends a blocking call's wait."""
+    """A signal's handler that does nothing: that it runs lets the watchdog's thread in, and ends a blocking
+    call's wait.
+    """
 
 
 def raise_in_thread(thread: int, kind: type | None) -> None:
-    """Raise an exception in another thread at its next step of Python; None takes one back that has not come yet."""
+    """Raise an exception in another thread at its next step of Python; None takes one back that has not come
+    yet.
+    """
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind)
     )
@@ -44,10 +53,11 @@ def raise_in_thread(thread: int, kind: type | None) -> None:
 class Watchdog:
     """Ends a call that takes too long, by means that the call cannot undo by accident.
 
-    SIGALRM would not do: libraries such as math-verify set and clear it. Here a thread raises OutOfTime in the caller's
-    thread. Two signals help it: SIGURG wakes a sleeping call, and SIGPROF, from a timer of processor time, comes through
-    where native code holds the interpreter but looks for signals, as regular expressions do. What outlasts GRACE seconds
-    of this ends the process with one line and status 1; where even the thread cannot run, faulthandler does, with a traceback.
+    SIGALRM would not do: libraries such as math-verify set and clear it. Here a thread raises OutOfTime in
+    the caller's thread. Two signals help it: SIGURG wakes a sleeping call, and SIGPROF, from a timer of
+    processor time, comes through where native code holds the interpreter but looks for signals, as regular
+    expressions do. What outlasts GRACE seconds of this ends the process with one line and status 1; where
+    even the thread cannot run, faulthandler does, with a traceback.
     """
 
     def __init__(self, seconds: float, what: str):
@@ -109,7 +119,9 @@ class Watchdog:
 
 
 def watched(call, seconds: float, what: str):
-    """What call() returned or raised; OutOfTime where it took longer than so many seconds. what: its name for the user."""
+    """What call() returned or raised; OutOfTime where it took longer than so many seconds. what: its name for
+    the user.
+    """
     watchdog = Watchdog(seconds, what)
     try:
         watchdog.start()
@@ -158,7 +170,8 @@ def load_rewards(config, built_in: dict) -> tuple[list, list[float]]:
         function = getattr(module, attribute, None) if path else built_in.get(attribute)
         if not callable(function):
             raise UserError(
-                f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function"
+                f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use "
+                "file.py:function"
             )
         package, extra = getattr(function, "needs", (None, None))
         if package and importlib.util.find_spec(package) is None:
@@ -175,7 +188,9 @@ def load_rewards(config, built_in: dict) -> tuple[list, list[float]]:
 
 
 def call_rewards(functions, timeout: float, arguments: dict) -> list:
-    """What each function returned or raised: plain ones in turn, async ones beside each other, each within `timeout` s."""
+    """What each function returned or raised: plain ones in turn, async ones beside each other, each within
+    `timeout` s.
+    """
 
     async def in_time(awaitable):
         try:
@@ -199,7 +214,8 @@ def call_rewards(functions, timeout: float, arguments: dict) -> list:
     ]
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:
-        # The watchdog is for a coroutine that blocks and so never meets its own limit, or whose threads outlive it.
+        # The watchdog is for a coroutine that blocks and so never meets its own limit, or whose threads
+        # outlive it.
         names = ", ".join(name_of(functions[i]) for i in waiting)
         watched(lambda: asyncio.run(all_of(waiting)), timeout + 0.5, names)
     return [OutOfTime() if inspect.isawaitable(result) else result for result in results]

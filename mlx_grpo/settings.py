@@ -1,4 +1,6 @@
-"""Settings: from a TOML file and key=value overrides to typed values, back to a file with their origins, and what they may be."""
+"""Settings: from a TOML file and key=value overrides to typed values, back to a file with their origins, and
+what they may be.
+"""
 
 import dataclasses
 import difflib
@@ -19,7 +21,9 @@ BOOLEANS = {
 
 
 def coerce(name: str, value, kind, from_text: bool):
-    """`value` as the field type `kind`. Text from `--set` is parsed; a TOML value must be of the type already.
+    """`value` as the field type `kind`.
+
+    Text from `--set` is parsed; a TOML value must be of the type already.
 
     Raises UserError with the contract's wording.
     """
@@ -50,9 +54,11 @@ def coerce(name: str, value, kind, from_text: bool):
 
 
 def read_settings(kinds: dict, path: str | Path | None, overrides: list[str]) -> tuple[dict, dict]:
-    """Settings from a TOML file (flat or under [mlx_grpo]) and `key=value` overrides, which win. kinds: types by name.
+    """Settings from a TOML file (flat or under [mlx_grpo]) and `key=value` overrides, which win. kinds: types
+    by name.
 
-    Returns values by field and, by field, where each came from. Raises UserError for whatever is not a setting.
+    Returns values by field and, by field, where each came from. Raises UserError for whatever is not a
+    setting.
     """
     given = []
     if path:
@@ -118,7 +124,7 @@ def settings_record(config, sources: dict) -> dict[str, dict]:
     }
 
 
-# --- What values may be -----------------------------------------------------------------------------------------
+# --- What values may be -------------------------------------------------------------------------------------
 
 CHOICES = {
     "fine_tune_type": ("auto", "full", "lora", "dora"),
@@ -173,7 +179,8 @@ def check_config(config, tables: dict[str, tuple]) -> None:
         low = {"num_generations": 2, "num_layers": -1}.get(name, 1 if name in AT_LEAST_ONE else 0)
         if value < low or (value == 0 and name in ABOVE_ZERO) or value == math.inf:
             raise UserError(
-                f"Invalid {name}: {value}; it must be {'above 0' if name in ABOVE_ZERO else f'at least {low}'}"
+                f"Invalid {name}: {value}; it must be "
+                f"{'above 0' if name in ABOVE_ZERO else f'at least {low}'}"
             )
         if (value > 1 and name in AT_MOST_ONE) or (value >= 1 and name in BELOW_ONE):
             raise UserError(
@@ -192,20 +199,23 @@ def contradictions(config):
     yield (
         weights and len(weights) != len(functions),
         (
-            f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; give one for each"
+            f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; give one for "
+            "each"
         ),
     )
     yield not all(map(math.isfinite, weights)), f"reward_weights must be finite numbers, not {weights}"
     yield (
         config.max_new_tokens > config.max_completion_length,
         (
-            f"max_new_tokens ({config.max_new_tokens}) is above max_completion_length ({config.max_completion_length})"
+            f"max_new_tokens ({config.max_new_tokens}) is above max_completion_length "
+            f"({config.max_completion_length})"
         ),
     )
     yield (
         config.lora_parameters.get("dropout"),
         (
-            "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two passes"
+            "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two "
+            "passes"
         ),
     )
     yield (
@@ -217,18 +227,21 @@ def contradictions(config):
     yield (
         not all(type(n) in (int, float) and n > 0 for n in lora_numbers) or type(lora_numbers[0]) is not int,
         (
-            f"lora_parameters: rank must be a whole number and scale a number, both above 0, not {lora_numbers}"
+            "lora_parameters: rank must be a whole number and scale a number, both above 0, not "
+            f"{lora_numbers}"
         ),
     )
     unknown = set(config.lora_parameters) - {"rank", "scale", "dropout", "keys"}
     yield (
         unknown,
-        f"lora_parameters has unknown entries: {', '.join(sorted(unknown))}; mlx-lm knows rank, scale, dropout and keys",
+        f"lora_parameters has unknown entries: {', '.join(sorted(unknown))}; mlx-lm knows rank, scale, "
+        "dropout and keys",
     )
     yield (
         (config.sampler_correction_min or 0) > config.sampler_correction_max,
         (
-            f"sampler_correction_min ({config.sampler_correction_min}) is above sampler_correction_max ({config.sampler_correction_max})"
+            f"sampler_correction_min ({config.sampler_correction_min}) is above sampler_correction_max "
+            f"({config.sampler_correction_max})"
         ),
     )
     yield (
@@ -258,7 +271,8 @@ def contradictions(config):
     yield (
         config.entropy_coef_min > config.entropy_coef_max,
         (
-            f"entropy_coef_min ({config.entropy_coef_min}) is above entropy_coef_max ({config.entropy_coef_max})"
+            f"entropy_coef_min ({config.entropy_coef_min}) is above entropy_coef_max "
+            f"({config.entropy_coef_max})"
         ),
     )
     yield (
@@ -268,7 +282,8 @@ def contradictions(config):
     yield (
         config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group",
         (
-            "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
+            "normalize_then_sum scales each function by its group and their sum by the batch; leave "
+            "scale_rewards at group"
         ),
     )
     yield (
@@ -293,7 +308,8 @@ def contradictions(config):
     yield (
         config.metric_for_best_model not in ("", *metrics),
         (
-            f"Invalid metric_for_best_model: {config.metric_for_best_model!r}; choose one of {', '.join(metrics)}"
+            f"Invalid metric_for_best_model: {config.metric_for_best_model!r}; choose one of "
+            f"{', '.join(metrics)}"
         ),
     )
     strange = [name for name in config.report_to if name not in TRACKERS]

@@ -4,7 +4,8 @@ import io
 import pickle
 import pickletools
 
-# All that pickle.dump needs for a tiktoken Encoding (protocols 3 to 5): nothing that calls, extends or refers outside.
+# All that pickle.dump needs for a tiktoken Encoding (protocols 3 to 5): nothing that calls, extends or refers
+# outside.
 PICKLE_OPCODES = frozenset(
     "PROTO FRAME MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL EMPTY_TUPLE NEWOBJ EMPTY_DICT MARK SETITEM "
     "SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2 BUILD STOP".split()
@@ -12,7 +13,9 @@ PICKLE_OPCODES = frozenset(
 
 
 class PickledEncoding:
-    """Inert stand-in for tiktoken.core.Encoding in a pickle (the real one looks a string state up in a downloading registry)."""
+    """Inert stand-in for tiktoken.core.Encoding in a pickle (the real one looks a string state up in a
+    downloading registry).
+    """
 
     state = None
 
@@ -30,8 +33,8 @@ class EncodingUnpickler(pickle.Unpickler):
 
 
 def read_tokenizer_pickle(path):
-    """A tokenizer.pkl -> {"name", "pat_str", "mergeable_ranks": {bytes: id}, "special_tokens": {str: id}}, validated plain data.
-    Nothing in the file is executed or imported. Raises ValueError with the reason."""
+    """A tokenizer.pkl -> {"name", "pat_str", "mergeable_ranks": {bytes: id}, "special_tokens": {str: id}},
+    validated plain data. Nothing in the file is executed or imported. Raises ValueError with the reason."""
 
     def check(ok, reason):
         if not ok:

@@ -81,7 +81,10 @@ class CompiledDecoder(Decoder):
         return logits
 
     def compiled_for(self, shape: tuple[int, int]):
-        """The position compiled for (N, S). Beyond MOST_SHAPES the least recently used goes, and may return."""
+        """The position compiled for (N, S).
+
+        Beyond MOST_SHAPES the least recently used goes, and may return.
+        """
         if shape not in self.compiled:
             self.compiled[shape] = mx.compile(partial(self.position), inputs=[self.model.state])
         self.compiled.move_to_end(shape)

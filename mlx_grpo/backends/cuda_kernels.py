@@ -1,8 +1,8 @@
 """Linear layers, attention and rotary embeddings of one position of each row, for CUDA.
 
-There a position's few rows take the GPU less time than launching MLX's own takes the host. A decoder has these in the place of
-nn.Linear's and mx.fast's; what they do not cover goes to those. They have no gradient. The results are MLX's to rounding: both
-sum in float32.
+There a position's few rows take the GPU less time than launching MLX's own takes the host. A decoder has
+these in the place of nn.Linear's and mx.fast's; what they do not cover goes to those. They have no gradient.
+The results are MLX's to rounding: both sum in float32.
 """
 
 import functools
@@ -24,8 +24,9 @@ MOST_READS = (
     2**26
 )  # numbers that the blocks of a launch read; more keep the GPU busy for longer than MLX's launches take the host
 
-# A block has 32 rows and 16 columns of the result of one LAYER, and each of its W warps every W-th 32 of the K inputs. A thread
-# reads 16 bytes of a row or column at once, two products' worth: the order of the inputs within 32 is free, if it is one for both.
+# A block has 32 rows and 16 columns of the result of one LAYER, and each of its W warps every W-th 32 of the
+# K inputs. A thread reads 16 bytes of a row or column at once, two products' worth: the order of the inputs
+# within 32 is free, if it is one for both.
 LINEAR = """
   constexpr int R = 32, C = 16;
   __shared__ float sums[W][R][C];
@@ -77,8 +78,9 @@ __device__ inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2,
 }
 """
 
-# A block has the G queries of one key head of one row. D / 8 threads have a position, 8 of its D numbers each, and keep running
-# sums over the positions they have had (online softmax, arXiv 1805.02867), which are merged at the end.
+# A block has the G queries of one key head of one row. D / 8 threads have a position, 8 of its D numbers
+# each, and keep running sums over the positions they have had (online softmax, arXiv 1805.02867), which are
+# merged at the end.
 ATTENTION = """
   constexpr int L = D / 8, P = 32 / L, W = 8;
   __shared__ float sums[W][G][D], tops[W][G], totals[W][G];
@@ -179,12 +181,14 @@ def has_tensor_cores() -> bool:
 
 
 def cuda_kernel(name, inputs, outputs, source, constants, **options):
-    """MLX's kernel, its constants defined ahead of its source, which MLX searches for the shapes and strides it asks for."""
+    """MLX's kernel, its constants defined ahead of its source, which MLX searches for the shapes and strides
+    it asks for.
+    """
     defined = "".join(f"#define {constant} {value}\n" for constant, value in constants.items())
     return mx.fast.cuda_kernel(name, inputs, outputs, defined + source, **options)
 
 
-# --- Linear layers ----------------------------------------------------------------------------------------------
+# --- Linear layers ------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -209,7 +213,8 @@ def linear_kernel(dtype, count: int, biased: bool, warps: int):
 class Linears:
     """What each of some linear layers gives for an input, from one launch for all of them.
 
-    The first that is asked computes it. A model may ask in any order, leave one out, or give one another input.
+    The first that is asked computes it. A model may ask in any order, leave one out, or give one another
+    input.
     """
 
     def __init__(self, layers: list[nn.Linear]):
@@ -255,7 +260,9 @@ def fits(layer) -> bool:
 
 
 def launches(model) -> dict[int, tuple[Linears, int]]:
-    """The launch that each linear layer of a model has a part in, and the number of that part; by the layers' ids."""
+    """The launch that each linear layer of a model has a part in, and the number of that part; by the layers'
+    ids.
+    """
     found = {}
     for module in model.modules() if has_tensor_cores() else []:
         children = {name: layer for name, layer in module.children().items() if fits(layer)}
@@ -270,7 +277,7 @@ def launches(model) -> dict[int, tuple[Linears, int]]:
     return found
 
 
-# --- Attention --------------------------------------------------------------------------------------------------
+# --- Attention ----------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -296,7 +303,9 @@ def attention_kernel(dim: int, group: int, scale: float, masked: bool):
 
 
 def covers(queries, keys, values, *, scale, mask=None, sinks=None, **kwargs) -> bool:
-    """Whether this is one position of each row, of a form that the kernel has: it fits registers and shared memory."""
+    """Whether this is one position of each row, of a form that the kernel has: it fits registers and shared
+    memory.
+    """
     (rows, heads, length, dim), (_, key_heads, size, _) = queries.shape, keys.shape
     group = heads // key_heads
     if isinstance(mask, mx.array):
@@ -317,7 +326,9 @@ def covers(queries, keys, values, *, scale, mask=None, sinks=None, **kwargs) -> 
 
 
 def attention(queries, keys, values, *, scale, mask=None, **kwargs):
-    """softmax(q k^T * scale) v of queries (N, H, 1, D), keys and values (N, K, S, D), mask (N or 1, 1, 1, S) of booleans."""
+    """softmax(q k^T * scale) v of queries (N, H, 1, D), keys and values (N, K, S, D), mask (N or 1, 1, 1, S)
+    of booleans.
+    """
     if not covers(queries, keys, values, scale=scale, mask=mask, **kwargs):
         return MLX_ATTENTION(queries, keys, values, scale=scale, mask=mask, **kwargs)
     (rows, heads, _, dim), key_heads = queries.shape, keys.shape[1]
@@ -330,7 +341,7 @@ def attention(queries, keys, values, *, scale, mask=None, **kwargs):
     )[0]
 
 
-# --- Rotary embeddings ------------------------------------------------------------------------------------------
+# --- Rotary embeddings --------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -367,14 +378,16 @@ def rope(x, dims, *, traditional, base, scale, offset, freqs=None, **kwargs):
     )[0]
 
 
-# --- In their place ---------------------------------------------------------------------------------------------
+# --- In their place -----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def in_place(launches: dict, attention=attention):
-    """While the graph of a position is built, a model on CUDA has these linear layers, this attention and these embeddings.
+    """While the graph of a position is built, a model on CUDA has these linear layers, this attention and
+    these embeddings.
 
-    launches: the model's. attention: MLX's own for a model whose keys and values are not slices of a cache's buffers.
+    launches: the model's. attention: MLX's own for a model whose keys and values are not slices of a cache's
+    buffers.
     """
 
     def linear(layer, x):

@@ -1,11 +1,13 @@
-"""The nanochat model of 2026 for mlx-lm: convert_nanochat.py puts this beside the weights, as config.json's model_file.
+"""The nanochat model of 2026 for mlx-lm: convert_nanochat.py puts this beside the weights, as config.json's
+model_file.
 
     mlx_lm.load(directory, trust_remote_code=True)
 
 What nanochat added, since March 2026, to the architecture of mlx_lm.models.nanochat (October 2025):
 - smear: each embedding takes on some of the embedding before it, through a gate on its first 24 channels;
 - before layer i, x becomes resid_lambdas[i] * x + x0_lambdas[i] * x0, where x0 is the smeared embedding;
-- every second layer, counted from the last, adds a value embedding of the token to its values, through a gate for each
+- every second layer, counted from the last, adds a value embedding of the token to its values, through a gate
+for each
   KV head on the first 12 channels of the layer's input;
 - queries and keys are scaled by 1.2 after their norm, and the rope base is 100000;
 - layers marked S in window_pattern see a quarter of the context, rounded up to 128 positions;
@@ -136,8 +138,8 @@ class Backbone(nn.Module):
     def smear(self, x, cache):
         """Add to each position what its gate lets through of the position before it.
 
-        The cache keeps the embeddings, one half as keys and one as values: a plain KVCache, so that whatever mlx-lm does
-        to caches (batching, padding, trimming) is right for it too.
+        The cache keeps the embeddings, one half as keys and one as values: a plain KVCache, so that whatever
+        mlx-lm does to caches (batching, padding, trimming) is right for it too.
         """
         B, T, D = x.shape
         offset = 0 if cache is None else cache.offset

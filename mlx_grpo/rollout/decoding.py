@@ -43,7 +43,8 @@ class Row:
             del self.ids[end:], self.logps[end:]
 
     def stop(self, before: int) -> int | None:
-        """How many ids there are where a stop string is complete that was not among the first `before`; None without one.
+        """How many ids there are where a stop string is complete that was not among the first `before`; None
+        without one.
 
         Stop strings sleep while the model thinks: from a <think> at the beginning to </think>.
         """
@@ -59,7 +60,9 @@ class Row:
         return self.first(self.stop_strings, self.awake or 0, before)
 
     def first(self, strings: list[str], start: int, before: int) -> int | None:
-        """The least n > before such that ids[start:n] hold one of the strings, which ids[start:before] do not."""
+        """The least n > before such that ids[start:n] hold one of the strings, which ids[start:before] do
+        not.
+        """
         # An id is a byte at the least, so that a string that began before it lies within this many ids.
         tail = max([start, before - max((len(s.encode()) for s in strings), default=0)])
         holds = lambda n: any(s in self.tokenizer.decode(self.ids[tail:n]) for s in strings)  # noqa: E731

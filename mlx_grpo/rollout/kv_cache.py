@@ -97,7 +97,9 @@ def recording(function, note):
 
 
 def mapped_rows(state, change):
-    """A cache's state with `change` applied to every array; all that are not scalars have the rows as their first axis."""
+    """A cache's state with `change` applied to every array; all that are not scalars have the rows as their
+    first axis.
+    """
     return tree_map(lambda x: change(x) if isinstance(x, mx.array) and x.ndim else x, state)
 
 
@@ -141,7 +143,8 @@ def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> lis
 
 @mx.custom_function
 def enter(parameters, x):
-    """A layer's parameters and its input as they are; in the backward pass the layer before waits for the gradients of both.
+    """A layer's parameters and its input as they are; in the backward pass the layer before waits for the
+    gradients of both.
 
     Else MLX may leave the parameters' gradients for the end, and keep what they are computed from.
     """
@@ -155,15 +158,18 @@ def enter_vjp(primals, cotangents, outputs):
 
 
 def own_copy(x):
-    """An attribute of a cache as one of its own: mlx-lm changes lists of states, and arrays of paddings, in place."""
+    """An attribute of a cache as one of its own: mlx-lm changes lists of states, and arrays of paddings, in
+    place.
+    """
     return x + 0 if isinstance(x, mx.array) else list(x) if isinstance(x, list) else x
 
 
 def checkpointed(call):
-    """A layer's `call`, but in training it keeps its input alone and computes the rest again in the backward pass.
+    """A layer's `call`, but in training it keeps its input alone and computes the rest again in the backward
+    pass.
 
-    What it leaves in its cache, keys and values or states, is an output too, with a gradient: mlx-lm's grad_checkpoint has none
-    there, and a group's prompt could not be computed once.
+    What it leaves in its cache, keys and values or states, is an output too, with a gradient: mlx-lm's
+    grad_checkpoint has none there, and a group's prompt could not be computed once.
     """
 
     def call_checkpointed(layer, x, *args, **kwargs):
@@ -173,7 +179,8 @@ def checkpointed(call):
             (a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch") or hasattr(a, "advance")),
             None,
         )
-        # The graph keeps a twin, without what the layer adds: a cache that refers to a graph that refers to it is never freed.
+        # The graph keeps a twin, without what the layer adds: a cache that refers to a graph that refers to
+        # it is never freed.
         twin = copy.copy(cache)
         args = [twin if a is cache else a for a in args]
         kwargs = {name: twin if a is cache else a for name, a in kwargs.items()}

@@ -99,21 +99,27 @@ def changed_inputs(then: dict, now: dict, accepted: bool, folder: Path) -> dict[
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if names and not accepted:
         raise UserError(
-            f"Cannot resume {folder}: what the run reads has changed since: {', '.join(names)}. Put it back, or go on "
+            f"Cannot resume {folder}: what the run reads has changed since: {', '.join(names)}. Put it back, "
+            "or go on "
             "with it by --accept-changed-inputs"
         )
     return {name: [then.get(name), now.get(name)] for name in names}
 
 
 class Checkpoints:
-    """A run's checkpoint directories: each complete or absent, the newest `limit` kept (0: all), and the best."""
+    """A run's checkpoint directories: each complete or absent, the newest `limit` kept (0: all), and the
+    best.
+    """
 
     def __init__(self, run_dir: Path, limit: int):
         self.run_dir, self.limit = run_dir, limit
         self.failures = 0  # in a row
 
     def write(self, update: int, best_update: int, write, may_fail: bool) -> None:
-        """Make checkpoint-UPDATE by write(folder). Raises RunError where it fails, unless it may; the third time always."""
+        """Make checkpoint-UPDATE by write(folder).
+
+        Raises RunError where it fails, unless it may; the third time always.
+        """
         target = self.run_dir / f"checkpoint-{update}"
         if target.exists():  # nothing has happened since
             return

@@ -1,8 +1,9 @@
-"""Several processes, one run: MLX's own collectives, and a watch that ends the run when a process dies or hangs.
+"""Several processes, one run: MLX's own collectives, and a watch that ends the run when a process dies or
+hangs.
 
-`mlx.launch` starts the same command once a rank and says by environment variables who is who. Each rank rolls out its
-share of the prompts; what the ranks found out is gathered, so that each knows the whole batch and decides the same;
-each has its share of the gradient, and the sum over the ranks is the whole batch's.
+`mlx.launch` starts the same command once a rank and says by environment variables who is who. Each rank rolls
+out its share of the prompts; what the ranks found out is gathered, so that each knows the whole batch and
+decides the same; each has its share of the gradient, and the sum over the ranks is the whole batch's.
 """
 
 import contextlib
@@ -39,7 +40,9 @@ class PlainData(pickle.Unpickler):
 
 
 def digest(array: mx.array) -> int:
-    """A number that changes with any one bit of the array, computed where the array is, the same on every device."""
+    """A number that changes with any one bit of the array, computed where the array is, the same on every
+    device.
+    """
     bits = array.reshape(-1).view({1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32))
     total = 0
     for start in range(0, bits.size, PIECE // 4):
@@ -50,7 +53,9 @@ def digest(array: mx.array) -> int:
 
 
 class Ranks:
-    """This process among `size`. Alone, nothing is opened or sent, and every method hands back what it was given.
+    """This process among `size`.
+
+    Alone, nothing is opened or sent, and every method hands back what it was given.
 
     Every rank must call the same methods in the same order. Used as a context: its end waits for all ranks.
     """
@@ -68,7 +73,9 @@ class Ranks:
         return items[self.rank :: self.size]
 
     def balanced(self, items: list, cost) -> list:
-        """This rank's part of `items`, in their order, such that the ranks' sums of cost(item) are about equal."""
+        """This rank's part of `items`, in their order, such that the ranks' sums of cost(item) are about
+        equal.
+        """
         if self.size == 1:
             return items
         loads, mine = [0] * self.size, set()
@@ -84,7 +91,10 @@ class Ranks:
     # Exchange
 
     def exchange(self, collective):
-        """Evaluate a collective operation. Raises RunError where the connection is lost and the watch finds no dead rank."""
+        """Evaluate a collective operation.
+
+        Raises RunError where the connection is lost and the watch finds no dead rank.
+        """
         self.waiting_since = time.monotonic()
         try:
             result = collective()
@@ -116,7 +126,10 @@ class Ranks:
         return [PlainData(io.BytesIO(row[:size].tobytes())).load() for row, size in zip(rows, sizes)]
 
     def merge(self, part: list | RunError) -> list:
-        """The items of all ranks, in the order `share` cut them from. Where a rank's part is an error, all raise it."""
+        """The items of all ranks, in the order `share` cut them from.
+
+        Where a rank's part is an error, all raise it.
+        """
         if isinstance(part, RunError) and self.size == 1:
             raise part
         parts = self.gather(str(part) if isinstance(part, RunError) else part)
@@ -130,7 +143,9 @@ class Ranks:
         return self.gather(function() if self.rank == 0 else None)[0]
 
     def sum(self, tree):
-        """The sum over the ranks of a tree of gradients, added in float32: in half precision small parts would be lost."""
+        """The sum over the ranks of a tree of gradients, added in float32: in half precision small parts
+        would be lost.
+        """
         if self.size == 1:
             return tree
         flat, summed = (
@@ -148,8 +163,8 @@ class Ranks:
             while flat and sum(a.nbytes for _, a in piece) + flat[0][1].nbytes <= PIECE:
                 piece.append(flat.pop(0))
             names, arrays = zip(*piece)
-            # One collective an evaluation: the order of several is not the same on all ranks. The factor makes the
-            # average a sum, exactly for 2, 4, 8 ... ranks.
+            # One collective an evaluation: the order of several is not the same on all ranks. The factor
+            # makes the average a sum, exactly for 2, 4, 8 ... ranks.
             total = self.exchange(
                 lambda: [a * self.size for a in nn.average_gradients(list(arrays), self.group, PIECE)]
             )  # noqa: B023
@@ -180,7 +195,8 @@ class Ranks:
             if other != digests[0]:
                 names = [name for name in {**digests[0], **other} if other.get(name) != digests[0].get(name)]
                 raise RunError(
-                    f"Weights differ between ranks 0 and {rank} {when}: {names[0]} and {len(names) - 1} more. Nothing is saved of it"
+                    f"Weights differ between ranks 0 and {rank} {when}: {names[0]} and {len(names) - 1} "
+                    "more. Nothing is saved of it"
                 )
 
     def must_agree(self, **facts) -> None:
@@ -188,7 +204,8 @@ class Ranks:
         for rank, other in enumerate(found := self.gather(facts)):
             if different := [name for name in facts if other[name] != found[0][name]]:
                 raise UserError(
-                    f"Ranks 0 and {rank} differ in {', '.join(different)}: every rank needs the same settings, model and data"
+                    f"Ranks 0 and {rank} differ in {', '.join(different)}: every rank needs the same "
+                    "settings, model and data"
                 )
 
     def timing(self, seconds: dict) -> tuple[dict, dict]:
@@ -240,7 +257,9 @@ ALONE = Ranks()
 
 
 def launched_as() -> tuple[str, int, str]:
-    """(MLX backend, ranks asked for, host of rank 0) as mlx.launch says it in the environment; ("", 1, "") without it."""
+    """(MLX backend, ranks asked for, host of rank 0) as mlx.launch says it in the environment; ("", 1, "")
+    without it.
+    """
     given = os.environ
     if given.get("MLX_IBV_DEVICES"):
         host = given.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0]
@@ -259,7 +278,8 @@ def launched_as() -> tuple[str, int, str]:
 def start_ranks(timeout: float) -> Ranks:
     """The ranks that mlx.launch started, connected; ALONE without it. timeout: seconds all have to come up.
 
-    Raises RunError where the world is not the size that was asked for: MLX would otherwise train each rank by itself.
+    Raises RunError where the world is not the size that was asked for: MLX would otherwise train each rank by
+    itself.
     """
     try:
         backend, size, _ = launched_as()
@@ -273,7 +293,8 @@ def start_ranks(timeout: float) -> Ranks:
         print(
             f"ranks      waiting at most {timeout:g} s for {size} of them to come up on {backend}", flush=True
         )
-    # MLX waits without an end and holds the interpreter, so that no thread of Python's could end it. Exit status 1.
+    # MLX waits without an end and holds the interpreter, so that no thread of Python's could end it. Exit
+    # status 1.
     faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
     try:
         group = mx.distributed.init(strict=True, backend=backend)
@@ -289,15 +310,18 @@ def start_ranks(timeout: float) -> Ranks:
     return Ranks(group.rank(), size, timeout, group)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The watch
-# ---------------------------------------------------------------------------------------------------------------
-# MLX's collectives wait without an end for a rank that is gone. So rank 0 holds a TCP connection to each other rank
-# beside them, over which both say every second that they are alive, and at the end why they leave.
+# ------------------------------------------------------------------------------------------------------------
+# MLX's collectives wait without an end for a rank that is gone. So rank 0 holds a TCP connection to each
+# other rank beside them, over which both say every second that they are alive, and at the end why they leave.
 
 
 def connect(ranks: Ranks) -> dict[int, socket.socket]:
-    """The connections: on rank 0 one to each rank, on the others one to rank 0. Raises RunError where it cannot be made."""
+    """The connections: on rank 0 one to each rank, on the others one to rank 0.
+
+    Raises RunError where it cannot be made.
+    """
     ours = socket.create_server(("", 0)) if ranks.rank == 0 else None
     offer = [ours.getsockname()[1], secrets.token_hex(16), socket.gethostname()] if ours else None
     port, token, hostname = ranks.gather(offer)[0]
@@ -322,7 +346,8 @@ def connect(ranks: Ranks) -> dict[int, socket.socket]:
         except TimeoutError:
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"Ranks {sorted(set(range(1, ranks.size)) - set(found))} did not connect to rank 0's port {port}"
+                    f"Ranks {sorted(set(range(1, ranks.size)) - set(found))} did not connect to rank 0's "
+                    f"port {port}"
                 ) from None
             continue
         except (OSError, UnicodeDecodeError):
@@ -335,10 +360,12 @@ def connect(ranks: Ranks) -> dict[int, socket.socket]:
 
 
 class Watch(threading.Thread):
-    """Ends this process, with a message that names the rank and the reason, when another dies, hangs or fails.
+    """Ends this process, with a message that names the rank and the reason, when another dies, hangs or
+    fails.
 
-    A rank hangs when nothing is heard of it for `timeout` seconds: its process is stopped, its interpreter stuck, its
-    machine or network gone. One that only takes long goes on saying that it is alive; rank 0 then says who waits for it.
+    A rank hangs when nothing is heard of it for `timeout` seconds: its process is stopped, its interpreter
+    stuck, its machine or network gone. One that only takes long goes on saying that it is alive; rank 0 then
+    says who waits for it.
     """
 
     def __init__(self, ranks: Ranks, peers: dict[int, socket.socket]):
@@ -377,7 +404,8 @@ class Watch(threading.Thread):
             for rank in list(self.peers):
                 if time.monotonic() - heard[rank] > self.timeout:
                     self.end(
-                        f"Rank {rank} hangs: nothing has been heard of it for distributed_timeout = {self.timeout:g} s"
+                        f"Rank {rank} hangs: nothing has been heard of it for distributed_timeout = "
+                        f"{self.timeout:g} s"
                     )
             if self.ranks.rank == 0 and max(self.waits.values()) <= self.timeout:
                 patience = self.timeout
@@ -387,7 +415,8 @@ class Watch(threading.Thread):
                     self.end(f"All ranks wait for each other since {self.timeout:g} s: the exchange is stuck")
                 if busy:
                     print(
-                        f"Waiting for rank {', '.join(map(str, busy))} for {patience:.0f} s; alive, but still at work",
+                        f"Waiting for rank {', '.join(map(str, busy))} for {patience:.0f} s; alive, but "
+                        "still at work",
                         file=sys.stderr,
                         flush=True,
                     )

@@ -1,8 +1,8 @@
 """Whether a run has anything to learn from, and what to do where it has not.
 
-A group whose completions all score alike has no advantages, and an update of such groups changes no weight. The
-run looks before its first update, watches while it trains, and says so at the end, in the words "No signal: ..."
-and "Nothing was learnt: ...".
+A group whose completions all score alike has no advantages, and an update of such groups changes no weight.
+The run looks before its first update, watches while it trains, and says so at the end, in the words "No
+signal: ..." and "Nothing was learnt: ...".
 """
 
 import numpy as np
@@ -43,11 +43,14 @@ def check_record(groups: list, rewards: np.ndarray, advantages: np.ndarray, name
 
 
 def check_lines(record: dict, groups: list, rewards: np.ndarray, names: list[str]) -> list[str]:
-    """The same for the terminal: each function's least, mean and greatest value, and three completions' scores."""
+    """The same for the terminal: each function's least, mean and greatest value, and three completions'
+    scores.
+    """
     telling = round(record["signal_fraction"] * record["prompts"])
     size = record["completions"] // record["prompts"]
     lines = [
-        f"check      {record['prompts']} prompts x {size} completions before the first update: in {telling} of "
+        f"check      {record['prompts']} prompts x {size} completions before the first update: in {telling} "
+        "of "
         f"{record['prompts']} groups ({record['signal_fraction']:.0%}) the rewards tell completions apart"
     ]
     for name in names:
@@ -94,7 +97,8 @@ def likely_cures(
     known = rewards[~np.isnan(rewards)]
     if not known.size:
         return [
-            "look at what makes the reward functions return None: a server that does not answer, an empty column"
+            "look at what makes the reward functions return None: a server that does not answer, an empty "
+            "column"
         ]
     if all_right(completions, names):
         return ["every answer is right already: take harder prompts"]
@@ -103,13 +107,15 @@ def likely_cures(
     if WANT_NUMBERS & set(names) and 2 * len(no_numbers) >= len(golds):
         cures.append(
             f"the gold answers do not parse as numbers ({len(no_numbers)} of {len(golds)}; one is "
-            f"{shortened(str(no_numbers[0]), 60)!r}): set answer_field to the column with the number, or end the "
+            f"{shortened(str(no_numbers[0]), 60)!r}): set answer_field to the column with the number, or end "
+            "the "
             "field in '#### NUMBER'"
         )
     cut = sum(completion.finish_reason == "length" for completion in completions)
     if 2 * cut >= len(completions):
         cures.append(
-            f"{cut} of {len(completions)} completions were cut at {max_tokens} tokens: raise max_completion_length"
+            f"{cut} of {len(completions)} completions were cut at {max_tokens} tokens: raise "
+            "max_completion_length"
         )
     if len({completion.text for group in groups for completion in group.completions}) <= len(groups):
         cures.append("the completions of a prompt are all the same text: raise temperature")
@@ -123,7 +129,8 @@ def likely_cures(
             else "the form that the reward asks for may never be met"
         )
         cures.append(
-            f"{seen}: ask for a shorter form in system_prompt, begin it by completion_prefix, or show an example in "
+            f"{seen}: ask for a shorter form in system_prompt, begin it by completion_prefix, or show an "
+            "example in "
             "the prompt"
         )
     other = ""
@@ -159,7 +166,8 @@ def why_stop(state, new_updates: int, config) -> str:
     before, most = max(0, state.flat_updates - new_updates), config.max_flat_updates
     if most and before // most < state.flat_updates // most:  # a run that is resumed has as many again
         return (
-            f"No signal: {state.flat_updates} updates in a row changed nothing (max_flat_updates = {most}; 0 goes "
+            f"No signal: {state.flat_updates} updates in a row changed nothing (max_flat_updates = {most}; 0 "
+            "goes "
             "on). The lines above say what to try"
         )
     return ""
@@ -173,7 +181,8 @@ def nothing_learnt(state) -> str:
     if others := state.update - sum(state.skipped.values()):
         reasons.append(f"{others} at learning rate 0")
     return (
-        f"Nothing was learnt: none of {state.update} updates changed a weight ({', '.join(reasons)}); the model is "
+        f"Nothing was learnt: none of {state.update} updates changed a weight ({', '.join(reasons)}); the "
+        "model is "
         "as it was. What to try: docs/TROUBLESHOOTING.md, The reward stays at zero"
     )
 
@@ -181,8 +190,9 @@ def nothing_learnt(state) -> str:
 class SignalWatch:
     """Says to the user and to the log whether a run has anything to learn from.
 
-    rows: the training data; say(text); logs: RunLogs. The counts are the RunState's: a resumed run says no more
-    and no less. Its methods take the names of the reward functions, groups, and rewards and advantages (B, G).
+    rows: the training data; say(text); logs: RunLogs. The counts are the RunState's: a resumed run says no
+    more and no less. Its methods take the names of the reward functions, groups, and rewards and advantages
+    (B, G).
     """
 
     def __init__(self, config, rows: list[dict], say, logs):

@@ -1,6 +1,8 @@
-"""What a run will hold in memory, by arithmetic, the settings that fit smaller machines, and the plan that is printed.
+"""What a run will hold in memory, by arithmetic, the settings that fit smaller machines, and the plan that is
+printed.
 
-The peak is what stays (weights, optimizer, reference) plus the larger of what the rollout and the update add to it.
+The peak is what stays (weights, optimizer, reference) plus the larger of what the rollout and the update add
+to it.
 """
 
 import itertools
@@ -62,11 +64,11 @@ class Work:
 def plan(work: Work) -> dict[str, int]:
     """Bytes by purpose, and their "peak".
 
-    A layer keeps for its backward pass, of each position, about 8 numbers of the hidden width, 3 of the feed-forward
-    width (a SwiGLU layer: its two inputs and its product), and unfused attention its scores twice. With
-    gradient checkpointing it keeps its input alone, and one layer at a time is computed again. A shared
-    prompt's KV is kept once a row. The peak of an update is where the head has all of that before it and no
-    gradient but its own, or where the last layer's gradients are computed, or in the optimizer's step.
+    A layer keeps for its backward pass, of each position, about 8 numbers of the hidden width, 3 of the
+    feed-forward width (a SwiGLU layer: its two inputs and its product), and unfused attention its scores
+    twice. With gradient checkpointing it keeps its input alone, and one layer at a time is computed again. A
+    shared prompt's KV is kept once a row. The peak of an update is where the head has all of that before it
+    and no gradient but its own, or where the last layer's gradients are computed, or in the optimizer's step.
     """
     length, groups = work.prompt + work.completion, work.rows // work.generations
     answered = work.generations * work.completion  # positions of a group
@@ -94,7 +96,8 @@ def plan(work: Work) -> dict[str, int]:
     rollout = parts["KV cache"] * 3 // 2  # a cache that grows is copied
     head_gradient = min(parts["gradients"], work.vocabulary * work.hidden * work.item * work.streams)
     at_head = parts["activations"] + parts["head"] + head_gradient
-    # While gradients come, activations go; a layer's own gradients, and what is computed again for them, are as measured.
+    # While gradients come, activations go; a layer's own gradients, and what is computed again for them, are
+    # as measured.
     at_layers = max(parts["activations"], parts["gradients"]) + layer * (3 if work.grad_checkpoint else 1)
     update = parts["their sum"] + max(at_head, at_layers)
     passing = work.layers * layer * 3 // 5  # what a forward computes and does not keep, as measured
@@ -105,7 +108,9 @@ def plan(work: Work) -> dict[str, int]:
 
 
 def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[str]:
-    """For each size of machine in GB, the mildest change of settings whose peak is within `share` of its memory."""
+    """For each size of machine in GB, the mildest change of settings whose peak is within `share` of its
+    memory.
+    """
     adapters = replace(
         work, trained=max(1, work.trained // 100), has_reference=False
     )  # of rank 8: about a hundredth
@@ -129,7 +134,8 @@ def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[s
         )
         if step is None:
             lines.append(
-                f"{size} GB: too small for this model; quantise it (utils/convert_model.py --quantize), or take a smaller one"
+                f"{size} GB: too small for this model; quantise it (utils/convert_model.py --quantize), or "
+                "take a smaller one"
             )
             continue
         changes = {
@@ -151,7 +157,8 @@ def host_bytes(work: Work) -> int:
 def work_of(learner, lengths: set[int], rows: int, compiled: int = 0) -> Work:
     """What the memory plan counts with.
 
-    lengths: of all prompts, in tokens; rows: completions an update on this rank; compiled: shapes at once, at most.
+    lengths: of all prompts, in tokens; rows: completions an update on this rank; compiled: shapes at once, at
+    most.
     """
     config, model, args = learner.config, learner.model, learner.model.args
     arrays = [p for _, p in tree_flatten(model.parameters())]
@@ -176,11 +183,15 @@ def work_of(learner, lengths: set[int], rows: int, compiled: int = 0) -> Work:
 def print_plan(
     work: Work, config, training: int, held_out: int, updates: int, ranks: int, ways: Sequence[str] = ()
 ) -> None:
-    """What the run will do, and hold. ways: lines that say how (ways.py). Raises UserError where several ranks cannot hold it."""
+    """What the run will do, and hold. ways: lines that say how (ways.py).
+
+    Raises UserError where several ranks cannot hold it.
+    """
     prompts = config.prompts_per_update
     rows = prompts * config.num_generations
     print(
-        f"model      {config.model_name}: {work.trained / 1e6:.2f}M trainable parameters, on {mx.default_device()}"
+        f"model      {config.model_name}: {work.trained / 1e6:.2f}M trainable parameters, on "
+        f"{mx.default_device()}"
     )
     for line in ways:
         print(line)
@@ -189,18 +200,22 @@ def print_plan(
     print(f"tokens     at most {rows * config.rollout_tokens * updates // config.num_iterations:,} sampled")
     if ranks > 1:
         print(
-            f"ranks      {ranks}, each with the whole model and its share of the prompts: the memory below is one rank's"
+            f"ranks      {ranks}, each with the whole model and its share of the prompts: the memory below "
+            "is one rank's"
         )
     held = {name: size / GB for name, size in plan(work).items()}
     if held["peak"] * GB + (0 if on_cuda() else host_bytes(work)) > memory_bytes():
         print(
-            f"Warning: memory may not suffice: about {held['peak']:.1f} GB at the peak of {memory_bytes() / GB:.1f} GB. {LESS_MEMORY}",
+            f"Warning: memory may not suffice: about {held['peak']:.1f} GB at the peak of "
+            f"{memory_bytes() / GB:.1f} GB. {LESS_MEMORY}",
             file=sys.stderr,
         )
     if ranks > 1 and held["weights"] + held["optimizer"] > memory_bytes() / GB:
         raise UserError(
-            f"The model does not fit one rank: weights and optimizer take {held['weights'] + held['optimizer']:.1f} GB of "
-            f"{memory_bytes() / GB:.1f} GB, and ranks hold the whole model. Train adapters, quantise it, or take a smaller one"
+            "The model does not fit one rank: weights and optimizer take "
+            f"{held['weights'] + held['optimizer']:.1f} GB of "
+            f"{memory_bytes() / GB:.1f} GB, and ranks hold the whole model. Train adapters, quantise it, or "
+            "take a smaller one"
         )
     for doubt in doubts(config):
         print(f"Warning: {doubt}", file=sys.stderr)
@@ -210,5 +225,6 @@ def print_plan(
     )
     if work.compiled:
         print(
-            f"host       about {host_bytes(work) / GB:.2f} GB more, of the host's, for at most {work.compiled} compiled shapes"
+            f"host       about {host_bytes(work) / GB:.2f} GB more, of the host's, for at most "
+            f"{work.compiled} compiled shapes"
         )

@@ -29,7 +29,9 @@ def thinking_facts(texts: list[str]) -> dict:
 
 
 def completion_records(update: int, groups: list, names: list[str]) -> list[dict]:
-    """The lines of completions.jsonl for an update's groups. names: of the reward functions, in the order of their rewards."""
+    """The lines of completions.jsonl for an update's groups. names: of the reward functions, in the order of
+    their rewards.
+    """
     return [
         {
             "update": update, "prompt": group.row["prompt"], "answer": group.row["answer"], "completion": completion.text,
@@ -48,7 +50,9 @@ def nan_mean(values: np.ndarray) -> float | None:
 
 
 def update_facts(groups: list, rewards: np.ndarray, advantages: np.ndarray, names: list[str]) -> dict:
-    """What the log says of an update's completions. rewards, advantages: (B, G); names: of the reward functions."""
+    """What the log says of an update's completions. rewards, advantages: (B, G); names: of the reward
+    functions.
+    """
     completions = [completion for group in groups for completion in group.completions]
     lengths = np.array([len(completion.ids) for completion in completions])
     per_function = np.array([completion.rewards for completion in completions]).T  # (F, N)
@@ -69,7 +73,8 @@ def update_facts(groups: list, rewards: np.ndarray, advantages: np.ndarray, name
 def time_facts(groups: list, seconds: dict, prompts_drawn: int, metrics: list[dict]) -> dict:
     """What the log says of a batch's time and memory.
 
-    prompts_drawn: those of replaced groups included; metrics: of each update on the batch, of which some may be skipped.
+    prompts_drawn: those of replaced groups included; metrics: of each update on the batch, of which some may
+    be skipped.
     """
     updates = sum("skipped" not in one for one in metrics)
     tokens = sum(len(completion.ids) for group in groups for completion in group.completions)

@@ -21,7 +21,9 @@ MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 
 def has_exact_match(record: dict) -> bool:
-    """Whether an evaluation's exact match is what the run is after: the correctness reward is among its rewards."""
+    """Whether an evaluation's exact match is what the run is after: the correctness reward is among its
+    rewards.
+    """
     return "rewards/correctness_reward_func" in record or not any(
         name.startswith("rewards/") for name in record
     )
@@ -90,10 +92,11 @@ def figures(record: dict) -> dict[str, str]:
 
 
 class Monitor:
-    """Shows a run while it trains: a live display in a terminal, plain lines that grep can find elsewhere; and passes it on
-    to the trackers.
+    """Shows a run while it trains: a live display in a terminal, plain lines that grep can find elsewhere;
+    and passes it on to the trackers.
 
-        with monitor:  phase("sampling"), update(record), evaluation(record, "update 25"), completions(records, totals)
+        with monitor:  phase("sampling"), update(record), evaluation(record, "update 25"),
+        completions(records, totals)
     """
 
     MARGIN = 3  # columns left free: a ^C that the terminal writes behind the last line must not wrap it
@@ -122,7 +125,8 @@ class Monitor:
         if self.console.file.isatty() and self.console.is_interactive:
             from rich.live import Live
 
-            # Twice a second moves the clock; updates and phases redraw at once. A stderr that goes elsewhere is let alone.
+            # Twice a second moves the clock; updates and phases redraw at once. A stderr that goes elsewhere
+            # is let alone.
             self.live = Live(
                 self, console=self.console, refresh_per_second=2, redirect_stderr=sys.stderr.isatty()
             )
@@ -136,7 +140,9 @@ class Monitor:
             self.live = None
 
     def begin(self, done: int, held_out: dict | None) -> None:
-        """What there is already: nothing, or after a resume the updates done and the evaluation before the first."""
+        """What there is already: nothing, or after a resume the updates done and the evaluation before the
+        first.
+        """
         self.done, self.held_out = done, held_out
 
     def say(self, text: str) -> None:
@@ -176,15 +182,18 @@ class Monitor:
         if (record.get("mismatch/kl") or 0.0) > MISMATCH_WARNING and not self.warned:
             self.warned = True
             print(
-                f"Warning: sampler and policy differ by {record['mismatch/kl']:.3f} nats a token; raise bits, lower sync_every, "
+                f"Warning: sampler and policy differ by {record['mismatch/kl']:.3f} nats a token; raise "
+                "bits, lower sync_every, "
                 "or set top_p = 1, top_k = 0, min_p = 0, repetition_penalty = 1",
                 file=sys.stderr,
             )
         if record.get("cut_thinking_fraction", 0.0) > MOSTLY and not self.warned_of_thinking:
             self.warned_of_thinking = True
             print(
-                f"Warning: {record['cut_thinking_fraction']:.0%} of the completions were cut while thinking, before any answer; raise "
-                "max_completion_length, or set chat_template_kwargs = { enable_thinking = false } where the model's template takes it",
+                f"Warning: {record['cut_thinking_fraction']:.0%} of the completions were cut while thinking, "
+                "before any answer; raise "
+                "max_completion_length, or set chat_template_kwargs = { enable_thinking = false } where the "
+                "model's template takes it",
                 file=sys.stderr,
             )
         self.done = record["update"]
@@ -202,9 +211,11 @@ class Monitor:
             self.live.refresh()
 
     def completions(self, records: list[dict], totals) -> None:
-        """Show one prompt's best and worst completion: of the first group whose rewards differ, else of the first group.
+        """Show one prompt's best and worst completion: of the first group whose rewards differ, else of the
+        first group.
 
-        records: of completions.jsonl, B*G of them; totals: (B, G), the weighted rewards, NaN where all abstained.
+        records: of completions.jsonl, B*G of them; totals: (B, G), the weighted rewards, NaN where all
+        abstained.
         """
         self.trackers.completions(records)
         totals = np.asarray(totals, dtype=float)
@@ -221,11 +232,14 @@ class Monitor:
         self.say(f"sample {update} prompt: {shortened(question_text(question), 400)}")
         for name, total, record in told:
             self.say(
-                f"sample {update} {name} {total:.3f} ({reward_words(record)}): {shortened(record['completion'], 400)}"
+                f"sample {update} {name} {total:.3f} ({reward_words(record)}): "
+                f"{shortened(record['completion'], 400)}"
             )
 
     def stopping(self) -> None:
-        """Called by a signal handler, which may have interrupted a write: nothing is printed where the display can tell."""
+        """Called by a signal handler, which may have interrupted a write: nothing is printed where the
+        display can tell.
+        """
         if self.live:
             self.note = "stopping after this update; Ctrl-C again: at once"
         else:
@@ -354,7 +368,9 @@ def reward_words(record: dict) -> str:
 
 @contextlib.contextmanager
 def stopping_on_signals(request_stop, monitor: Monitor, with_hangup: bool):
-    """Ctrl-C and SIGTERM let the update finish and be saved, by request_stop(number); a second one stops at once."""
+    """Ctrl-C and SIGTERM let the update finish and be saved, by request_stop(number); a second one stops at
+    once.
+    """
     received = []
 
     def on_signal(number, frame):
@@ -377,7 +393,9 @@ def stopping_on_signals(request_stop, monitor: Monitor, with_hangup: bool):
 
 
 def print_outcome(run_dir: Path, outcome: dict, nothing_learnt: str = "") -> None:
-    """The table of held-out scores before and after, and where the model is; or that nothing was learnt, in these words."""
+    """The table of held-out scores before and after, and where the model is; or that nothing was learnt, in
+    these words.
+    """
     from rich.console import Console
     from rich.table import Table
 

@@ -6,8 +6,9 @@ import numpy as np
 
 
 def escaped(text: str, encoding: str = "utf-8") -> str:
-    """`text` on one line, with all that a terminal would act on or cannot show as escapes: control characters, ANSI codes,
-    marks of direction and width, halves of surrogate pairs, and what `encoding` lacks."""
+    """`text` on one line, with all that a terminal would act on or cannot show as escapes: control
+    characters, ANSI codes, marks of direction and width, halves of surrogate pairs, and what `encoding`
+    lacks."""
     shown = "".join(
         c if c.isprintable() else " " if c in "\u00a0\u3000" else c.encode("unicode_escape").decode()
         for c in text
@@ -27,7 +28,8 @@ def question_text(prompt: str | list[dict]) -> str:
 
 
 def sparkline(values: list[float | None], width: int, ascii_only: bool = False) -> str:
-    """The values as at most `width` bars from the least to the greatest; more values are drawn by the means of stretches.
+    """The values as at most `width` bars from the least to the greatest; more values are drawn by the means
+    of stretches.
 
     None (and what is not finite) is a gap.
     """

@@ -1,7 +1,8 @@
 """Trackers: TensorBoard, Weights & Biases, Trackio and SwanLab.
 
-Each takes scalars(values, update), completions(columns, rows, update) and close(failed). Their files go under the run's
-directory, and each goes on with the run it had after a resume, by the id in the run's file tracker_id.
+Each takes scalars(values, update), completions(columns, rows, update) and close(failed). Their files go under
+the run's directory, and each goes on with the run it had after a resume, by the id in the run's file
+tracker_id.
 """
 
 import importlib.util
@@ -36,7 +37,8 @@ def numbers(record: dict) -> dict[str, float]:
 class TensorBoard:
     """Event files in RUN/tensorboard: `tensorboard --logdir outputs` shows all runs.
 
-    A resumed run writes another file there, and TensorBoard drops what the stopped run had beyond the checkpoint.
+    A resumed run writes another file there, and TensorBoard drops what the stopped run had beyond the
+    checkpoint.
     """
 
     def __init__(self, run_dir: Path, config: dict, run_id: str, update: int, resumed: bool):
@@ -77,10 +79,11 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases, in RUN/wandb and on its server; WANDB_MODE=offline stays on this machine, for `wandb sync` later.
+    """Weights & Biases, in RUN/wandb and on its server; WANDB_MODE=offline stays on this machine, for `wandb
+    sync` later.
 
-    A resumed run keeps its id, so that the server (or the sync) joins the parts. `update` is an x axis of its own:
-    W&B's step may not go back, as a resume from an earlier checkpoint does.
+    A resumed run keeps its id, so that the server (or the sync) joins the parts. `update` is an x axis of its
+    own: W&B's step may not go back, as a resume from an earlier checkpoint does.
     """
 
     def __init__(self, run_dir: Path, config: dict, run_id: str, update: int, resumed: bool):
@@ -114,8 +117,8 @@ class Wandb:
 
 
 class Trackio:
-    """Trackio, a database in RUN/trackio: `TRACKIO_DIR=RUN/trackio trackio show`. A TRACKIO_DIR or TRACKIO_SPACE_ID of the
-    user's wins. A resumed run goes on under its name."""
+    """Trackio, a database in RUN/trackio: `TRACKIO_DIR=RUN/trackio trackio show`. A TRACKIO_DIR or
+    TRACKIO_SPACE_ID of the user's wins. A resumed run goes on under its name."""
 
     def __init__(self, run_dir: Path, config: dict, run_id: str, update: int, resumed: bool):
         os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))  # read when it is imported
@@ -181,12 +184,15 @@ def check_trackers(names: list[str]) -> None:
             spec is None or spec.origin is None
         ):  # no origin: a folder such as wandb/, which its runs leave behind
             raise UserError(
-                f"report_to: {name} is not installed; install it with uv sync --extra trackers, or uv pip install {name}"
+                f"report_to: {name} is not installed; install it with uv sync --extra trackers, or uv pip "
+                f"install {name}"
             )
 
 
 class Trackers:
-    """The trackers of a run, [(name, tracker)]. One that fails is named once and let go: training does not depend on it.
+    """The trackers of a run, [(name, tracker)].
+
+    One that fails is named once and let go: training does not depend on it.
 
     with trackers:  closes them at the end, as failed after an exception
     """
@@ -239,7 +245,10 @@ class Trackers:
 
 
 def start_trackers(names: list[str], run_dir: Path, config: dict, update: int) -> Trackers:
-    """Open the named trackers for a run. update: those done before. Raises RunError where one does not start."""
+    """Open the named trackers for a run. update: those done before.
+
+    Raises RunError where one does not start.
+    """
     run_dir = run_dir.resolve()
     id_file = run_dir / "tracker_id"
     resumed = id_file.is_file()
@@ -255,7 +264,8 @@ def start_trackers(names: list[str], run_dir: Path, config: dict, update: int) -
             trackers.close(failed=True)
             offline = f"set {name.upper()}_MODE=offline, " if name in ("wandb", "swanlab") else ""
             raise RunError(
-                f"Cannot start tracker {name}: {reason(error)}; mend that, {offline}or leave it out of report_to"
+                f"Cannot start tracker {name}: {reason(error)}; mend that, {offline}or leave it out of "
+                "report_to"
             ) from None
     return trackers
 

@@ -1,4 +1,6 @@
-"""Which way a run's rollouts and updates go, and why: the lines of the plan that keep a slow path from being silent."""
+"""Which way a run's rollouts and updates go, and why: the lines of the plan that keep a slow path from being
+silent.
+"""
 
 from mlx_grpo.backends.cuda_decoding import FAST_AFTER, CompiledDecoder
 from mlx_grpo.rollout.kv_cache import reason_not_to_pad
@@ -29,7 +31,9 @@ def rollout_way(model, compiled: bool) -> str:
 
 
 def update_way(model, shares_padded: bool, use_compile: bool) -> str:
-    """How an update computes prompts, and whether it is compiled. shares_padded: whether padded prompts are shared too."""
+    """How an update computes prompts, and whether it is compiled. shares_padded: whether padded prompts are
+    shared too.
+    """
     if reason := reason_not_to_share(model):
         prompts = f"whole sequences, prompts computed once a row: {reason}"
     elif shares_padded:

@@ -1,6 +1,7 @@
 """An update's completions as padded arrays, in parts that fit the budget of positions.
 
-A unit is the list of (group, first row) pairs that go through the model together, `k` rows from each first one on.
+A unit is the list of (group, first row) pairs that go through the model together, `k` rows from each first
+one on.
 """
 
 import math
@@ -15,7 +16,9 @@ STREAM_POSITIONS = 256  # for which a stream of its own is worth it
 
 
 def bucket(n: int, least: int = 8) -> int:
-    """The length n of a rollout is padded to: steps of a quarter of its power of two, so that few shapes are ever compiled."""
+    """The length n of a rollout is padded to: steps of a quarter of its power of two, so that few shapes are
+    ever compiled.
+    """
     step = max(least, 2 ** max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step
 
@@ -23,8 +26,9 @@ def bucket(n: int, least: int = 8) -> int:
 def grid(n: int, least: int = 8) -> int:
     """What a length, or a number of groups, of an update is padded to: 8, 16, 24, 32, 48, 64, 96 and so on.
 
-    On GPUs a new shape costs time, and a shape that comes again is compiled: 90 updates with sampled lengths, 8 x 8 up to 256
-    tokens, meet 23 shapes in place of 36 in steps of quarters, for 3% more positions. CPUs take every length as it is.
+    On GPUs a new shape costs time, and a shape that comes again is compiled: 90 updates with sampled lengths,
+    8 x 8 up to 256 tokens, meet 23 shapes in place of 36 in steps of quarters, for 3% more positions. CPUs
+    take every length as it is.
     """
     if on_cpu():
         return n
@@ -39,17 +43,21 @@ def left_pad(prompts: list[list[int]], length: int) -> tuple[mx.array, mx.array]
 
 
 def micro_batches(groups: list, advantages: np.ndarray, config, ranks, shares_padded: bool) -> list[dict]:
-    """This rank's share of an update's arrays, in batches of at most micro_batch_tokens positions; advantages: (B, G).
+    """This rank's share of an update's arrays, in batches of at most micro_batch_tokens positions;
+    advantages: (B, G).
 
     Each has prompts (P, L), pads (P,), ids and mask (P*K, T), sampler_logps (P*K, T), advantages (P*K,),
     `rows`, how many of the P*K are no padding, and what makes the parts add up to the whole: `totals`, the
-    step's sizes as grpo_loss takes them. shares_padded: whether a padded prompt is computed once for its rows.
+    step's sizes as grpo_loss takes them. shares_padded: whether a padded prompt is computed once for its
+    rows.
     """
     g = config.num_generations
     tokens = mx.array(float(sum(sum(trained(c, config)) for group in groups for c in group.completions)))
 
     def cost(count: int, prompt: int, longest: int, rows: int) -> int:
-        """Positions of `count` groups, padded: `rows` rows each, of prompts and completions up to these lengths."""
+        """Positions of `count` groups, padded: `rows` rows each, of prompts and completions up to these
+        lengths.
+        """
         return grid(count, 1) * ((1 if shares_padded else rows) * grid(prompt) + rows * grid(longest))
 
     def whole(b: int) -> int:
@@ -83,8 +91,8 @@ def trained(completion, config) -> list[int]:
 def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[list], int]:
     """The units of an update, and k.
 
-    used: the groups in it, by length; `total`: the sum of their costs. On a CPU streams work side by side: within the
-    budget together, and each on its share.
+    used: the groups in it, by length; `total`: the sum of their costs. On a CPU streams work side by side:
+    within the budget together, and each on its share.
     """
     g, side_by_side = config.num_generations, stream_count()
     budget = config.micro_batch_tokens // side_by_side
@@ -93,7 +101,8 @@ def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[l
         if total >= side_by_side * STREAM_POSITIONS
         else 1
     )
-    # Rows of a group that go together: all of them, unless one group alone is over the budget, or parts are too few.
+    # Rows of a group that go together: all of them, unless one group alone is over the budget, or parts are
+    # too few.
     widest = max(len(groups[b].prompt) for b in used), max(longest_completion(groups[b]) for b in used)
     fits = lambda k: cost(1, *widest, k) <= budget and len(used) * g // k >= parts  # noqa: E731
     k = next(k for k in range(g, 0, -1) if g % k == 0 and (k == 1 or fits(k)))

@@ -1,9 +1,10 @@
 """A group's prompt computed once in training, with gradients through what is kept of it.
 
-    prompts (P, L) --one forward--> keys, values, states (P) --repeated--> (P*G) --with the completions (P*G, T)--> (P*G, T, D)
+    prompts (P, L) --one forward--> keys, values, states (P) --repeated--> (P*G) --with the completions (P*G,
+    T)--> (P*G, T, D)
 
-The rollout's caches are made for that, but for sliding windows: they overwrite their oldest positions one by one, which has
-no cheap gradient. Here a window keeps all positions, and a mask hides those that have left it.
+The rollout's caches are made for that, but for sliding windows: they overwrite their oldest positions one by
+one, which has no cheap gradient. Here a window keeps all positions, and a mask hides those that have left it.
 """
 
 import mlx.core as mx
@@ -33,7 +34,9 @@ def reason_not_to_share(model) -> str:
 
 
 def try_sharing(model) -> str:
-    """Why completions after a shared, padded prompt do not get the logits of whole sequences, in float32; empty where they do."""
+    """Why completions after a shared, padded prompt do not get the logits of whole sequences, in float32;
+    empty where they do.
+    """
     prompts = mx.array([[0, 0, 0, 0, 0, 1, 2, 3, 4], [9, 8, 7, 6, 5, 4, 3, 2, 1]])  # (2, 9)
     answers = mx.array(
         [[4, 5, 6, 7], [4, 7, 8, 9], [1, 2, 3, 4], [1, 5, 6, 7]]
@@ -49,7 +52,9 @@ def try_sharing(model) -> str:
 
 
 def prefill(model, prompts: mx.array, pads: mx.array | None, repeats: int) -> list:
-    """The caches of all ids but the last of prompts (P, L), left-padded by pads (P,) or not, `repeats` rows each. One forward."""
+    """The caches of all ids but the last of prompts (P, L), left-padded by pads (P,) or not, `repeats` rows
+    each. One forward.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
     from mlx_grpo.update.window_caches import training_cache

@@ -11,7 +11,9 @@ from mlx_grpo.update.fused_head import sigmoid
 @mx.custom_function
 @partial(mx.compile, shapeless=True)
 def swiglu(gate, x):
-    """silu(gate) * x (arXiv 2002.05202, eq. 5), of any shape; for its backward pass it keeps these two, and nothing computed from them."""
+    """silu(gate) * x (arXiv 2002.05202, eq. 5), of any shape; for its backward pass it keeps these two, and
+    nothing computed from them.
+    """
     return gate * sigmoid(gate) * x
 
 
@@ -24,7 +26,8 @@ def gradients(gate, x, cotangent):
 
 @swiglu.vjp
 def swiglu_vjp(primals, cotangent, output):
-    # They wait for the cotangent: else compilation takes the sigmoid from the forward pass, and keeps it for that.
+    # They wait for the cotangent: else compilation takes the sigmoid from the forward pass, and keeps it for
+    # that.
     return gradients(*mx.depends(list(primals), [cotangent]), cotangent)
 
 
