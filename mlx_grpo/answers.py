@@ -25,15 +25,14 @@ def has_thought(text: str) -> bool:
 
 
 def is_thinking(text: str) -> bool:
-    """Whether a completion begins with <think> and has not come to </think>: it was cut there, and has no
-    answer.
-    """
+    """Whether a completion begins with <think> and never reaches </think>: cut there, it has no answer."""
     return has_thought(text) and THINK_END not in text
 
 
 def after_thinking(text: str) -> str:
-    """What is graded of a completion: what follows </think>, "" where thinking never ended, all where there
-    was none.
+    """The part of a completion that is graded: what follows </think>, or all of it without thinking.
+
+    It is "" where thinking never ended.
     """
     if THINK_END in text:
         return text.split(THINK_END, 1)[1].lstrip()
@@ -90,7 +89,8 @@ LATEX = [  # (what is written, what it means), applied in this order
 COUNT = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"
 WRITTEN = re.compile(
     rf"(?P<sign>[-+]?)\s*[$€£¥₹]?\s*(?P<inner>[-+]?)\s*"
-    rf"(?:(?:(?P<whole>\d+) +)?(?P<top>{COUNT})\s*/\s*(?P<bottom>{COUNT})|(?P<number>(?:{COUNT}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?))"
+    rf"(?:(?:(?P<whole>\d+) +)?(?P<top>{COUNT})\s*/\s*(?P<bottom>{COUNT})"
+    rf"|(?P<number>(?:{COUNT}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?))"
     r"\s*(?P<unit>(?:[^\W\d_]|[%°€£¥₹$'])(?:[^\W\d_]|[ /.²³°%()'-]|\^\{?[23]\}?)*)?"
 )
 SCALES = {
@@ -102,7 +102,8 @@ SCALES = {
     "trillion": 10**12,
 }
 NO_UNITS = set(
-    "and or to times plus minus over divided by point half pi sqrt x y z a b c d e i j k n p q r u v w".split()
+    "and or to times plus minus over divided by point half pi sqrt "
+    "x y z a b c d e i j k n p q r u v w".split()
 )
 MOST_UNIT_WORDS = 4
 
@@ -133,9 +134,7 @@ class Quantity:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} of the text, braces matched; None where there is none that is
-    closed.
-    """
+    r"""What the last \boxed{...} of the text holds, braces matched; None where no closed one is found."""
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None
@@ -181,7 +180,10 @@ def read_quantity(text: str) -> Quantity | None:
     found = WRITTEN.fullmatch(text.strip().rstrip(".,;").strip())
     if not found or found["sign"] and found["inner"]:
         return None
-    count = lambda name: Fraction(re.sub(r"[, ]", "", found[name] or "0"))  # noqa: E731
+
+    def count(name: str) -> Fraction:
+        return Fraction(re.sub(r"[, ]", "", found[name] or "0"))
+
     if found["number"]:
         value = count("number")
     elif count("bottom"):
@@ -227,7 +229,9 @@ def last_number(text: str) -> str:
 
 BEFORE_LAST_NUMBER = 64  # characters that a fraction or a number with spaces may take
 ENDING = re.compile(
-    r"(?:(?<![\w)%.$])[-−])?(?:\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+|(?:\d+ +)?\d+\s*/\s*\d+|\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})%?$"
+    r"(?:(?<![\w)%.$])[-−])?"
+    r"(?:\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+|(?:\d+ +)?\d+\s*/\s*\d+|\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
+    r"%?$"
 )
 
 

@@ -292,16 +292,21 @@ def split_files(folder: Path, config_name: str, split: str) -> list[Path]:
 
     Raises UserError where several subfolders hold splits and none is chosen.
     """
-    holds_splits = lambda place: any(files_of(place, name) for names in SPLITS.values() for name in names)  # noqa: E731
+
+    def holds_splits(place: Path) -> bool:
+        return any(files_of(place, name) for names in SPLITS.values() for name in names)
+
     usual = [folder, *([folder / config_name] if config_name else []), folder / "data"]
-    places = [place for place in usual if holds_splits(place)][:1]
-    places = places or [place for place in sorted(folder.glob("[!.]*/")) if holds_splits(place)]
-    if len(places) > 1:
+    folders = [place for place in usual if holds_splits(place)][:1]
+    folders = folders or [place for place in sorted(folder.glob("[!.]*/")) if holds_splits(place)]
+    if len(folders) > 1:
         raise UserError(
             f"{folder} holds several datasets: set dataset_config to one of "
-            f"{', '.join(p.name for p in places)}"
+            f"{', '.join(p.name for p in folders)}"
         )
-    return next((files for place in places for name in SPLITS[split] if (files := files_of(place, name))), [])
+    return next(
+        (files for place in folders for name in SPLITS[split] if (files := files_of(place, name))), []
+    )
 
 
 def open_dataset(
@@ -415,21 +420,29 @@ def prompt_key(prompt: str | list[dict]) -> str:
     return " ".join(text.split())
 
 
-NUMERIC_REWARDS = (
-    "int_reward_func",
-    "last_number_reward_func",
-)  # they want a number whatever the gold answer is
+# Rewards that want a number whatever the gold answer is.
+NUMERIC_REWARDS = ("int_reward_func", "last_number_reward_func")
+
+
+def chat_text(prompt: str | list[dict]) -> str:
+    """All texts of a prompt, joined."""
+    return prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+
+
+def has_own_system(prompt: str | list[dict]) -> bool:
+    """Whether a prompt is a chat that brings its own system message."""
+    return not isinstance(prompt, str) and prompt[0]["role"] == "system"
+
+
+def is_number(answer: str) -> bool:
+    return parse_number(answer) is not None or read_quantity(answer) is not None
 
 
 def warn_of_rows(config, special_tokens: re.Pattern | None = None, **splits: list[DataRow]) -> None:
-    """Say once of each split what its rows do that the user may not expect. special_tokens: what finds them
-    in a text.
+    """Warn once a split of rows that the user may not expect.
+
+    special_tokens: a pattern that finds the model's special tokens in a text.
     """
-    contents = lambda row: (
-        row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])
-    )  # noqa: E731
-    own_system = lambda row: not isinstance(row["prompt"], str) and row["prompt"][0]["role"] == "system"  # noqa: E731
-    number = lambda row: parse_number(row["answer"]) is not None or read_quantity(row["answer"]) is not None  # noqa: E731
     for split, rows in splits.items():
         split = split.replace("_", "-")
 
@@ -449,12 +462,12 @@ def warn_of_rows(config, special_tokens: re.Pattern | None = None, **splits: lis
         if config.system_prompt:
             warn(
                 "prompts",
-                [row for row in rows if own_system(row)],
+                [row for row in rows if has_own_system(row["prompt"])],
                 "have a system message of their own, which replaces system_prompt",
             )
-        spelt = [row for row in rows if special_tokens and special_tokens.search(contents(row))]
+        spelt = [row for row in rows if special_tokens and special_tokens.search(chat_text(row["prompt"]))]
         warn("prompts", spelt, "spell special tokens of the model, which are read as ordinary text")
-        other = [row for row in rows if not number(row)]
+        other = [row for row in rows if not is_number(row["answer"])]
         wanting = [name for name in config.reward_funcs if name in NUMERIC_REWARDS]
         wanting += ["correctness_reward_func"] * (
             "correctness_reward_func" in config.reward_funcs and 2 * len(other) < len(rows)
@@ -470,8 +483,8 @@ def warn_of_rows(config, special_tokens: re.Pattern | None = None, **splits: lis
     both = [row for row in held_out if prompt_key(row["prompt"]) in trained]
     if both:
         print(
-            f"Warning: {len(both)} of {len(held_out)} held-out prompts, the first in {both[0].place}, are "
-            "trained on too: "
+            f"Warning: {len(both)} of {len(held_out)} held-out prompts, the first in {both[0].place}, "
+            "are trained on too: "
             "held-out accuracy will also measure memory",
             file=sys.stderr,
         )

@@ -90,7 +90,10 @@ class Watchdog:
                 signal.pthread_kill(self.caller, signal.SIGURG)
             if self.over.acquire(timeout=1.0):
                 return
-        message = f"Reward function {self.what} took longer than reward_timeout = {self.seconds:g} s and cannot be stopped"
+        message = (
+            f"Reward function {self.what} took longer than reward_timeout = {self.seconds:g} s "
+            "and cannot be stopped"
+        )
         print(
             f"{message}: the process ends here. --resume goes on from the last checkpoint",
             file=sys.__stderr__,
@@ -203,9 +206,9 @@ def call_rewards(functions, timeout: float, arguments: dict) -> list:
         except SystemExit as error:  # which would end the loop, and with it the run
             return error
 
-    async def all_of(places):
-        found = await asyncio.gather(*(in_time(results[i]) for i in places), return_exceptions=True)
-        for i, result in zip(places, found):
+    async def all_of(positions):
+        found = await asyncio.gather(*(in_time(results[i]) for i in positions), return_exceptions=True)
+        for i, result in zip(positions, found):
             results[i] = result
 
     results = [

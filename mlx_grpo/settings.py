@@ -1,6 +1,4 @@
-"""Settings: from a TOML file and key=value overrides to typed values, back to a file with their origins, and
-what they may be.
-"""
+"""Settings: read from a TOML file and key=value overrides, checked, and written back with their origins."""
 
 import dataclasses
 import difflib
@@ -92,10 +90,11 @@ def inline_table(table: dict) -> str:
     """A dict as a TOML table on one line."""
     import tomli_w
 
-    entry = lambda k, v: (
+    entries = [
         f"{json.dumps(k)} = {inline_table(v)}" if isinstance(v, dict) else tomli_w.dumps({k: v}).strip()
-    )  # noqa: E731
-    return "{" + ", ".join(entry(k, v) for k, v in table.items()) + "}"
+        for k, v in table.items()
+    ]
+    return "{" + ", ".join(entries) + "}"
 
 
 def config_as_toml(config, sources: dict) -> str:
@@ -145,13 +144,15 @@ CHOICES = {
 }
 SEQUENCE_CORRECTIONS = ("sequence_truncate", "sequence_mask")  # one weight a row, not one a token
 AT_LEAST_ONE = (
-    "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations", "logging_steps",
-    "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size", "difficulty_window",
+    "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations",
+    "logging_steps", "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates",
+    "eval_subset_size", "difficulty_window",
 )  # fmt: skip
-ABOVE_ZERO = ("temperature", "distributed_timeout", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile",
-              "easy_prompt_weight", "hard_prompt_weight",
-              "sapo_temperature_pos", "sapo_temperature_neg",
-              "vespo_lambda_pos", "vespo_lambda_neg")  # fmt: skip
+ABOVE_ZERO = (
+    "temperature", "distributed_timeout", "num_epochs", "reward_timeout", "repetition_penalty",
+    "eval_fraction", "top_p", "top_entropy_quantile", "easy_prompt_weight", "hard_prompt_weight",
+    "sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg",
+)  # fmt: skip
 AT_MOST_ONE = (
     "easy_prompt_weight",
     "hard_prompt_weight",

@@ -7,14 +7,15 @@ import pickletools
 # All that pickle.dump needs for a tiktoken Encoding (protocols 3 to 5): nothing that calls, extends or refers
 # outside.
 PICKLE_OPCODES = frozenset(
-    "PROTO FRAME MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL EMPTY_TUPLE NEWOBJ EMPTY_DICT MARK SETITEM "
-    "SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2 BUILD STOP".split()
+    "PROTO FRAME MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL EMPTY_TUPLE NEWOBJ "
+    "EMPTY_DICT MARK SETITEM SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2 BUILD STOP".split()
 )
 
 
 class PickledEncoding:
-    """Inert stand-in for tiktoken.core.Encoding in a pickle (the real one looks a string state up in a
-    downloading registry).
+    """Inert stand-in for tiktoken.core.Encoding in a pickle.
+
+    The real one looks a string state up in a registry that downloads.
     """
 
     state = None

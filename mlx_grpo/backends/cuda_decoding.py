@@ -40,7 +40,7 @@ class KernelDecoder(Decoder):
         self.launches = cuda_kernels.launches(model)
 
     def __call__(self, cache, last):
-        with cuda_kernels.in_place(self.launches, cuda_kernels.MLX_ATTENTION):
+        with cuda_kernels.fast_kernels(self.launches, cuda_kernels.MLX_ATTENTION):
             return super().__call__(cache, last)
 
 
@@ -105,7 +105,7 @@ class CompiledDecoder(Decoder):
 def compute_position(model, launches, last, filled, offsets, mask, layers):
     """Logits (N, V) after `last` (N, 1), and the layers' buffers with it. offsets: its positions, (N,)."""
     cache = [FixedKVCache(keys, values, filled, offsets, mask) for keys, values in layers]
-    with cuda_kernels.in_place(launches, cuda_kernels.attention):
+    with cuda_kernels.fast_kernels(launches, cuda_kernels.attention):
         logits = model(last, cache=cache)[:, -1]
     return logits, [[layer.keys, layer.values] for layer in cache]
 

@@ -1,8 +1,8 @@
 """Linear layers, attention and rotary embeddings of one position of each row, for CUDA.
 
-There a position's few rows take the GPU less time than launching MLX's own takes the host. A decoder has
-these in the place of nn.Linear's and mx.fast's; what they do not cover goes to those. They have no gradient.
-The results are MLX's to rounding: both sum in float32.
+The few rows of a decoded position take the GPU less time than the host needs to launch MLX's kernels, so
+fewer launches are faster. A decoder uses these instead of nn.Linear and mx.fast; what they do not cover goes
+to MLX. They have no gradient. Results equal MLX's up to rounding: both sum in float32.
 """
 
 import functools
@@ -15,14 +15,12 @@ import mlx.nn as nn
 from mlx_grpo.backends.device import on_cuda
 
 MLX_ATTENTION, MLX_ROPE, MLX_LINEAR = mx.fast.scaled_dot_product_attention, mx.fast.rope, nn.Linear.__call__
-ONE_INPUT = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-)  # layers of one input, as models call them
+# Layers that read the same input, by the names that models give them.
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HALVES = {mx.bfloat16: "bf16", mx.float16: "f16"}  # PTX's names
-MOST_READS = (
-    2**26
-)  # numbers that the blocks of a launch read; more keep the GPU busy for longer than MLX's launches take the host
+# Numbers that the blocks of a launch read, at most. More take the GPU longer than the host needs to launch
+# MLX's own kernels, and then these gain nothing.
+MOST_READS = 2**26
 
 # A block has 32 rows and 16 columns of the result of one LAYER, and each of its W warps every W-th 32 of the
 # K inputs. A thread reads 16 bytes of a row or column at once, two products' worth: the order of the inputs
@@ -37,9 +35,11 @@ LINEAR = """
   LAYER
   const uint4 *rows[R / 8], *columns[C / 8];
   #pragma unroll
-  for (int i = 0; i < R / 8; i++) rows[i] = (const uint4*)(x + (size_t)min(row + i * 8 + group, M - 1) * K) + part;
+  for (int i = 0; i < R / 8; i++)
+    rows[i] = (const uint4*)(x + (size_t)min(row + i * 8 + group, M - 1) * K) + part;
   #pragma unroll
-  for (int j = 0; j < C / 8; j++) columns[j] = (const uint4*)(weight + (size_t)(column + j * 8 + group) * K) + part;
+  for (int j = 0; j < C / 8; j++)
+    columns[j] = (const uint4*)(weight + (size_t)(column + j * 8 + group) * K) + part;
   float c[R / 16][C / 8][4] = {};
   #pragma unroll (32 / W)
   for (int k = warp; k < K / 32; k += W) {
@@ -61,7 +61,8 @@ LINEAR = """
     #pragma unroll
     for (int j = 0; j < C / 8; j++)
       #pragma unroll
-      for (int e = 0; e < 4; e++) sums[warp][i * 16 + e / 2 * 8 + group][j * 8 + part * 2 + e % 2] = c[i][j][e];
+      for (int e = 0; e < 4; e++)
+        sums[warp][i * 16 + e / 2 * 8 + group][j * 8 + part * 2 + e % 2] = c[i][j][e];
   __syncthreads();
   for (int i = threadIdx.x; i < R * C && row + i / C < M; i += W * 32) {
     float sum = bias ? (float)bias[column + i % C] : 0;
@@ -71,7 +72,8 @@ LINEAR = """
   }
 """
 MULTIPLY = """
-__device__ inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+__device__ inline void multiply(
+    float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.HALF.HALF.f32 "
     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -111,7 +113,8 @@ ATTENTION = """
       for (int d = 0; d < 8; d++) score += query[g][d] * key[d];
       #pragma unroll
       for (int step = 1; step < L; step *= 2) score += __shfl_xor_sync(~0u, score, step);
-      const float now = fmaxf(top[g], seen ? score : -1e30f), fade = exp2f(top[g] - now), weight = seen ? exp2f(score - now) : 0;
+      const float now = fmaxf(top[g], seen ? score : -1e30f), fade = exp2f(top[g] - now);
+      const float weight = seen ? exp2f(score - now) : 0;
       top[g] = now;
       total[g] = total[g] * fade + weight;
       #pragma unroll
@@ -181,8 +184,9 @@ def has_tensor_cores() -> bool:
 
 
 def cuda_kernel(name, inputs, outputs, source, constants, **options):
-    """MLX's kernel, its constants defined ahead of its source, which MLX searches for the shapes and strides
-    it asks for.
+    """MLX's kernel of this source, with its constants as macros.
+
+    MLX searches the source for the shapes and strides that it uses.
     """
     defined = "".join(f"#define {constant} {value}\n" for constant, value in constants.items())
     return mx.fast.cuda_kernel(name, inputs, outputs, defined + source, **options)
@@ -198,7 +202,8 @@ def linear_kernel(dtype, count: int, biased: bool, warps: int):
     layer = (
         f"int N = weight0_shape[0]; auto weight = weight0, bias = {biases[0]}; auto out = out0;"
         + "".join(
-            f"if (column >= N) column -= N, N = weight{i}_shape[0], weight = weight{i}, bias = {biases[i]}, out = out{i};"
+            f"if (column >= N) column -= N, N = weight{i}_shape[0], weight = weight{i}, "
+            f"bias = {biases[i]}, out = out{i};"
             for i in numbers[1:]
         )
     )
@@ -229,11 +234,10 @@ class Linears:
         return part
 
     def compute(self, x) -> list:
-        weights, biases = (
-            [layer.weight for layer in self.layers],
-            [layer.bias for layer in self.layers if "bias" in layer],
-        )
-        inputs, widths = x.shape[-1], [weight.shape[0] for weight in weights]
+        weights = [layer.weight for layer in self.layers]
+        biases = [layer.bias for layer in self.layers if "bias" in layer]
+        inputs = x.shape[-1]
+        widths = [weight.shape[0] for weight in weights]
         across, down = sum(widths) // 16, -(-x.size // (32 * inputs))  # blocks
         if x.dtype != weights[0].dtype or across * down * (32 + 16) * inputs > MOST_READS:
             return [MLX_LINEAR(layer, x) for layer in self.layers]
@@ -260,16 +264,12 @@ def fits(layer) -> bool:
 
 
 def launches(model) -> dict[int, tuple[Linears, int]]:
-    """The launch that each linear layer of a model has a part in, and the number of that part; by the layers'
-    ids.
-    """
+    """By the id of each linear layer of a model: the launch that computes it, and its number in that launch."""
     found = {}
     for module in model.modules() if has_tensor_cores() else []:
         children = {name: layer for name, layer in module.children().items() if fits(layer)}
-        for names in (
-            *((name,) for name in children),
-            *ONE_INPUT,
-        ):  # what is of one input in the place of what is alone
+        alone = [(name,) for name in children]
+        for names in (*alone, *ONE_INPUT):  # a shared launch, coming later, replaces a layer's own
             layers = [children.get(name) for name in names]
             if None not in layers and len(set(map(form, layers))) == 1:
                 launch = Linears(layers)
@@ -303,9 +303,7 @@ def attention_kernel(dim: int, group: int, scale: float, masked: bool):
 
 
 def covers(queries, keys, values, *, scale, mask=None, sinks=None, **kwargs) -> bool:
-    """Whether this is one position of each row, of a form that the kernel has: it fits registers and shared
-    memory.
-    """
+    """Whether this is one position of each row, in a shape that fits the kernel's registers and shared memory."""
     (rows, heads, length, dim), (_, key_heads, size, _) = queries.shape, keys.shape
     group = heads // key_heads
     if isinstance(mask, mx.array):
@@ -326,8 +324,9 @@ def covers(queries, keys, values, *, scale, mask=None, sinks=None, **kwargs) -> 
 
 
 def attention(queries, keys, values, *, scale, mask=None, **kwargs):
-    """softmax(q k^T * scale) v of queries (N, H, 1, D), keys and values (N, K, S, D), mask (N or 1, 1, 1, S)
-    of booleans.
+    """softmax(q k^T * scale) v -> (N, H, 1, D).
+
+    queries: (N, H, 1, D); keys, values: (N, K, S, D); mask: booleans (N or 1, 1, 1, S).
     """
     if not covers(queries, keys, values, scale=scale, mask=mask, **kwargs):
         return MLX_ATTENTION(queries, keys, values, scale=scale, mask=mask, **kwargs)
@@ -378,16 +377,15 @@ def rope(x, dims, *, traditional, base, scale, offset, freqs=None, **kwargs):
     )[0]
 
 
-# --- In their place -----------------------------------------------------------------------------------------
+# --- Using them ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def in_place(launches: dict, attention=attention):
-    """While the graph of a position is built, a model on CUDA has these linear layers, this attention and
-    these embeddings.
+def fast_kernels(launches: dict, attention=attention):
+    """Use these kernels while the graph of one position is built on CUDA.
 
-    launches: the model's. attention: MLX's own for a model whose keys and values are not slices of a cache's
-    buffers.
+    launches: the model's, by `launches`. attention: pass MLX's own for a model whose keys and values are not
+    slices of a cache's buffers.
     """
 
     def linear(layer, x):
@@ -415,6 +413,6 @@ def attention_covers(model) -> bool:
 
     if not has_tensor_cores():
         return False
-    with in_place({}, asked):
+    with fast_kernels({}, asked):
         model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))  # a graph that nothing evaluates
     return all(covered)

@@ -12,13 +12,14 @@ from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.run.directory import checkpoints, remove_directory, remove_old_checkpoints, write_directory
 
 MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes
-    "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps", "save_total_limit",
-    "eval_steps", "eval_every_updates", "max_nan_updates", "max_flat_updates", "reward_timeout", "trust_remote_code", "report_to",
-    "distributed_timeout", "check_weights_steps",
+    "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps",
+    "save_total_limit",
+    "eval_steps", "eval_every_updates", "max_nan_updates", "max_flat_updates", "reward_timeout",
+    "trust_remote_code", "report_to", "distributed_timeout", "check_weights_steps",
 }  # fmt: skip
 MAY_BE_SET = {  # and those that alter it, but only by --set: rate, lengths, and what makes it fit into memory
-    "learning_rate", "num_epochs", "max_completion_length", "max_new_tokens", "micro_batch_tokens", "grad_checkpoint",
-    "kv_budget_gb", "memory_limit_gb", "use_compile",
+    "learning_rate", "num_epochs", "max_completion_length", "max_new_tokens", "micro_batch_tokens",
+    "grad_checkpoint", "kv_budget_gb", "memory_limit_gb", "use_compile",
 }  # fmt: skip
 FAILED_SAVES = 3  # in a row that end a run
 

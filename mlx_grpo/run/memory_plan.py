@@ -1,5 +1,4 @@
-"""What a run will hold in memory, by arithmetic, the settings that fit smaller machines, and the plan that is
-printed.
+"""A run's memory by arithmetic, the settings that fit smaller machines, and the plan that is printed.
 
 The peak is what stays (weights, optimizer, reference) plus the larger of what the rollout and the update add
 to it.
@@ -25,7 +24,10 @@ from mlx_grpo.export import merged_bytes
 from mlx_grpo.settings import doubts
 
 GB = 2**30
-LESS_MEMORY = "Lower micro_batch_tokens, memory_limit_gb or kv_budget_gb, or set grad_checkpoint to true; with --resume too, by --set"
+LESS_MEMORY = (
+    "Lower micro_batch_tokens, memory_limit_gb or kv_budget_gb, or set grad_checkpoint to true; "
+    "with --resume too, by --set"
+)
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,14 @@ class Work:
     item: int  # bytes of one weight or activation
     hidden: int
     wide: int  # width of the feed-forward layer
-    scores: (
-        int  # attention's numbers kept for the backward pass, of a position and a key: 0 where it is fused
-    )
+    scores: int  # numbers a position and key that attention keeps for its backward pass; 0 where it is fused
     layers: int
     vocabulary: int
     kv_per_token: int  # KV cache of one position of one row, over all layers
     rows: int  # completions an update
     generations: int  # of them a prompt
     shares_prompts: bool  # a group's prompt is computed once
-    shares_padded: bool  # and counted once, by what cuts an update into micro-batches
+    shares_padded: bool  # and counted once when an update is split into micro-batches
     prompt: int  # the longest prompt
     completion: int  # the longest completion
     has_reference: bool  # a frozen copy beside the policy
@@ -55,8 +55,8 @@ class Work:
     head_chunk: int  # logits alive at once in a stream's head
     streams: int  # parts of an update that are worked on side by side, within micro_batch_tokens together
     kv_budget: int
-    ahead: int  # what a host may have handed over to its GPU, and must hold
-    memory_limit: int  # from here on the host waits for its GPU instead
+    ahead: int  # buffers that queued GPU work may keep alive
+    memory_limit: int  # above this, MLX waits for queued work
     compiled: int = 0  # shapes that are compiled at once, at most
     merging: int = 0  # what the final save merges adapters in
 
@@ -160,24 +160,39 @@ def work_of(learner, lengths: set[int], rows: int, compiled: int = 0) -> Work:
     lengths: of all prompts, in tokens; rows: completions an update on this rank; compiled: shapes at once, at
     most.
     """
-    config, model, args = learner.config, learner.model, learner.model.args
+    config, model, log_probs = learner.config, learner.model, learner.log_probs
+    args = model.args
     arrays = [p for _, p in tree_flatten(model.parameters())]
     hidden = getattr(args, "hidden_size", 1024)
     item = 2 if any(p.dtype in (mx.bfloat16, mx.float16) for p in arrays) else 4
     times_kept = 0 if on_cuda() else 1.5 if on_cpu() else 2  # on CPUs as measured
     return Work(
-        weights=sum(p.nbytes for p in arrays), trained=sum(p.size for p in [p for _, p in tree_flatten(model.trainable_parameters())]),
-        item=item, hidden=hidden,
-        wide=getattr(args, "intermediate_size", 4 * hidden), scores=int(times_kept * getattr(args, "num_attention_heads", 16)),
-        layers=len(model.layers), vocabulary=getattr(args, "vocab_size", 1), kv_per_token=kv_bytes_per_token(model),
-        rows=rows, generations=config.num_generations,
-        shares_prompts=learner.log_probs.shares_padded or learner.log_probs.share_prompts and len(lengths) == 1,
-        shares_padded=learner.log_probs.shares_padded, prompt=grid(max(lengths)), completion=grid(config.rollout_tokens),
+        weights=sum(p.nbytes for p in arrays),
+        trained=sum(p.size for _, p in tree_flatten(model.trainable_parameters())),
+        item=item,
+        hidden=hidden,
+        wide=getattr(args, "intermediate_size", 4 * hidden),
+        scores=int(times_kept * getattr(args, "num_attention_heads", 16)),
+        layers=len(model.layers),
+        vocabulary=getattr(args, "vocab_size", 1),
+        kv_per_token=kv_bytes_per_token(model),
+        rows=rows,
+        generations=config.num_generations,
+        shares_prompts=log_probs.shares_padded or log_probs.share_prompts and len(lengths) == 1,
+        shares_padded=log_probs.shares_padded,
+        prompt=grid(max(lengths)),
+        completion=grid(config.rollout_tokens),
         has_reference=learner.ref_log_probs is not None and not adapter_layers(model),
-        micro_batch_tokens=config.micro_batch_tokens, grad_checkpoint=config.grad_checkpoint, head_chunk=learner.head_chunk, streams=stream_count(),
-        kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4, ahead=queued_bytes(), memory_limit=learner.memory_limit,
-        compiled=compiled, merging=merged_bytes(model, item),
-    )  # fmt: skip
+        micro_batch_tokens=config.micro_batch_tokens,
+        grad_checkpoint=config.grad_checkpoint,
+        head_chunk=learner.head_chunk,
+        streams=stream_count(),
+        kv_budget=int(config.kv_budget_gb * GB) or memory_bytes() // 4,
+        ahead=queued_bytes(),
+        memory_limit=learner.memory_limit,
+        compiled=compiled,
+        merging=merged_bytes(model, item),
+    )
 
 
 def print_plan(

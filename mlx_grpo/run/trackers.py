@@ -211,22 +211,17 @@ class Trackers:
 
     def completions(self, records: list[dict]) -> None:
         """A table of completions.jsonl's records, all of one update."""
-        columns = [
-            "update",
-            "prompt",
-            "answer",
-            "completion",
-            *records[0]["rewards"],
-            "finish_reason",
-            "length",
-        ]
-        texts = lambda r: [
-            t.encode("utf-8", "replace").decode()
-            for t in (question_text(r["prompt"]), str(r["answer"]), r["completion"])
-        ]  # noqa: E731
+        rewards = records[0]["rewards"]
+        columns = ["update", "prompt", "answer", "completion", *rewards, "finish_reason", "length"]
+
+        def texts(record: dict) -> list[str]:
+            """Its three texts, where halves of surrogate pairs, which are no UTF-8, become question marks."""
+            raw = (question_text(record["prompt"]), str(record["answer"]), record["completion"])
+            return [text.encode("utf-8", "replace").decode() for text in raw]
+
         rows = [
             [r["update"], *texts(r), *r["rewards"].values(), r["finish_reason"], r["length"]] for r in records
-        ]  # no half characters
+        ]
         self.each("completions", columns, rows, records[0]["update"])
 
     def close(self, failed: bool) -> None:
