@@ -230,7 +230,8 @@ def last_number(text: str) -> str:
 BEFORE_LAST_NUMBER = 64  # characters that a fraction or a number with spaces may take
 ENDING = re.compile(
     r"(?:(?<![\w)%.$])[-−])?"
-    r"(?:\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+|(?:\d+ +)?\d+\s*/\s*\d+|\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
+    r"(?:\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+|(?:\d+ +)?\d+\s*/\s*\d+"
+    r"|\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
     r"%?$"
 )
 

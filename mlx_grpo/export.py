@@ -1,6 +1,4 @@
-"""What a run writes of its model: a directory that mlx_lm.load opens, or an adapter's that it puts on the
-base.
-"""
+"""What a run writes of its model: a directory that mlx_lm.load opens, or adapters for its base."""
 
 import copy
 import json
@@ -76,9 +74,7 @@ def save_model(folder: Path, model, tokenizer, model_config: dict, source: Path,
 
 
 def merged_bytes(model, item: int) -> int:
-    """Memory that merging takes at the most: a shard's base in full precision, what the adapters add, and
-    their sum.
-    """
+    """Bytes that merging takes at most: a shard's base in full precision, what adapters add, and the sum."""
     shapes = [(layer["lora_a"].shape[0], layer["lora_b"].shape[1]) for _, layer in adapter_layers(model)]
     return 3 * min(SHARD_BYTES, sum(width * height * item for width, height in shapes))
 
@@ -86,9 +82,8 @@ def merged_bytes(model, item: int) -> int:
 def write_shards(folder: Path, weights: dict[str, mx.array]) -> None:
     """Write model*.safetensors with their index as mlx-lm does, each file evaluated alone.
 
-    `weights` is emptied.
-
-    Arrays that are still to be computed, such as merged layers, are in memory one shard at a time.
+    `weights` is emptied. Arrays that are still to be computed, such as merged layers, are in memory one shard
+    at a time.
     """
     shards, sizes = [[]], [0]
     for name, array in weights.items():

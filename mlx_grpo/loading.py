@@ -19,9 +19,7 @@ CHECK_HUB = "Check the name and the network, or give a local path"
 
 
 def local_path(name: str) -> Path | None:
-    """The file or folder `name` means: from the working directory, else from beside this script; None if
-    neither.
-    """
+    """The file or folder `name`, in the working directory or else beside mlx-grpo.py; None if neither."""
     return next((p for p in (Path(name).expanduser(), ROOT / name) if p.exists()), None)
 
 
@@ -76,8 +74,7 @@ def adapter_base(folder: Path) -> str:
 
 
 def flatten_rope_parameters(config: dict) -> dict:
-    """config.json as transformers 5 writes it -> a copy that also has rope_theta, rope_scaling and
-    partial_rotary_factor on top.
+    """A copy of transformers 5's config.json with rope_theta, rope_scaling and partial_rotary_factor on top.
 
     Most of mlx-lm's classes read only those; `rope_parameters` stays for the classes that read it. With one
     dict per layer type (gemma3) the top gets full_attention's values and rope_local_base_freq is
@@ -129,6 +126,7 @@ def is_quantized(model) -> bool:
 
 # --- Files of rows ------------------------------------------------------------------------------------------
 
+# By ending; of a text table, its separator.
 FORMATS = {
     ".jsonl": "json",
     ".json": "json",
@@ -136,12 +134,10 @@ FORMATS = {
     ".csv": ",",
     ".tsv": "\t",
     ".parquet": "parquet",
-}  # of text tables: what parts columns
+}
 COMPRESSED = (".gz", ".bz2", ".xz")  # an ending that may follow
-SPLITS = {
-    "train": ("train", "training"),
-    "test": ("test", "validation", "valid", "val", "dev"),
-}  # their names, in the order they are looked for
+# Names of the splits, in the order they are looked for.
+SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "valid", "val", "dev")}
 
 
 class WrittenFloat(float):
@@ -157,11 +153,13 @@ class WrittenFloat(float):
 
 
 class DataRow(dict):
-    """A row of a dataset. place: "FILE, row 3"; cut: whether the prompt was a chat that ended with the
-    assistant's turn.
+    """A row of a dataset.
+
+    place: "FILE, row 3"; cut: whether the prompt was a chat whose last turn, the assistant's, was left out.
     """
 
-    place, cut = "", False
+    place = ""
+    cut = False
 
 
 def format_of(path: Path) -> str | None:
@@ -182,10 +180,10 @@ def broken_json_line(text: str, whole: bool) -> str:
 
 
 def read_json(path: Path) -> list[dict]:
-    """The rows of a JSON array or of JSON Lines, types as written; a field that only some have is None in the
-    others.
+    """The rows of a JSON array or of JSON Lines, with types as written.
 
-    Raises UserError with the file and the line that is broken.
+    A field that only some rows have is None in the others. Raises UserError with the file and the line that
+    is broken.
     """
     import fsspec
 
@@ -206,10 +204,10 @@ def read_json(path: Path) -> list[dict]:
 
 
 def read_file(path: Path, text_fields: tuple[str, ...]):
-    """The rows of one file. text_fields: the columns whose text a table's reader must leave as it is, such as
-    007 and None.
+    """The rows of one file.
 
-    Raises UserError with the file and what is wrong with it.
+    text_fields: the columns that a table's reader must leave as text, such as 007 and None. Raises UserError
+    with the file and what is wrong with it.
     """
     import datasets
 
@@ -244,15 +242,8 @@ def read_file(path: Path, text_fields: tuple[str, ...]):
         raise UserError(f"Failed to read dataset {path}: {reason}") from None
 
 
-ABSENT = [
-    "",
-    "NA",
-    "N/A",
-    "NaN",
-    "nan",
-    "null",
-    "None",
-]  # what means "no value" in a table, but in a text field
+# What means "no value" in a table, but not in a text field.
+ABSENT = ["", "NA", "N/A", "NaN", "nan", "null", "None"]
 
 
 def read_table(path: Path, separator: str, text_fields: tuple[str, ...]):
@@ -275,8 +266,9 @@ def read_table(path: Path, separator: str, text_fields: tuple[str, ...]):
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
-    """The files of the split `name` in a folder: NAME.jsonl and its like, shards such as
-    NAME-00000-of-00002.parquet, or NAME/*.
+    """The files of the split `name` in a folder.
+
+    NAME.jsonl and its like, shards such as NAME-00000-of-00002.parquet, or NAME/*.
     """
     files = sorted(path for path in folder.glob("*") if path.is_file() and format_of(path))
     whole = [path for path in files if path.name.split(".")[0] == name]
@@ -287,10 +279,10 @@ def files_of(folder: Path, name: str) -> list[Path]:
 
 
 def split_files(folder: Path, config_name: str, split: str) -> list[Path]:
-    """The files of a split of a folder, which may be a clone of a hub dataset: in it, in CONFIG/ or data/, or
-    in its one subfolder.
+    """The files of a split of a folder, which may be a clone of a hub dataset.
 
-    Raises UserError where several subfolders hold splits and none is chosen.
+    They lie in the folder, in CONFIG/ or data/, or in its only subfolder. Raises UserError where several
+    subfolders hold splits and none is chosen.
     """
 
     def holds_splits(place: Path) -> bool:
@@ -312,8 +304,7 @@ def split_files(folder: Path, config_name: str, split: str) -> list[Path]:
 def open_dataset(
     name: str, config_name: str, split: str, text_fields: tuple[str, ...] = ()
 ) -> list[tuple] | None:
-    """One split of a dataset as a list of (rows, where they come from), or None where the dataset has no such
-    split.
+    """One split of a dataset as a list of (rows, where they come from), or None where it has no such split.
 
     `name` is a hub name, a folder with train.* and test.* files, a clone of a hub dataset or one written by
     save_to_disk, or one file, which is a training split. text_fields: columns that are read as text, whatever
@@ -378,7 +369,7 @@ def field_of(row: dict, name: str):
 
 
 def text_of(content) -> str:
-    """The text of a chat message: its content, or the joined text parts that it is a list of.
+    """The text of a chat message: its content, whose text parts are joined where it is a list.
 
     Raises ValueError.
     """
@@ -483,8 +474,7 @@ def warn_of_rows(config, special_tokens: re.Pattern | None = None, **splits: lis
     both = [row for row in held_out if prompt_key(row["prompt"]) in trained]
     if both:
         print(
-            f"Warning: {len(both)} of {len(held_out)} held-out prompts, the first in {both[0].place}, "
-            "are trained on too: "
-            "held-out accuracy will also measure memory",
+            f"Warning: {len(both)} of {len(held_out)} held-out prompts, the first in {both[0].place}, are "
+            "trained on too: held-out accuracy will also measure memory",
             file=sys.stderr,
         )

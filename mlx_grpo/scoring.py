@@ -1,6 +1,4 @@
-"""Reward functions: found by name, called each within its time, and a failure named with the completion it
-was met on.
-"""
+"""Reward functions: found by name, called within a time limit, failures reported with their completion."""
 
 import asyncio
 import contextlib
@@ -36,14 +34,16 @@ USERS_SIGNALS = (signal.SIGALRM, signal.SIGINT, signal.SIGTERM)  # whose handler
 
 
 def wake(signum, frame) -> None:
-    """A signal's handler that does nothing: that it runs lets the watchdog's thread in, and ends a blocking
-    call's wait.
+    """A signal handler that does nothing.
+
+    That it runs lets the watchdog's thread in, and ends a blocking call's wait.
     """
 
 
 def raise_in_thread(thread: int, kind: type | None) -> None:
-    """Raise an exception in another thread at its next step of Python; None takes one back that has not come
-    yet.
+    """Raise an exception in another thread at its next step of Python.
+
+    None takes back one that has not been raised yet.
     """
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind)
@@ -61,11 +61,11 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float, what: str):
-        self.seconds, self.what, self.rang = seconds, what, False
+        self.seconds, self.what = seconds, what
+        self.rang = False
         self.caller = threading.get_ident()
-        self.has_signals = (
-            threading.current_thread() is threading.main_thread()
-        )  # Python's handlers run nowhere else
+        # Python runs signal handlers in the main thread only.
+        self.has_signals = threading.current_thread() is threading.main_thread()
         self.over = threading.Lock()
         self.over.acquire()
         self.thread = threading.Thread(target=self.watch, daemon=True)
@@ -122,18 +122,15 @@ class Watchdog:
 
 
 def watched(call, seconds: float, what: str):
-    """What call() returned or raised; OutOfTime where it took longer than so many seconds. what: its name for
-    the user.
+    """What call() returned or raised; OutOfTime where it took longer than `seconds`.
+
+    what: its name for the user.
     """
     watchdog = Watchdog(seconds, what)
     try:
         watchdog.start()
         result = call()
-    except (
-        Exception,
-        OutOfTime,
-        SystemExit,
-    ) as error:  # the user's code: reported with its name by the caller
+    except (Exception, OutOfTime, SystemExit) as error:  # the user's code; the caller reports it by name
         result = error
     finally:
         watchdog.stop()
@@ -164,9 +161,7 @@ def load_rewards(config, built_in: dict) -> tuple[list, list[float]]:
             sys.modules[spec.name] = module  # where its data classes look themselves up
             try:
                 spec.loader.exec_module(module)
-            except (
-                Exception
-            ) as error:  # whatever the user's file raises, named and passed on with its traceback
+            except Exception as error:  # whatever the user's file raises, passed on with its traceback
                 raise RunError(
                     f"Reward file failed to import: {path}: {type(error).__name__}: {error}"
                 ) from error
@@ -191,8 +186,9 @@ def load_rewards(config, built_in: dict) -> tuple[list, list[float]]:
 
 
 def call_rewards(functions, timeout: float, arguments: dict) -> list:
-    """What each function returned or raised: plain ones in turn, async ones beside each other, each within
-    `timeout` s.
+    """What each function returned or raised, each within `timeout` seconds.
+
+    Plain functions are called in turn, async ones run side by side.
     """
 
     async def in_time(awaitable):
@@ -217,8 +213,7 @@ def call_rewards(functions, timeout: float, arguments: dict) -> list:
     ]
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:
-        # The watchdog is for a coroutine that blocks and so never meets its own limit, or whose threads
-        # outlive it.
+        # The watchdog ends a coroutine that blocks, which its own limit cannot, or whose threads go on.
         names = ", ".join(name_of(functions[i]) for i in waiting)
         watched(lambda: asyncio.run(all_of(waiting)), timeout + 0.5, names)
     return [OutOfTime() if inspect.isawaitable(result) else result for result in results]

@@ -4,11 +4,11 @@ import io
 import pickle
 import pickletools
 
-# All that pickle.dump needs for a tiktoken Encoding (protocols 3 to 5): nothing that calls, extends or refers
-# outside.
+# What pickle.dump needs for a tiktoken Encoding (protocols 3 to 5). None of them calls or imports anything.
 PICKLE_OPCODES = frozenset(
     "PROTO FRAME MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL EMPTY_TUPLE NEWOBJ "
-    "EMPTY_DICT MARK SETITEM SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2 BUILD STOP".split()
+    "EMPTY_DICT MARK SETITEM SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 "
+    "BININT2 BUILD STOP".split()
 )
 
 
@@ -49,18 +49,12 @@ def read_tokenizer_pickle(path):
             op.name in PICKLE_OPCODES,
             f"the pickle has opcode {op.name}, which plain tokenizer data does not need",
         )
-        check(
-            op.name != "LONG_BINPUT" or arg <= len(data), "the pickle's memo index is out of range"
-        )  # it is allocated
+        # The memo is allocated up to its index.
+        check(op.name != "LONG_BINPUT" or arg <= len(data), "the pickle's memo index is out of range")
     try:
         found = EncodingUnpickler(io.BytesIO(data)).load()
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        LookupError,
-    ) as error:  # the ways a malformed one fails
+    except (pickle.UnpicklingError, EOFError, TypeError, AttributeError, LookupError) as error:
+        # What a malformed pickle raises.
         raise ValueError(str(error)) from None
     state = found.state if type(found) is PickledEncoding else None
     check(

@@ -20,7 +20,7 @@ from mlx_grpo.update.micro_batches import bucket
 FAST_AFTER = 1500  # positions that a run decodes by plain MLX before it builds what is faster
 MOST_SHAPES = 8  # compiled at a time; each keeps host memory
 LEAST_ROWS = 16  # fewer take the GPU as long as these
-STEP_OF_POSITIONS = 64  # buffers are a multiple of it long, at the least: few lengths are met
+STEP_OF_POSITIONS = 64  # buffer lengths are multiples of this at least, so that few shapes are compiled
 
 
 def fast_decoder(model) -> Decoder:
@@ -71,8 +71,8 @@ class CompiledDecoder(Decoder):
 
     def __call__(self, cache, last):
         filled = mx.array(cache["filled"])
-        places = mx.arange(cache["layers"][0][0].shape[2])
-        mask = (places <= filled) & (places >= cache["pads"][:, None])  # (N, S)
+        positions = mx.arange(cache["layers"][0][0].shape[2])  # (S,)
+        mask = (positions <= filled) & (positions >= cache["pads"][:, None])  # (N, S)
         position = self.compiled_for(mask.shape)
         last = last.astype(mx.int32)  # ids as they are drawn have another type, which would be compiled again
         offsets = filled - cache["pads"]

@@ -86,7 +86,7 @@ __device__ inline void multiply(
 ATTENTION = """
   constexpr int L = D / 8, P = 32 / L, W = 8;
   __shared__ float sums[W][G][D], tops[W][G], totals[W][G];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % L, place = lane / L;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % L, position = lane / L;
   const int S = keys_shape[2], heads = keys_shape[1], n = blockIdx.x / heads, h = blockIdx.x % heads;
   float query[G][8], sum[G][8] = {}, top[G], total[G] = {};
   #pragma unroll
@@ -100,8 +100,8 @@ ATTENTION = """
   const auto* value_at = values + n * values_strides[0] + h * values_strides[1] + part * 8;
   #pragma unroll 2
   for (int first = warp * P; first < S; first += W * P) {
-    const int s = min(first + place, S - 1);
-    const bool seen = first + place < S && SEEN;
+    const int s = min(first + position, S - 1);
+    const bool seen = first + position < S && SEEN;
     if (!__any_sync(~0u, seen)) continue;  // padding, or a buffer's end that is not filled yet
     float key[8], value[8];
     unpack(key, key_at + s * keys_strides[2]);
@@ -136,7 +136,7 @@ ATTENTION = """
       sum[g][d] *= fade;
       #pragma unroll
       for (int step = L; step < 32; step *= 2) sum[g][d] += __shfl_xor_sync(~0u, sum[g][d], step);
-      if (place == 0) sums[warp][g][part * 8 + d] = sum[g][d];
+      if (position == 0) sums[warp][g][part * 8 + d] = sum[g][d];
     }
   }
   __syncthreads();
@@ -264,7 +264,7 @@ def fits(layer) -> bool:
 
 
 def launches(model) -> dict[int, tuple[Linears, int]]:
-    """By the id of each linear layer of a model: the launch that computes it, and its number in that launch."""
+    """The launch that computes each linear layer of a model, and its number there, by the layer's id."""
     found = {}
     for module in model.modules() if has_tensor_cores() else []:
         children = {name: layer for name, layer in module.children().items() if fits(layer)}
@@ -303,7 +303,7 @@ def attention_kernel(dim: int, group: int, scale: float, masked: bool):
 
 
 def covers(queries, keys, values, *, scale, mask=None, sinks=None, **kwargs) -> bool:
-    """Whether this is one position of each row, in a shape that fits the kernel's registers and shared memory."""
+    """Whether this is one position a row, in a shape that fits the kernel's registers and shared memory."""
     (rows, heads, length, dim), (_, key_heads, size, _) = queries.shape, keys.shape
     group = heads // key_heads
     if isinstance(mask, mx.array):

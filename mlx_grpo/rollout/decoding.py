@@ -19,7 +19,7 @@ class Row:
     """One completion while it is being decoded."""
 
     def __init__(self, tokenizer, stop_strings, max_tokens, primed=""):
-        """primed: the text that the prompt ends with and the completion begins with, as far as it is scored."""
+        """primed: text that ends the prompt and counts as the completion's beginning when it is scored."""
         self.tokenizer = tokenizer
         self.stop_strings = stop_strings
         self.max_tokens = max_tokens

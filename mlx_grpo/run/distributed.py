@@ -1,5 +1,4 @@
-"""Several processes, one run: MLX's own collectives, and a watch that ends the run when a process dies or
-hangs.
+"""Several processes, one run: MLX's collectives, and a watch that ends it when a process dies or hangs.
 
 `mlx.launch` starts the same command once a rank and says by environment variables who is who. Each rank rolls
 out its share of the prompts; what the ranks found out is gathered, so that each knows the whole batch and
@@ -40,9 +39,7 @@ class PlainData(pickle.Unpickler):
 
 
 def digest(array: mx.array) -> int:
-    """A number that changes with any one bit of the array, computed where the array is, the same on every
-    device.
-    """
+    """A number that changes with any one bit of the array, computed on its device, the same on every one."""
     bits = array.reshape(-1).view({1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32))
     total = 0
     for start in range(0, bits.size, PIECE // 4):
@@ -53,9 +50,7 @@ def digest(array: mx.array) -> int:
 
 
 class Ranks:
-    """This process among `size`.
-
-    Alone, nothing is opened or sent, and every method hands back what it was given.
+    """This process among `size`. Alone, nothing is sent, and every method returns what it was given.
 
     Every rank must call the same methods in the same order. Used as a context: its end waits for all ranks.
     """
@@ -64,7 +59,8 @@ class Ranks:
         self.rank, self.size, self.timeout, self.group = rank, size, timeout, group
         self.waited = self.communicated = 0.0  # seconds: for slower ranks, and of the exchange itself
         self.waiting_since = None  # when the exchange in progress began
-        self.quiet, self.watch = contextlib.ExitStack(), None
+        self.quiet = contextlib.ExitStack()
+        self.watch = None
 
     # Work
 
@@ -73,20 +69,17 @@ class Ranks:
         return items[self.rank :: self.size]
 
     def balanced(self, items: list, cost) -> list:
-        """This rank's part of `items`, in their order, such that the ranks' sums of cost(item) are about
-        equal.
-        """
+        """This rank's part of `items`, in their order: the ranks' sums of cost(item) are about equal."""
         if self.size == 1:
             return items
-        loads, mine = [0] * self.size, set()
-        for place in sorted(
-            range(len(items)), key=lambda i: -cost(items[i])
-        ):  # the largest first, to the least loaded
+        loads = [0] * self.size
+        mine = set()
+        for i in sorted(range(len(items)), key=lambda i: -cost(items[i])):  # the largest first
             rank = loads.index(min(loads))
-            loads[rank] += cost(items[place])
+            loads[rank] += cost(items[i])
             if rank == self.rank:
-                mine.add(place)
-        return [item for place, item in enumerate(items) if place in mine]
+                mine.add(i)
+        return [item for i, item in enumerate(items) if i in mine]
 
     # Exchange
 
@@ -102,9 +95,7 @@ class Ranks:
             return result
         except RuntimeError as error:
             if self.watch:
-                self.watch.join(
-                    self.timeout + GRACE
-                )  # which names the rank that is gone, and ends this process
+                self.watch.join(self.timeout + GRACE)  # it names the dead rank, and ends this process
             raise RunError(f"The connection between the ranks failed: {error}") from None
         finally:
             self.waiting_since = None
@@ -113,7 +104,8 @@ class Ranks:
         """The `value` of every rank, by rank: None, numbers, text, and lists and dicts of them."""
         if self.size == 1:
             return [value]
-        data, start = np.frombuffer(pickle.dumps(value), np.uint8), time.perf_counter()
+        data = np.frombuffer(pickle.dumps(value), np.uint8)
+        start = time.perf_counter()
         sizes = self.exchange(
             lambda: mx.distributed.all_gather(mx.array([data.size]), group=self.group)
         ).tolist()
@@ -143,18 +135,12 @@ class Ranks:
         return self.gather(function() if self.rank == 0 else None)[0]
 
     def sum(self, tree):
-        """The sum over the ranks of a tree of gradients, added in float32: in half precision small parts
-        would be lost.
-        """
+        """The ranks' sum of a tree of gradients, in float32: half precision would lose small parts."""
         if self.size == 1:
             return tree
-        flat, summed = (
-            [
-                (name, a.astype(mx.float32))
-                for name, a in sorted(tree_flatten(tree), key=lambda item: item[0])
-            ],
-            [],
-        )
+        by_name = sorted(tree_flatten(tree), key=lambda item: item[0])
+        flat = [(name, a.astype(mx.float32)) for name, a in by_name]
+        summed = []
         mx.eval(flat)
         self.gather(None)  # so that waiting for slower ranks is not counted as communication
         start = time.perf_counter()
@@ -167,7 +153,7 @@ class Ranks:
             # makes the average a sum, exactly for 2, 4, 8 ... ranks.
             total = self.exchange(
                 lambda: [a * self.size for a in nn.average_gradients(list(arrays), self.group, PIECE)]
-            )  # noqa: B023
+            )
             summed += zip(names, total)
         self.communicated += time.perf_counter() - start
         return tree_unflatten(summed)
@@ -176,13 +162,11 @@ class Ranks:
         """Rank 0's values of a tree of arrays that has the same names and shapes on every rank."""
         if self.size == 1:
             return tree
-        flat = [
-            (name, a if self.rank == 0 else mx.zeros_like(a))
-            for name, a in sorted(tree_flatten(tree), key=lambda item: item[0])
-        ]  # a file has an order of its own
+        by_name = sorted(tree_flatten(tree), key=lambda item: item[0])  # a tree from a file has its own order
+        flat = [(name, a if self.rank == 0 else mx.zeros_like(a)) for name, a in by_name]
         return tree_unflatten(
             [(name, self.exchange(lambda: mx.distributed.all_sum(a, group=self.group))) for name, a in flat]
-        )  # noqa: B023
+        )
 
     # Agreement
 
@@ -236,9 +220,7 @@ class Ranks:
             return
         sys.stdout.flush()
         if error is None:
-            self.gather(
-                None
-            )  # nobody leaves before all are here: the launcher ends the rest when one is gone
+            self.gather(None)  # wait for all ranks: the launcher ends the rest when one is gone
             self.watch.leave(None)
             self.quiet.close()
             return
@@ -257,9 +239,7 @@ ALONE = Ranks()
 
 
 def launched_as() -> tuple[str, int, str]:
-    """(MLX backend, ranks asked for, host of rank 0) as mlx.launch says it in the environment; ("", 1, "")
-    without it.
-    """
+    """(MLX backend, ranks asked for, host of rank 0) by mlx.launch's environment; ("", 1, "") without it."""
     given = os.environ
     if given.get("MLX_IBV_DEVICES"):
         host = given.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0]
@@ -293,8 +273,7 @@ def start_ranks(timeout: float) -> Ranks:
         print(
             f"ranks      waiting at most {timeout:g} s for {size} of them to come up on {backend}", flush=True
         )
-    # MLX waits without an end and holds the interpreter, so that no thread of Python's could end it. Exit
-    # status 1.
+    # MLX waits for ever and holds the interpreter, so that no Python thread could end it; this exits with 1.
     faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
     try:
         group = mx.distributed.init(strict=True, backend=backend)
@@ -325,7 +304,8 @@ def connect(ranks: Ranks) -> dict[int, socket.socket]:
     ours = socket.create_server(("", 0)) if ranks.rank == 0 else None
     offer = [ours.getsockname()[1], secrets.token_hex(16), socket.gethostname()] if ours else None
     port, token, hostname = ranks.gather(offer)[0]
-    deadline, found = time.monotonic() + ranks.timeout, {}
+    deadline = time.monotonic() + ranks.timeout
+    found = {}
     if ours is None:
         reason = ""
         for host in filter(None, (launched_as()[2], hostname)):
@@ -360,8 +340,7 @@ def connect(ranks: Ranks) -> dict[int, socket.socket]:
 
 
 class Watch(threading.Thread):
-    """Ends this process, with a message that names the rank and the reason, when another dies, hangs or
-    fails.
+    """Ends this process, naming the rank and the reason, when another one dies, hangs or fails.
 
     A rank hangs when nothing is heard of it for `timeout` seconds: its process is stopped, its interpreter
     stuck, its machine or network gone. One that only takes long goes on saying that it is alive; rank 0 then
@@ -391,7 +370,9 @@ class Watch(threading.Thread):
         self.say(end=reason)
 
     def run(self):
-        heard, said, patience = dict.fromkeys(self.peers, time.monotonic()), 0.0, self.timeout
+        heard = dict.fromkeys(self.peers, time.monotonic())
+        said = 0.0
+        patience = self.timeout
         while self.peers:
             if time.monotonic() - said >= self.period and not self.leaving.is_set():
                 since = self.ranks.waiting_since

@@ -70,7 +70,8 @@ def plan(work: Work) -> dict[str, int]:
     shared prompt's KV is kept once a row. The peak of an update is where the head has all of that before it
     and no gradient but its own, or where the last layer's gradients are computed, or in the optimizer's step.
     """
-    length, groups = work.prompt + work.completion, work.rows // work.generations
+    length = work.prompt + work.completion
+    groups = work.rows // work.generations
     answered = work.generations * work.completion  # positions of a group
     group = answered + work.prompt * (1 if work.shares_prompts else work.generations)
     counted = answered + work.prompt * (1 if work.shares_padded else work.generations)
@@ -96,8 +97,8 @@ def plan(work: Work) -> dict[str, int]:
     rollout = parts["KV cache"] * 3 // 2  # a cache that grows is copied
     head_gradient = min(parts["gradients"], work.vocabulary * work.hidden * work.item * work.streams)
     at_head = parts["activations"] + parts["head"] + head_gradient
-    # While gradients come, activations go; a layer's own gradients, and what is computed again for them, are
-    # as measured.
+    # Activations are freed as gradients come. The factors of a layer's gradients, and of what is computed
+    # again for them, are measured.
     at_layers = max(parts["activations"], parts["gradients"]) + layer * (3 if work.grad_checkpoint else 1)
     update = parts["their sum"] + max(at_head, at_layers)
     passing = work.layers * layer * 3 // 5  # what a forward computes and does not keep, as measured
@@ -108,12 +109,9 @@ def plan(work: Work) -> dict[str, int]:
 
 
 def suggestions(work: Work, sizes=(8, 16, 32, 64), share: float = 0.7) -> list[str]:
-    """For each size of machine in GB, the mildest change of settings whose peak is within `share` of its
-    memory.
-    """
-    adapters = replace(
-        work, trained=max(1, work.trained // 100), has_reference=False
-    )  # of rank 8: about a hundredth
+    """For each machine size in GB, the mildest change of settings whose peak fits `share` of its memory."""
+    # Adapters of rank 8 have about a hundredth of the parameters.
+    adapters = replace(work, trained=max(1, work.trained // 100), has_reference=False)
     ladder = [
         replace(
             base, grad_checkpoint=checkpoint, micro_batch_tokens=max(1, work.micro_batch_tokens // divisor)

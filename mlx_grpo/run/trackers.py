@@ -56,7 +56,7 @@ class TensorBoard:
 
     @staticmethod
     def code(text: str) -> str:
-        """Text as Markdown that shows it letter by letter: TensorBoard would drop <answer> as unknown HTML."""
+        """Text as a Markdown code block: TensorBoard would drop <answer> as unknown HTML otherwise."""
         return "\n".join("    " + line for line in text.splitlines())
 
     def add(self, summary, update: int) -> None:
@@ -79,10 +79,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases, in RUN/wandb and on its server; WANDB_MODE=offline stays on this machine, for `wandb
-    sync` later.
+    """Weights & Biases, in RUN/wandb and on its server.
 
-    A resumed run keeps its id, so that the server (or the sync) joins the parts. `update` is an x axis of its
+    WANDB_MODE=offline stays on this machine, for `wandb sync` later. A resumed run keeps its id, so that the
+    server (or the sync) joins the parts. `update` is an x axis of its
     own: W&B's step may not go back, as a resume from an earlier checkpoint does.
     """
 
@@ -154,9 +154,8 @@ class SwanLab:
 
         self.swanlab = swanlab
         settings = swanlab.Settings(terminal=swanlab.Settings.Terminal(proxy_type="none"))  # as with W&B
-        named = [
-            os.environ.get(name) for name in ("SWANLAB_PROJECT_NAME", "SWANLAB_PROJ_NAME")
-        ]  # the latter up to 0.7
+        # SwanLab up to 0.7 reads SWANLAB_PROJ_NAME.
+        named = [os.environ.get(name) for name in ("SWANLAB_PROJECT_NAME", "SWANLAB_PROJ_NAME")]
         self.run = swanlab.init(
             project=next(filter(None, named), "mlx-grpo"), name=run_dir.name, id=run_id, resume="allow",
             log_dir=str(run_dir / "swanlog"), config=config, settings=settings,
@@ -180,9 +179,8 @@ def check_trackers(names: list[str]) -> None:
     """Raise UserError for trackers whose package is not installed."""
     for name in names:
         spec = importlib.util.find_spec(name)
-        if (
-            spec is None or spec.origin is None
-        ):  # no origin: a folder such as wandb/, which its runs leave behind
+        # Without an origin it is a folder such as wandb/, which its runs leave behind.
+        if spec is None or spec.origin is None:
             raise UserError(
                 f"report_to: {name} is not installed; install it with uv sync --extra trackers, or uv pip "
                 f"install {name}"

@@ -1,6 +1,4 @@
-"""Log-probs and entropies from hidden states, with their own backward pass, and never a whole (N, T, V)
-tensor.
-"""
+"""Log-probs and entropies from hidden states, with their own backward pass and no (N, T, V) tensor."""
 
 import copy
 import math
@@ -30,7 +28,7 @@ def softmax(logits: mx.array) -> mx.array:
 
 
 class HiddenThrough:
-    """Stands where a model's backbone stood and hands the hidden states given for token ids on to the head."""
+    """Replaces a model's backbone: it is called with hidden states, and returns them to the head."""
 
     def __init__(self, backbone):
         self.backbone = backbone
@@ -58,11 +56,7 @@ def split_head(model):
     ids = mx.array([[0, 1, 2]])
     try:
         whole, parts = model(ids), head(backbone(ids))
-    except (
-        TypeError,
-        AttributeError,
-        ValueError,
-    ):  # a backbone with another call, or a head that needs more than it
+    except (TypeError, AttributeError, ValueError):  # the backbone takes, or the head needs, something else
         return None
     same = whole.shape == parts.shape and mx.allclose(whole, parts, rtol=1e-3, atol=1e-3).item()
     return (backbone, head) if same else None
@@ -97,9 +91,7 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
         return logits if temperature == 1.0 else logits.astype(mx.float32) / temperature
 
     def stats(logits, ids):
-        """Log-probs, entropies, the logarithms of the softmax's normalisers (C,), and the probabilities (C,
-        V), all in float32.
-        """
+        """Log-probs, entropies and the softmax's log-normalisers (C,), probabilities (C, V), in float32."""
         logits = scaled(logits)
         chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0].astype(mx.float32)
         exact = logits.astype(mx.float32)

@@ -64,7 +64,7 @@ def prefill(model, prompts: mx.array, pads: mx.array | None, repeats: int) -> li
     cache = [training_cache(layer, pads) for layer in make_prompt_cache(model)]
     states = [layer for layer in cache_layers(cache) if hasattr(layer, "advance")]  # mlx-lm's ArraysCache
     for layer in states:
-        layer.left_padding = None if pads is None else pads + 0  # one of its own: mlx-lm subtracts in place
+        layer.left_padding = None if pads is None else pads + 0  # a copy: mlx-lm subtracts in place
     if prompts.shape[1] > 1:
         model(prompts[:, :-1], cache=cache)
     for layer in states:
