@@ -138,7 +138,8 @@ def last_boxed(text: str) -> str | None:
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None
-    begin, depth = start + len(r"\boxed{"), 1
+    begin = start + len(r"\boxed{")
+    depth = 1
     for brace in re.compile(r"[{}]").finditer(text, begin):
         depth += 1 if brace[0] == "{" else -1
         if not depth:
@@ -206,8 +207,9 @@ def read_quantity(text: str) -> Quantity | None:
 
 
 def same_answer(given: str, gold: str) -> bool:
-    r"""Whether two answers are the same, however people write them: "15 dollars" is 15, \frac{1}{2} is 0.5,
-    **Paris** is Paris.
+    r"""Whether two answers are the same, however people write them.
+
+    "15 dollars" is 15, \frac{1}{2} is 0.5, **Paris** is Paris.
     """
     if answers_equal(given, gold):
         return True

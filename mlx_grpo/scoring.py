@@ -260,14 +260,11 @@ def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndar
             ) from result
         result = result.tolist() if isinstance(result, mx.array) else result
         if not isinstance(result, (list, tuple, np.ndarray)) or len(result) != len(texts):
-            sized, kind = hasattr(result, "__len__"), type(result).__name__
-            got = (
-                repr(result)
-                if not sized
-                else f"{len(result)} values"
-                if kind in ("list", "tuple", "ndarray")
-                else f"a {kind}"
-            )
+            kind = type(result).__name__
+            if not hasattr(result, "__len__"):
+                got = repr(result)
+            else:
+                got = f"{len(result)} values" if kind in ("list", "tuple", "ndarray") else f"a {kind}"
             raise RunError(f"Reward function {name} returned {got} for {len(texts)} completions")
         for row, value in enumerate(result):
             if value is None:

@@ -52,11 +52,10 @@ def coerce(name: str, value, kind, from_text: bool):
 
 
 def read_settings(kinds: dict, path: str | Path | None, overrides: list[str]) -> tuple[dict, dict]:
-    """Settings from a TOML file (flat or under [mlx_grpo]) and `key=value` overrides, which win. kinds: types
-    by name.
+    """Settings from a TOML file (flat or under [mlx_grpo]) and `key=value` overrides, which win.
 
-    Returns values by field and, by field, where each came from. Raises UserError for whatever is not a
-    setting.
+    kinds: types by name. Returns values by field and, by field, where each came from. Raises UserError for
+    whatever is not a setting.
     """
     given = []
     if path:
@@ -101,7 +100,8 @@ def config_as_toml(config, sources: dict) -> str:
     """A resolved configuration (a dataclass), one line a field, each with where its value came from."""
     import tomli_w
 
-    lines, defaults = [], dataclasses.asdict(type(config)())
+    lines = []
+    defaults = dataclasses.asdict(type(config)())
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, dict):  # inline, so that every setting stays on its line
             text = f"{name} = {inline_table(value)}"

@@ -223,7 +223,9 @@ class Linears:
     """
 
     def __init__(self, layers: list[nn.Linear]):
-        self.layers, self.input, self.parts = layers, None, {}
+        self.layers = layers
+        self.input = None  # the last one, while a layer has not taken its part of the result
+        self.parts = {}  # the results of the layers that have not been asked yet, by number
 
     def __call__(self, number: int, x):
         if x is not self.input or number not in self.parts:

@@ -1,7 +1,6 @@
 """A run's memory by arithmetic, the settings that fit smaller machines, and the plan that is printed.
 
-The peak is what stays (weights, optimizer, reference) plus the larger of what the rollout and the update add
-to it.
+The peak is what stays (weights, optimizer, reference) plus the larger of what rollout and update add to it.
 """
 
 import itertools
@@ -155,8 +154,8 @@ def host_bytes(work: Work) -> int:
 def work_of(learner, lengths: set[int], rows: int, compiled: int = 0) -> Work:
     """What the memory plan counts with.
 
-    lengths: of all prompts, in tokens; rows: completions an update on this rank; compiled: shapes at once, at
-    most.
+    lengths: of all prompts, in tokens; rows: completions an update on this rank; compiled: most shapes at
+    once.
     """
     config, model, log_probs = learner.config, learner.model, learner.log_probs
     args = model.args

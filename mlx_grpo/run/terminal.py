@@ -193,7 +193,8 @@ class Monitor:
         self.times.append((self.done, time.monotonic()))
         self.rewards.append(record["reward_mean"])
         if self.done % self.logging_steps == 0:
-            self.record, self.shown_rewards = record, len(self.rewards)
+            self.record = record
+            self.shown_rewards = len(self.rewards)
             if not self.live:
                 words = " ".join(f"{name} {value}" for name, value in figures(record).items())
                 left = self.seconds_left()
@@ -216,7 +217,8 @@ class Monitor:
         chosen = [
             (name, int(i)) for name, i in (("best", highest[b].argmax()), ("worst", lowest[b].argmin()))
         ]
-        update, question = records[0]["update"], records[b * totals.shape[1]]["prompt"]
+        update = records[0]["update"]
+        question = records[b * totals.shape[1]]["prompt"]
         told = [(name, totals[b, i], records[b * totals.shape[1] + i]) for name, i in chosen]
         if self.live:
             self.console.print(self.sample_table(update, question_text(question), told))

@@ -30,8 +30,8 @@ def question_text(prompt: str | list[dict]) -> str:
 def sparkline(values: list[float | None], width: int, ascii_only: bool = False) -> str:
     """The values as at most `width` bars, from the least to the greatest.
 
-    Where there are more values than bars, a bar is the mean of a stretch. None (and what is not finite) is a
-    gap.
+    Where there are more values than bars, a bar is the mean of a stretch. None, as any
+    value that is not finite, is a gap.
     """
     levels = "_.-=*#" if ascii_only else "▁▂▃▄▅▆▇█"
     stretches = [

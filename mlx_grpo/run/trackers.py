@@ -82,8 +82,8 @@ class Wandb:
     """Weights & Biases, in RUN/wandb and on its server.
 
     WANDB_MODE=offline stays on this machine, for `wandb sync` later. A resumed run keeps its id, so that the
-    server (or the sync) joins the parts. `update` is an x axis of its
-    own: W&B's step may not go back, as a resume from an earlier checkpoint does.
+    server (or the sync) joins the parts. `update` is an x axis of its own: W&B's step may not go back, as a
+    resume from an earlier checkpoint does.
     """
 
     def __init__(self, run_dir: Path, config: dict, run_id: str, update: int, resumed: bool):

@@ -74,7 +74,8 @@ class CompiledShapes:
         self.compiled = {}
 
     def __call__(self, batch: dict):
-        name, kept = shape_name(batch), earned(self.history())
+        name = shape_name(batch)
+        kept = earned(self.history())
         self.compiled = {shape: made for shape, made in self.compiled.items() if shape in kept}
         if name not in kept:
             return self.function(batch)

@@ -132,7 +132,8 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
     def chunked_vjp(primals, cotangents, outputs):
         hidden, ids, *weights = primals
         _, entropies, normalisers, kept = outputs
-        hidden_grads, weight_grads = [], None
+        hidden_grads = []
+        weight_grads = None
         for part in chunks(ids.shape[0]):
             here = hidden[part]
             if hidden_grads:

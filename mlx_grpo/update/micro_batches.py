@@ -90,10 +90,11 @@ def split_micro_batches(
 ) -> list[list[tuple[int, slice]]]:
     """The micro-batches of an update, each a list of (group, row slice); all slices are equally long.
 
-    used: the groups in it, by length; total: the sum of their costs, in positions. On a CPU the streams work
-    side by side: together they keep within the budget, and each has an equal share of it.
+    used: the numbers of the groups in it, by length; total: the sum of their costs, in positions. On a CPU
+    the streams work side by side: together they keep within the budget, and each has an equal share of it.
     """
-    g, streams = config.num_generations, stream_count()
+    g = config.num_generations
+    streams = stream_count()
     budget = config.micro_batch_tokens // streams
     is_large = total >= streams * STREAM_POSITIONS
     parts = streams * math.ceil(total / config.micro_batch_tokens) if is_large else 1
