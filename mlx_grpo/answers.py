@@ -16,7 +16,7 @@ LONGEST_ANSWER = (
 )
 
 
-# --- Texts of models that think ---------------------------------------------------------------------------------
+# --- Texts of models that think -----------------------------------------------------------------------------
 
 
 def has_thought(text: str) -> bool:
@@ -25,18 +25,21 @@ def has_thought(text: str) -> bool:
 
 
 def is_thinking(text: str) -> bool:
-    """Whether a completion begins with <think> and has not come to </think>: it was cut there, and has no answer."""
+    """Whether a completion begins with <think> and never reaches </think>: cut there, it has no answer."""
     return has_thought(text) and THINK_END not in text
 
 
 def after_thinking(text: str) -> str:
-    """What is graded of a completion: what follows </think>, "" where thinking never ended, all where there was none."""
+    """The part of a completion that is graded: what follows </think>, or all of it without thinking.
+
+    It is "" where thinking never ended.
+    """
     if THINK_END in text:
         return text.split(THINK_END, 1)[1].lstrip()
     return "" if is_thinking(text) else text
 
 
-# --- Plain numbers ----------------------------------------------------------------------------------------------
+# --- Plain numbers ------------------------------------------------------------------------------------------
 
 
 def parse_number(text: str) -> Decimal | None:
@@ -59,7 +62,7 @@ def answers_equal(given: str, gold: str) -> bool:
     )
 
 
-# --- Numbers as people write them -------------------------------------------------------------------------------
+# --- Numbers as people write them ---------------------------------------------------------------------------
 
 WRAPPERS = (
     ("$$", "$$"),
@@ -86,7 +89,8 @@ LATEX = [  # (what is written, what it means), applied in this order
 COUNT = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"
 WRITTEN = re.compile(
     rf"(?P<sign>[-+]?)\s*[$€£¥₹]?\s*(?P<inner>[-+]?)\s*"
-    rf"(?:(?:(?P<whole>\d+) +)?(?P<top>{COUNT})\s*/\s*(?P<bottom>{COUNT})|(?P<number>(?:{COUNT}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?))"
+    rf"(?:(?:(?P<whole>\d+) +)?(?P<top>{COUNT})\s*/\s*(?P<bottom>{COUNT})"
+    rf"|(?P<number>(?:{COUNT}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?))"
     r"\s*(?P<unit>(?:[^\W\d_]|[%°€£¥₹$'])(?:[^\W\d_]|[ /.²³°%()'-]|\^\{?[23]\}?)*)?"
 )
 SCALES = {
@@ -98,7 +102,8 @@ SCALES = {
     "trillion": 10**12,
 }
 NO_UNITS = set(
-    "and or to times plus minus over divided by point half pi sqrt x y z a b c d e i j k n p q r u v w".split()
+    "and or to times plus minus over divided by point half pi sqrt "
+    "x y z a b c d e i j k n p q r u v w".split()
 )
 MOST_UNIT_WORDS = 4
 
@@ -129,11 +134,12 @@ class Quantity:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} of the text, braces matched; None where there is none that is closed."""
+    r"""What the last \boxed{...} of the text holds, braces matched; None where no closed one is found."""
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None
-    begin, depth = start + len(r"\boxed{"), 1
+    begin = start + len(r"\boxed{")
+    depth = 1
     for brace in re.compile(r"[{}]").finditer(text, begin):
         depth += 1 if brace[0] == "{" else -1
         if not depth:
@@ -163,7 +169,10 @@ def unwrapped(text: str) -> str:
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """The one number that the whole text is, with its unit; None where it is more, or none. "12 or 13" is none."""
+    """The one number that the whole text is, with its unit; None where it is more, or none.
+
+    "12 or 13" is none.
+    """
     text = unwrapped(text)
     if len(text) > LONGEST_ANSWER:
         return None
@@ -172,7 +181,10 @@ def read_quantity(text: str) -> Quantity | None:
     found = WRITTEN.fullmatch(text.strip().rstrip(".,;").strip())
     if not found or found["sign"] and found["inner"]:
         return None
-    count = lambda name: Fraction(re.sub(r"[, ]", "", found[name] or "0"))  # noqa: E731
+
+    def count(name: str) -> Fraction:
+        return Fraction(re.sub(r"[, ]", "", found[name] or "0"))
+
     if found["number"]:
         value = count("number")
     elif count("bottom"):
@@ -195,7 +207,10 @@ def read_quantity(text: str) -> Quantity | None:
 
 
 def same_answer(given: str, gold: str) -> bool:
-    r"""Whether two answers are the same, however people write them: "15 dollars" is 15, \frac{1}{2} is 0.5, **Paris** is Paris."""
+    r"""Whether two answers are the same, however people write them.
+
+    "15 dollars" is 15, \frac{1}{2} is 0.5, **Paris** is Paris.
+    """
     if answers_equal(given, gold):
         return True
     a, b = read_quantity(given), read_quantity(gold)
@@ -205,7 +220,7 @@ def same_answer(given: str, gold: str) -> bool:
     return bool(given) and given == gold
 
 
-# --- Answers in a text ------------------------------------------------------------------------------------------
+# --- Answers in a text --------------------------------------------------------------------------------------
 
 
 def last_number(text: str) -> str:
@@ -216,12 +231,17 @@ def last_number(text: str) -> str:
 
 BEFORE_LAST_NUMBER = 64  # characters that a fraction or a number with spaces may take
 ENDING = re.compile(
-    r"(?:(?<![\w)%.$])[-−])?(?:\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+|(?:\d+ +)?\d+\s*/\s*\d+|\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})%?$"
+    r"(?:(?<![\w)%.$])[-−])?"
+    r"(?:\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+|(?:\d+ +)?\d+\s*/\s*\d+"
+    r"|\\[dtc]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
+    r"%?$"
 )
 
 
 def last_quantity(text: str) -> str:
-    r"""The last number where it is written as a fraction or with spaces, such as 3/4, \frac{3}{4} and 12 000; else ""."""
+    r"""The last number where it is written as a fraction or with spaces, such as 3/4, \frac{3}{4} and 12 000;
+    else "".
+    """
     ends = [number.end() for number in NUMBER.finditer(text)]
     if not ends:
         return ""

@@ -26,10 +26,11 @@ def special_tokens(tokenizer) -> re.Pattern | None:
 def without_special_tokens(
     tokenizer, messages: list[dict], own_words: str
 ) -> tuple[list[dict], dict[str, str]]:
-    """The chat with one private character for each special token that its texts spell, and what each stands for.
+    """The chat with a private character for each special token that its texts spell, and what each means.
 
-    Spelling a special token makes none, as in nanochat: a question may speak of <|im_end|> and does not end there. What the
-    run's own words hold, such as a tag of the answer's form, stays a special token wherever it is written.
+    Spelling a special token makes none, as in nanochat: a question may speak of <|im_end|> and does not end
+    there. What the run's own words hold, such as a tag of the answer's form, stays a special token wherever
+    it is written.
     """
     pattern = special_tokens(tokenizer)
     contents = "".join(message["content"] for message in messages)
@@ -41,14 +42,19 @@ def without_special_tokens(
         for token in sorted({found[0] for found in pattern.finditer(contents)})
         if token not in own_words
     }
-    neutral = lambda text: pattern.sub(lambda found: marks.get(found[0], found[0]), text)  # noqa: E731
-    return [{**m, "content": neutral(m["content"])} for m in messages], {
-        mark: token for token, mark in marks.items()
-    }
+
+    def marked(text: str) -> str:
+        return pattern.sub(lambda found: marks.get(found[0], found[0]), text)
+
+    chat = [{**message, "content": marked(message["content"])} for message in messages]
+    return chat, {mark: token for token, mark in marks.items()}
 
 
 def encode_chat(tokenizer, text: str, ordinary: dict[str, str]) -> list[int]:
-    """Ids of a rendered chat: its special tokens are such, and what the marks in `ordinary` stand for is ordinary text."""
+    """Ids of a rendered chat. Its special tokens are read as such.
+
+    ordinary: marks in the text, and what each stands for, which is read as ordinary text.
+    """
     if not ordinary:
         return list(tokenizer.encode(text, add_special_tokens=False))
     parts = re.split(f"([{''.join(ordinary)}])", text)

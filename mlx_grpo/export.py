@@ -1,4 +1,4 @@
-"""What a run writes of its model: a directory that mlx_lm.load opens, or an adapter's that it puts on the base."""
+"""What a run writes of its model: a directory that mlx_lm.load opens, or adapters for its base."""
 
 import copy
 import json
@@ -74,19 +74,21 @@ def save_model(folder: Path, model, tokenizer, model_config: dict, source: Path,
 
 
 def merged_bytes(model) -> int:
-    """Memory that merging the adapters takes at the most: the layers of a shard, and the one that is being merged."""
+    """Bytes that merging the adapters takes at most: a shard's layers, and the one that is being merged."""
     layers = [layer for _, layer in adapter_layers(model)]
     sizes = [layer["lora_a"].shape[0] * layer["lora_b"].shape[1] for layer in layers]
     if not sizes:
         return 0
     written = narrowed(model, {"lora_a": layers[0]["lora_a"]})["lora_a"].itemsize
-    return min(SHARD_BYTES, written * sum(sizes)) + 3 * 4 * max(sizes)  # its base, what is added, and their sum
+    one = 3 * 4 * max(sizes)  # its base, what is added, and their sum
+    return min(SHARD_BYTES, written * sum(sizes)) + one
 
 
 def write_shards(folder: Path, weights: dict[str, mx.array]) -> None:
-    """Write model*.safetensors with their index as mlx-lm does, each file evaluated alone. `weights` is emptied.
+    """Write model*.safetensors with their index as mlx-lm does, each file evaluated alone.
 
-    Arrays that are still to be computed, such as merged layers, are in memory one shard at a time.
+    `weights` is emptied. Arrays that are still to be computed, such as merged layers, are in memory one shard
+    at a time.
     """
     shards, sizes = [[]], [0]
     for name, array in weights.items():

@@ -19,12 +19,15 @@ CHECK_HUB = "Check the name and the network, or give a local path"
 
 
 def local_path(name: str) -> Path | None:
-    """The file or folder `name` means: from the working directory, else from beside this script; None if neither."""
+    """The file or folder `name`, in the working directory or else beside mlx-grpo.py; None if neither."""
     return next((p for p in (Path(name).expanduser(), ROOT / name) if p.exists()), None)
 
 
 def resolve_model(name: str) -> Path:
-    """The local directory of a model: `name` itself, or its download from the hub. Raises UserError or RunError."""
+    """The local directory of a model: `name` itself, or its download from the hub.
+
+    Raises UserError or RunError.
+    """
     path = local_path(name)
     if path is None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         from huggingface_hub import snapshot_download
@@ -65,15 +68,17 @@ def adapter_base(folder: Path) -> str:
         return str(json.loads((folder / "adapter_config.json").read_text())["model"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"Adapter without its model: {folder}/adapter_config.json names none; give the model, and this by --adapter-path"
+            f"Adapter without its model: {folder}/adapter_config.json names none; give the model, and this "
+            "by --adapter-path"
         ) from None
 
 
 def flatten_rope_parameters(config: dict) -> dict:
-    """config.json as transformers 5 writes it -> a copy that also has rope_theta, rope_scaling and partial_rotary_factor on top.
+    """A copy of transformers 5's config.json with rope_theta, rope_scaling and partial_rotary_factor on top.
 
-    Most of mlx-lm's classes read only those; `rope_parameters` stays for the classes that read it. With one dict per layer type
-    (gemma3) the top gets full_attention's values and rope_local_base_freq is sliding_attention's theta. `text_config` likewise.
+    Most of mlx-lm's classes read only those; `rope_parameters` stays for the classes that read it. With one
+    dict per layer type (gemma3) the top gets full_attention's values and rope_local_base_freq is
+    sliding_attention's theta. `text_config` likewise.
     """
     flat = copy.deepcopy(config)
     if isinstance(flat.get("text_config"), dict):
@@ -92,7 +97,8 @@ def flatten_rope_parameters(config: dict) -> dict:
     if rope.get("rope_type", rope.get("type", "default")) != "default" and not flat.get("rope_scaling"):
         flat["rope_scaling"] = dict(rope)
     if scaling := flat.get("rope_scaling"):
-        # mlx-lm reads `type` first and phi3 reads nothing else; transformers' default context is the model's own, mlx-lm's is fixed.
+        # mlx-lm reads `type` first and phi3 reads nothing else; transformers' default context is the model's
+        # own, mlx-lm's is fixed.
         scaling.setdefault("type", scaling.get("rope_type", "default"))
         if scaling["type"] in ("llama3", "yarn", "longrope") and "max_position_embeddings" in flat:
             original = flat.get("original_max_position_embeddings", flat["max_position_embeddings"])
@@ -118,8 +124,9 @@ def is_quantized(model) -> bool:
     )
 
 
-# --- Files of rows ----------------------------------------------------------------------------------------------
+# --- Files of rows ------------------------------------------------------------------------------------------
 
+# By ending; of a text table, its separator.
 FORMATS = {
     ".jsonl": "json",
     ".json": "json",
@@ -127,12 +134,10 @@ FORMATS = {
     ".csv": ",",
     ".tsv": "\t",
     ".parquet": "parquet",
-}  # of text tables: what parts columns
+}
 COMPRESSED = (".gz", ".bz2", ".xz")  # an ending that may follow
-SPLITS = {
-    "train": ("train", "training"),
-    "test": ("test", "validation", "valid", "val", "dev"),
-}  # their names, in the order they are looked for
+# Names of the splits, in the order they are looked for.
+SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "valid", "val", "dev")}
 
 
 class WrittenFloat(float):
@@ -148,9 +153,13 @@ class WrittenFloat(float):
 
 
 class DataRow(dict):
-    """A row of a dataset. place: "FILE, row 3"; cut: whether the prompt was a chat that ended with the assistant's turn."""
+    """A row of a dataset.
 
-    place, cut = "", False
+    place: "FILE, row 3"; cut: whether the prompt was a chat whose last turn, the assistant's, was left out.
+    """
+
+    place = ""
+    cut = False
 
 
 def format_of(path: Path) -> str | None:
@@ -171,9 +180,10 @@ def broken_json_line(text: str, whole: bool) -> str:
 
 
 def read_json(path: Path) -> list[dict]:
-    """The rows of a JSON array or of JSON Lines, types as written; a field that only some have is None in the others.
+    """The rows of a JSON array or of JSON Lines, with types as written.
 
-    Raises UserError with the file and the line that is broken.
+    A field that only some rows have is None in the others. Raises UserError with the file and the line that
+    is broken.
     """
     import fsspec
 
@@ -194,9 +204,10 @@ def read_json(path: Path) -> list[dict]:
 
 
 def read_file(path: Path, text_fields: tuple[str, ...]):
-    """The rows of one file. text_fields: the columns whose text a table's reader must leave as it is, such as 007 and None.
+    """The rows of one file.
 
-    Raises UserError with the file and what is wrong with it.
+    text_fields: the columns that a table's reader must leave as text, such as 007 and None. Raises UserError
+    with the file and what is wrong with it.
     """
     import datasets
 
@@ -231,19 +242,15 @@ def read_file(path: Path, text_fields: tuple[str, ...]):
         raise UserError(f"Failed to read dataset {path}: {reason}") from None
 
 
-ABSENT = [
-    "",
-    "NA",
-    "N/A",
-    "NaN",
-    "nan",
-    "null",
-    "None",
-]  # what means "no value" in a table, but in a text field
+# What means "no value" in a table, but not in a text field.
+ABSENT = ["", "NA", "N/A", "NaN", "nan", "null", "None"]
 
 
 def read_table(path: Path, separator: str, text_fields: tuple[str, ...]):
-    """The rows of a CSV or TSV file. Types are inferred, but those of text_fields, which hold what is written."""
+    """The rows of a CSV or TSV file.
+
+    Types are inferred, but those of text_fields, which hold what is written.
+    """
     import datasets
     import pandas
 
@@ -259,7 +266,10 @@ def read_table(path: Path, separator: str, text_fields: tuple[str, ...]):
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
-    """The files of the split `name` in a folder: NAME.jsonl and its like, shards such as NAME-00000-of-00002.parquet, or NAME/*."""
+    """The files of the split `name` in a folder.
+
+    NAME.jsonl and its like, shards such as NAME-00000-of-00002.parquet, or NAME/*.
+    """
     files = sorted(path for path in folder.glob("*") if path.is_file() and format_of(path))
     whole = [path for path in files if path.name.split(".")[0] == name]
     shards = [path for path in files if re.match(rf"{name}[-_]\d", path.name)]
@@ -269,28 +279,36 @@ def files_of(folder: Path, name: str) -> list[Path]:
 
 
 def split_files(folder: Path, config_name: str, split: str) -> list[Path]:
-    """The files of a split of a folder, which may be a clone of a hub dataset: in it, in CONFIG/ or data/, or in its one subfolder.
+    """The files of a split of a folder, which may be a clone of a hub dataset.
 
-    Raises UserError where several subfolders hold splits and none is chosen.
+    They lie in the folder, in CONFIG/ or data/, or in its only subfolder. Raises UserError where several
+    subfolders hold splits and none is chosen.
     """
-    holds_splits = lambda place: any(files_of(place, name) for names in SPLITS.values() for name in names)  # noqa: E731
+
+    def holds_splits(place: Path) -> bool:
+        return any(files_of(place, name) for names in SPLITS.values() for name in names)
+
     usual = [folder, *([folder / config_name] if config_name else []), folder / "data"]
-    places = [place for place in usual if holds_splits(place)][:1]
-    places = places or [place for place in sorted(folder.glob("[!.]*/")) if holds_splits(place)]
-    if len(places) > 1:
+    folders = [place for place in usual if holds_splits(place)][:1]
+    folders = folders or [place for place in sorted(folder.glob("[!.]*/")) if holds_splits(place)]
+    if len(folders) > 1:
         raise UserError(
-            f"{folder} holds several datasets: set dataset_config to one of {', '.join(p.name for p in places)}"
+            f"{folder} holds several datasets: set dataset_config to one of "
+            f"{', '.join(p.name for p in folders)}"
         )
-    return next((files for place in places for name in SPLITS[split] if (files := files_of(place, name))), [])
+    return next(
+        (files for place in folders for name in SPLITS[split] if (files := files_of(place, name))), []
+    )
 
 
 def open_dataset(
     name: str, config_name: str, split: str, text_fields: tuple[str, ...] = ()
 ) -> list[tuple] | None:
-    """One split of a dataset as a list of (rows, where they come from), or None where the dataset has no such split.
+    """One split of a dataset as a list of (rows, where they come from), or None where it has no such split.
 
-    `name` is a hub name, a folder with train.* and test.* files, a clone of a hub dataset or one written by save_to_disk, or one
-    file, which is a training split. text_fields: columns that are read as text, whatever it looks like.
+    `name` is a hub name, a folder with train.* and test.* files, a clone of a hub dataset or one written by
+    save_to_disk, or one file, which is a training split. text_fields: columns that are read as text, whatever
+    it looks like.
     """
     import datasets
 
@@ -327,16 +345,20 @@ def open_hub_dataset(name: str, config_name: str, split: str) -> list[tuple] | N
             reason = str(error).strip().splitlines()[0]
             if not reason.startswith(f'Unknown split "{split_name}"'):
                 raise RunError(
-                    f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}. {CHECK_HUB}"
+                    f"Dataset not found: {name} is no local file or folder, and the hub gave: {reason}. "
+                    f"{CHECK_HUB}"
                 ) from None
     return None
 
 
-# --- Rows -------------------------------------------------------------------------------------------------------
+# --- Rows ---------------------------------------------------------------------------------------------------
 
 
 def field_of(row: dict, name: str):
-    """A row's field by name, or by a path into its objects such as reward_model.ground_truth. KeyError where there is none."""
+    """A row's field by name, or by a path into its objects such as reward_model.ground_truth.
+
+    KeyError where there is none.
+    """
     if name in row:
         return row[name]
     for part in name.split("."):
@@ -347,7 +369,10 @@ def field_of(row: dict, name: str):
 
 
 def text_of(content) -> str:
-    """The text of a chat message: its content, or the joined text parts that it is a list of. Raises ValueError."""
+    """The text of a chat message: its content, whose text parts are joined where it is a list.
+
+    Raises ValueError.
+    """
     if isinstance(content, list) and content:
         texts = [
             part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
@@ -386,26 +411,37 @@ def prompt_key(prompt: str | list[dict]) -> str:
     return " ".join(text.split())
 
 
-NUMERIC_REWARDS = (
-    "int_reward_func",
-    "last_number_reward_func",
-)  # they want a number whatever the gold answer is
+# Rewards that want a number whatever the gold answer is.
+NUMERIC_REWARDS = ("int_reward_func", "last_number_reward_func")
+
+
+def chat_text(prompt: str | list[dict]) -> str:
+    """All texts of a prompt, joined."""
+    return prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+
+
+def has_own_system(prompt: str | list[dict]) -> bool:
+    """Whether a prompt is a chat that brings its own system message."""
+    return not isinstance(prompt, str) and prompt[0]["role"] == "system"
+
+
+def is_number(answer: str) -> bool:
+    return parse_number(answer) is not None or read_quantity(answer) is not None
 
 
 def warn_of_rows(config, special_tokens: re.Pattern | None = None, **splits: list[DataRow]) -> None:
-    """Say once of each split what its rows do that the user may not expect. special_tokens: what finds them in a text."""
-    contents = lambda row: (
-        row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])
-    )  # noqa: E731
-    own_system = lambda row: not isinstance(row["prompt"], str) and row["prompt"][0]["role"] == "system"  # noqa: E731
-    number = lambda row: parse_number(row["answer"]) is not None or read_quantity(row["answer"]) is not None  # noqa: E731
+    """Warn once a split of rows that the user may not expect.
+
+    special_tokens: a pattern that finds the model's special tokens in a text.
+    """
     for split, rows in splits.items():
         split = split.replace("_", "-")
 
         def warn(kind: str, found: list[DataRow], says: str) -> None:
             if found:
                 print(
-                    f"Warning: {len(found)} of {len(rows)} {split} {kind}, the first in {found[0].place}, {says}",
+                    f"Warning: {len(found)} of {len(rows)} {split} {kind}, the first in {found[0].place}, "
+                    f"{says}",
                     file=sys.stderr,
                 )
 
@@ -417,12 +453,12 @@ def warn_of_rows(config, special_tokens: re.Pattern | None = None, **splits: lis
         if config.system_prompt:
             warn(
                 "prompts",
-                [row for row in rows if own_system(row)],
+                [row for row in rows if has_own_system(row["prompt"])],
                 "have a system message of their own, which replaces system_prompt",
             )
-        spelt = [row for row in rows if special_tokens and special_tokens.search(contents(row))]
+        spelt = [row for row in rows if special_tokens and special_tokens.search(chat_text(row["prompt"]))]
         warn("prompts", spelt, "spell special tokens of the model, which are read as ordinary text")
-        other = [row for row in rows if not number(row)]
+        other = [row for row in rows if not is_number(row["answer"])]
         wanting = [name for name in config.reward_funcs if name in NUMERIC_REWARDS]
         wanting += ["correctness_reward_func"] * (
             "correctness_reward_func" in config.reward_funcs and 2 * len(other) < len(rows)
@@ -438,7 +474,7 @@ def warn_of_rows(config, special_tokens: re.Pattern | None = None, **splits: lis
     both = [row for row in held_out if prompt_key(row["prompt"]) in trained]
     if both:
         print(
-            f"Warning: {len(both)} of {len(held_out)} held-out prompts, the first in {both[0].place}, are trained on too: "
-            "held-out accuracy will also measure memory",
+            f"Warning: {len(both)} of {len(held_out)} held-out prompts, the first in {both[0].place}, are "
+            "trained on too: held-out accuracy will also measure memory",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Reward functions: found by name, called each within its time, and a failure named with the completion it was met on."""
+"""Reward functions: found by name, called within a time limit, failures reported with their completion."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,10 @@ from mlx_grpo.errors import RunError, UserError
 
 
 class OutOfTime(BaseException):
-    """A reward function took too long. No Exception, so that a function's own `except Exception` does not swallow it."""
+    """A reward function took too long.
+
+    No Exception, so that a function's own `except Exception` does not swallow it.
+    """
 
 
 GRACE = 10  # seconds for which what is out of time is asked to end, once a second; then the process ends
@@ -31,11 +34,17 @@ USERS_SIGNALS = (signal.SIGALRM, signal.SIGINT, signal.SIGTERM)  # whose handler
 
 
 def wake(signum, frame) -> None:
-    """A signal's handler that does nothing: that it runs lets the watchdog's thread in, and ends a blocking call's wait."""
+    """A signal handler that does nothing.
+
+    That it runs lets the watchdog's thread in, and ends a blocking call's wait.
+    """
 
 
 def raise_in_thread(thread: int, kind: type | None) -> None:
-    """Raise an exception in another thread at its next step of Python; None takes one back that has not come yet."""
+    """Raise an exception in another thread at its next step of Python.
+
+    None takes back one that has not been raised yet.
+    """
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind)
     )
@@ -44,18 +53,19 @@ def raise_in_thread(thread: int, kind: type | None) -> None:
 class Watchdog:
     """Ends a call that takes too long, by means that the call cannot undo by accident.
 
-    SIGALRM would not do: libraries such as math-verify set and clear it. Here a thread raises OutOfTime in the caller's
-    thread. Two signals help it: SIGURG wakes a sleeping call, and SIGPROF, from a timer of processor time, comes through
-    where native code holds the interpreter but looks for signals, as regular expressions do. What outlasts GRACE seconds
-    of this ends the process with one line and status 1; where even the thread cannot run, faulthandler does, with a traceback.
+    SIGALRM would not do: libraries such as math-verify set and clear it. Here a thread raises OutOfTime in
+    the caller's thread. Two signals help it: SIGURG wakes a sleeping call, and SIGPROF, from a timer of
+    processor time, comes through where native code holds the interpreter but looks for signals, as regular
+    expressions do. What outlasts GRACE seconds of this ends the process with one line and status 1; where
+    even the thread cannot run, faulthandler does, with a traceback.
     """
 
     def __init__(self, seconds: float, what: str):
-        self.seconds, self.what, self.rang = seconds, what, False
+        self.seconds, self.what = seconds, what
+        self.rang = False
         self.caller = threading.get_ident()
-        self.has_signals = (
-            threading.current_thread() is threading.main_thread()
-        )  # Python's handlers run nowhere else
+        # Python runs signal handlers in the main thread only.
+        self.has_signals = threading.current_thread() is threading.main_thread()
         self.over = threading.Lock()
         self.over.acquire()
         self.thread = threading.Thread(target=self.watch, daemon=True)
@@ -80,7 +90,10 @@ class Watchdog:
                 signal.pthread_kill(self.caller, signal.SIGURG)
             if self.over.acquire(timeout=1.0):
                 return
-        message = f"Reward function {self.what} took longer than reward_timeout = {self.seconds:g} s and cannot be stopped"
+        message = (
+            f"Reward function {self.what} took longer than reward_timeout = {self.seconds:g} s "
+            "and cannot be stopped"
+        )
         print(
             f"{message}: the process ends here. --resume goes on from the last checkpoint",
             file=sys.__stderr__,
@@ -109,16 +122,15 @@ class Watchdog:
 
 
 def watched(call, seconds: float, what: str):
-    """What call() returned or raised; OutOfTime where it took longer than so many seconds. what: its name for the user."""
+    """What call() returned or raised; OutOfTime where it took longer than `seconds`.
+
+    what: its name for the user.
+    """
     watchdog = Watchdog(seconds, what)
     try:
         watchdog.start()
         result = call()
-    except (
-        Exception,
-        OutOfTime,
-        SystemExit,
-    ) as error:  # the user's code: reported with its name by the caller
+    except (Exception, OutOfTime, SystemExit) as error:  # the user's code; the caller reports it by name
         result = error
     finally:
         watchdog.stop()
@@ -149,16 +161,15 @@ def load_rewards(config, built_in: dict) -> tuple[list, list[float]]:
             sys.modules[spec.name] = module  # where its data classes look themselves up
             try:
                 spec.loader.exec_module(module)
-            except (
-                Exception
-            ) as error:  # whatever the user's file raises, named and passed on with its traceback
+            except Exception as error:  # whatever the user's file raises, passed on with its traceback
                 raise RunError(
                     f"Reward file failed to import: {path}: {type(error).__name__}: {error}"
                 ) from error
         function = getattr(module, attribute, None) if path else built_in.get(attribute)
         if not callable(function):
             raise UserError(
-                f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use file.py:function"
+                f"Unknown reward function: {name}; built in are {', '.join(built_in)}, or use "
+                "file.py:function"
             )
         package, extra = getattr(function, "needs", (None, None))
         if package and importlib.util.find_spec(package) is None:
@@ -175,7 +186,10 @@ def load_rewards(config, built_in: dict) -> tuple[list, list[float]]:
 
 
 def call_rewards(functions, timeout: float, arguments: dict) -> list:
-    """What each function returned or raised: plain ones in turn, async ones beside each other, each within `timeout` s."""
+    """What each function returned or raised, each within `timeout` seconds.
+
+    Plain functions are called in turn, async ones run side by side.
+    """
 
     async def in_time(awaitable):
         try:
@@ -188,9 +202,9 @@ def call_rewards(functions, timeout: float, arguments: dict) -> list:
         except SystemExit as error:  # which would end the loop, and with it the run
             return error
 
-    async def all_of(places):
-        found = await asyncio.gather(*(in_time(results[i]) for i in places), return_exceptions=True)
-        for i, result in zip(places, found):
+    async def all_of(positions):
+        found = await asyncio.gather(*(in_time(results[i]) for i in positions), return_exceptions=True)
+        for i, result in zip(positions, found):
             results[i] = result
 
     results = [
@@ -199,7 +213,7 @@ def call_rewards(functions, timeout: float, arguments: dict) -> list:
     ]
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:
-        # The watchdog is for a coroutine that blocks and so never meets its own limit, or whose threads outlive it.
+        # The watchdog ends a coroutine that blocks, which its own limit cannot, or whose threads go on.
         names = ", ".join(name_of(functions[i]) for i in waiting)
         watched(lambda: asyncio.run(all_of(waiting)), timeout + 0.5, names)
     return [OutOfTime() if inspect.isawaitable(result) else result for result in results]
@@ -246,14 +260,11 @@ def score(functions, timeout: float, texts: list[str], columns: dict) -> np.ndar
             ) from result
         result = result.tolist() if isinstance(result, mx.array) else result
         if not isinstance(result, (list, tuple, np.ndarray)) or len(result) != len(texts):
-            sized, kind = hasattr(result, "__len__"), type(result).__name__
-            got = (
-                repr(result)
-                if not sized
-                else f"{len(result)} values"
-                if kind in ("list", "tuple", "ndarray")
-                else f"a {kind}"
-            )
+            kind = type(result).__name__
+            if not hasattr(result, "__len__"):
+                got = repr(result)
+            else:
+                got = f"{len(result)} values" if kind in ("list", "tuple", "ndarray") else f"a {kind}"
             raise RunError(f"Reward function {name} returned {got} for {len(texts)} completions")
         for row, value in enumerate(result):
             if value is None:

@@ -1,4 +1,4 @@
-"""Settings: from a TOML file and key=value overrides to typed values, back to a file with their origins, and what they may be."""
+"""Settings: read from a TOML file and key=value overrides, checked, and written back with their origins."""
 
 import dataclasses
 import difflib
@@ -19,7 +19,9 @@ BOOLEANS = {
 
 
 def coerce(name: str, value, kind, from_text: bool):
-    """`value` as the field type `kind`. Text from `--set` is parsed; a TOML value must be of the type already.
+    """`value` as the field type `kind`.
+
+    Text from `--set` is parsed; a TOML value must be of the type already.
 
     Raises UserError with the contract's wording.
     """
@@ -50,9 +52,10 @@ def coerce(name: str, value, kind, from_text: bool):
 
 
 def read_settings(kinds: dict, path: str | Path | None, overrides: list[str]) -> tuple[dict, dict]:
-    """Settings from a TOML file (flat or under [mlx_grpo]) and `key=value` overrides, which win. kinds: types by name.
+    """Settings from a TOML file (flat or under [mlx_grpo]) and `key=value` overrides, which win.
 
-    Returns values by field and, by field, where each came from. Raises UserError for whatever is not a setting.
+    kinds: types by name. Returns values by field and, by field, where each came from. Raises UserError for
+    whatever is not a setting.
     """
     given = []
     if path:
@@ -86,17 +89,19 @@ def inline_table(table: dict) -> str:
     """A dict as a TOML table on one line."""
     import tomli_w
 
-    entry = lambda k, v: (
+    entries = [
         f"{json.dumps(k)} = {inline_table(v)}" if isinstance(v, dict) else tomli_w.dumps({k: v}).strip()
-    )  # noqa: E731
-    return "{" + ", ".join(entry(k, v) for k, v in table.items()) + "}"
+        for k, v in table.items()
+    ]
+    return "{" + ", ".join(entries) + "}"
 
 
 def config_as_toml(config, sources: dict) -> str:
     """A resolved configuration (a dataclass), one line a field, each with where its value came from."""
     import tomli_w
 
-    lines, defaults = [], dataclasses.asdict(type(config)())
+    lines = []
+    defaults = dataclasses.asdict(type(config)())
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, dict):  # inline, so that every setting stays on its line
             text = f"{name} = {inline_table(value)}"
@@ -118,7 +123,7 @@ def settings_record(config, sources: dict) -> dict[str, dict]:
     }
 
 
-# --- What values may be -----------------------------------------------------------------------------------------
+# --- What values may be -------------------------------------------------------------------------------------
 
 CHOICES = {
     "fine_tune_type": ("auto", "full", "lora", "dora"),
@@ -139,13 +144,15 @@ CHOICES = {
 }
 SEQUENCE_CORRECTIONS = ("sequence_truncate", "sequence_mask")  # one weight a row, not one a token
 AT_LEAST_ONE = (
-    "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations", "logging_steps",
-    "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates", "eval_subset_size", "difficulty_window",
+    "batch_size", "max_prompt_length", "max_completion_length", "sync_every", "num_iterations",
+    "logging_steps", "gradient_accumulation_steps", "micro_batch_tokens", "max_nan_updates",
+    "eval_subset_size", "difficulty_window",
 )  # fmt: skip
-ABOVE_ZERO = ("temperature", "distributed_timeout", "num_epochs", "reward_timeout", "repetition_penalty", "eval_fraction", "top_p", "top_entropy_quantile",
-              "easy_prompt_weight", "hard_prompt_weight",
-              "sapo_temperature_pos", "sapo_temperature_neg",
-              "vespo_lambda_pos", "vespo_lambda_neg")  # fmt: skip
+ABOVE_ZERO = (
+    "temperature", "distributed_timeout", "num_epochs", "reward_timeout", "repetition_penalty",
+    "eval_fraction", "top_p", "top_entropy_quantile", "easy_prompt_weight", "hard_prompt_weight",
+    "sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg",
+)  # fmt: skip
 AT_MOST_ONE = (
     "easy_prompt_weight",
     "hard_prompt_weight",
@@ -173,7 +180,8 @@ def check_config(config, tables: dict[str, tuple]) -> None:
         low = {"num_generations": 2, "num_layers": -1}.get(name, 1 if name in AT_LEAST_ONE else 0)
         if value < low or (value == 0 and name in ABOVE_ZERO) or value == math.inf:
             raise UserError(
-                f"Invalid {name}: {value}; it must be {'above 0' if name in ABOVE_ZERO else f'at least {low}'}"
+                f"Invalid {name}: {value}; it must be "
+                f"{'above 0' if name in ABOVE_ZERO else f'at least {low}'}"
             )
         if (value > 1 and name in AT_MOST_ONE) or (value >= 1 and name in BELOW_ONE):
             raise UserError(
@@ -192,20 +200,23 @@ def contradictions(config):
     yield (
         weights and len(weights) != len(functions),
         (
-            f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; give one for each"
+            f"reward_weights has {len(weights)} entries for {len(functions)} reward functions; give one for "
+            "each"
         ),
     )
     yield not all(map(math.isfinite, weights)), f"reward_weights must be finite numbers, not {weights}"
     yield (
         config.max_new_tokens > config.max_completion_length,
         (
-            f"max_new_tokens ({config.max_new_tokens}) is above max_completion_length ({config.max_completion_length})"
+            f"max_new_tokens ({config.max_new_tokens}) is above max_completion_length "
+            f"({config.max_completion_length})"
         ),
     )
     yield (
         config.lora_parameters.get("dropout"),
         (
-            "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two passes"
+            "lora_parameters.dropout must be 0: with dropout the policy would differ from itself between two "
+            "passes"
         ),
     )
     yield (
@@ -217,18 +228,21 @@ def contradictions(config):
     yield (
         not all(type(n) in (int, float) and n > 0 for n in lora_numbers) or type(lora_numbers[0]) is not int,
         (
-            f"lora_parameters: rank must be a whole number and scale a number, both above 0, not {lora_numbers}"
+            "lora_parameters: rank must be a whole number and scale a number, both above 0, not "
+            f"{lora_numbers}"
         ),
     )
     unknown = set(config.lora_parameters) - {"rank", "scale", "dropout", "keys"}
     yield (
         unknown,
-        f"lora_parameters has unknown entries: {', '.join(sorted(unknown))}; mlx-lm knows rank, scale, dropout and keys",
+        f"lora_parameters has unknown entries: {', '.join(sorted(unknown))}; mlx-lm knows rank, scale, "
+        "dropout and keys",
     )
     yield (
         (config.sampler_correction_min or 0) > config.sampler_correction_max,
         (
-            f"sampler_correction_min ({config.sampler_correction_min}) is above sampler_correction_max ({config.sampler_correction_max})"
+            f"sampler_correction_min ({config.sampler_correction_min}) is above sampler_correction_max "
+            f"({config.sampler_correction_max})"
         ),
     )
     yield (
@@ -258,7 +272,8 @@ def contradictions(config):
     yield (
         config.entropy_coef_min > config.entropy_coef_max,
         (
-            f"entropy_coef_min ({config.entropy_coef_min}) is above entropy_coef_max ({config.entropy_coef_max})"
+            f"entropy_coef_min ({config.entropy_coef_min}) is above entropy_coef_max "
+            f"({config.entropy_coef_max})"
         ),
     )
     yield (
@@ -268,7 +283,8 @@ def contradictions(config):
     yield (
         config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group",
         (
-            "normalize_then_sum scales each function by its group and their sum by the batch; leave scale_rewards at group"
+            "normalize_then_sum scales each function by its group and their sum by the batch; leave "
+            "scale_rewards at group"
         ),
     )
     yield (
@@ -293,7 +309,8 @@ def contradictions(config):
     yield (
         config.metric_for_best_model not in ("", *metrics),
         (
-            f"Invalid metric_for_best_model: {config.metric_for_best_model!r}; choose one of {', '.join(metrics)}"
+            f"Invalid metric_for_best_model: {config.metric_for_best_model!r}; choose one of "
+            f"{', '.join(metrics)}"
         ),
     )
     strange = [name for name in config.report_to if name not in TRACKERS]

@@ -4,15 +4,19 @@ import io
 import pickle
 import pickletools
 
-# All that pickle.dump needs for a tiktoken Encoding (protocols 3 to 5): nothing that calls, extends or refers outside.
+# What pickle.dump needs for a tiktoken Encoding (protocols 3 to 5). None of them calls or imports anything.
 PICKLE_OPCODES = frozenset(
-    "PROTO FRAME MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL EMPTY_TUPLE NEWOBJ EMPTY_DICT MARK SETITEM "
-    "SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2 BUILD STOP".split()
+    "PROTO FRAME MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL EMPTY_TUPLE NEWOBJ "
+    "EMPTY_DICT MARK SETITEM SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 "
+    "BININT2 BUILD STOP".split()
 )
 
 
 class PickledEncoding:
-    """Inert stand-in for tiktoken.core.Encoding in a pickle (the real one looks a string state up in a downloading registry)."""
+    """Inert stand-in for tiktoken.core.Encoding in a pickle.
+
+    The real one looks a string state up in a registry that downloads.
+    """
 
     state = None
 
@@ -30,8 +34,8 @@ class EncodingUnpickler(pickle.Unpickler):
 
 
 def read_tokenizer_pickle(path):
-    """A tokenizer.pkl -> {"name", "pat_str", "mergeable_ranks": {bytes: id}, "special_tokens": {str: id}}, validated plain data.
-    Nothing in the file is executed or imported. Raises ValueError with the reason."""
+    """A tokenizer.pkl -> {"name", "pat_str", "mergeable_ranks": {bytes: id}, "special_tokens": {str: id}},
+    validated plain data. Nothing in the file is executed or imported. Raises ValueError with the reason."""
 
     def check(ok, reason):
         if not ok:
@@ -45,18 +49,12 @@ def read_tokenizer_pickle(path):
             op.name in PICKLE_OPCODES,
             f"the pickle has opcode {op.name}, which plain tokenizer data does not need",
         )
-        check(
-            op.name != "LONG_BINPUT" or arg <= len(data), "the pickle's memo index is out of range"
-        )  # it is allocated
+        # The memo is allocated up to its index.
+        check(op.name != "LONG_BINPUT" or arg <= len(data), "the pickle's memo index is out of range")
     try:
         found = EncodingUnpickler(io.BytesIO(data)).load()
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        LookupError,
-    ) as error:  # the ways a malformed one fails
+    except (pickle.UnpicklingError, EOFError, TypeError, AttributeError, LookupError) as error:
+        # What a malformed pickle raises.
         raise ValueError(str(error)) from None
     state = found.state if type(found) is PickledEncoding else None
     check(

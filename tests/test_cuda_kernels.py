@@ -9,7 +9,7 @@ from test_rollout import PROMPTS, full_logps, roll
 from tiny import ARCHITECTURES, ids_of, logps_of, tiny_model
 
 from mlx_grpo.backends import cuda_decoding, cuda_kernels
-from mlx_grpo.backends.cuda_kernels import Linears, attention_covers, in_place, launches
+from mlx_grpo.backends.cuda_kernels import Linears, attention_covers, fast_kernels, launches
 
 on_cuda = pytest.mark.skipif(not cuda_kernels.has_tensor_cores(), reason="needs a CUDA GPU")
 IDS = mx.array([[5], [6], [7]])
@@ -36,7 +36,7 @@ def half_model(name="qwen2", **changes):
 
 
 def asked(model, ids=IDS):
-    with in_place(launches(model), mx.fast.scaled_dot_product_attention):
+    with fast_kernels(launches(model), mx.fast.scaled_dot_product_attention):
         return model(ids)
 
 
@@ -91,7 +91,7 @@ def test_layers_may_be_asked_in_any_order_with_any_input(plain):
 
 def test_all_is_as_before_when_the_graph_is_built_or_has_failed(plain):
     before = nn.Linear.__call__, mx.fast.scaled_dot_product_attention
-    with pytest.raises(ZeroDivisionError), in_place({}):
+    with pytest.raises(ZeroDivisionError), fast_kernels({}):
         assert nn.Linear.__call__ is not before[0] and mx.fast.scaled_dot_product_attention is cuda_kernels.attention
         1 / 0
     assert before == (nn.Linear.__call__, mx.fast.scaled_dot_product_attention)
@@ -139,7 +139,7 @@ def test_whether_a_models_attention_is_covered(plain, changes, covered):
 def test_nothing_changes_without_a_gpu():
     model, before = half_model(), nn.Linear.__call__
     assert not launches(model) and not attention_covers(model)
-    with in_place({}):
+    with fast_kernels({}):
         assert nn.Linear.__call__ is before
 
 

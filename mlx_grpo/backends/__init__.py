@@ -1,4 +1,7 @@
-"""What differs by hardware. A program calls `use_fast_backend` before it imports MLX; importing this changes nothing."""
+"""What differs by hardware.
+
+A program calls `use_fast_backend` before it imports MLX; importing this changes nothing.
+"""
 
 import os
 
@@ -14,7 +17,8 @@ def use_fast_backend() -> None:
     import mlx.core as mx
 
     if mx.default_device() == mx.cpu:
-        # One evaluation takes the operations of all streams by turns, within this width; 20 is less than one stream's.
+        # One evaluation takes turns among the operations of all streams, within this width. The default of 20
+        # is narrower than one stream's.
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
-    else:  # read on CUDA alone: the buffers of commands touch so much each, and the host queues ten
+    else:  # only CUDA reads it: MB of arrays a command buffer may use; ten such buffers are queued
         os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")

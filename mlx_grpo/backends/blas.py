@@ -14,8 +14,8 @@ LOADED: list[ctypes.CDLL] = []  # the library, once it is loaded
 def load_blas() -> None:
     """Load MKL or OpenBLAS ahead of MLX, where there is one and a need.
 
-    MLX's Linux CPU build links the reference BLAS, thirty times slower than these; the first library loaded with
-    global symbols wins, so this must run before `import mlx.core`.
+    MLX's Linux CPU build links the reference BLAS, thirty times slower than these; the first library loaded
+    with global symbols wins, so this must run before `import mlx.core`.
     """
     if sys.platform != "linux" or "mlx.core" in sys.modules or LOADED:
         return

@@ -20,7 +20,7 @@ from mlx_grpo.update.micro_batches import bucket
 FAST_AFTER = 1500  # positions that a run decodes by plain MLX before it builds what is faster
 MOST_SHAPES = 8  # compiled at a time; each keeps host memory
 LEAST_ROWS = 16  # fewer take the GPU as long as these
-STEP_OF_POSITIONS = 64  # buffers are a multiple of it long, at the least: few lengths are met
+STEP_OF_POSITIONS = 64  # buffer lengths are multiples of this at least, so that few shapes are compiled
 
 
 def fast_decoder(model) -> Decoder:
@@ -40,7 +40,7 @@ class KernelDecoder(Decoder):
         self.launches = cuda_kernels.launches(model)
 
     def __call__(self, cache, last):
-        with cuda_kernels.in_place(self.launches, cuda_kernels.MLX_ATTENTION):
+        with cuda_kernels.fast_kernels(self.launches, cuda_kernels.MLX_ATTENTION):
             return super().__call__(cache, last)
 
 
@@ -71,8 +71,8 @@ class CompiledDecoder(Decoder):
 
     def __call__(self, cache, last):
         filled = mx.array(cache["filled"])
-        places = mx.arange(cache["layers"][0][0].shape[2])
-        mask = (places <= filled) & (places >= cache["pads"][:, None])  # (N, S)
+        positions = mx.arange(cache["layers"][0][0].shape[2])  # (S,)
+        mask = (positions <= filled) & (positions >= cache["pads"][:, None])  # (N, S)
         position = self.compiled_for(mask.shape)
         last = last.astype(mx.int32)  # ids as they are drawn have another type, which would be compiled again
         offsets = filled - cache["pads"]
@@ -81,7 +81,10 @@ class CompiledDecoder(Decoder):
         return logits
 
     def compiled_for(self, shape: tuple[int, int]):
-        """The position compiled for (N, S). Beyond MOST_SHAPES the least recently used goes, and may return."""
+        """The position compiled for (N, S).
+
+        Beyond MOST_SHAPES the least recently used goes, and may return.
+        """
         if shape not in self.compiled:
             self.compiled[shape] = mx.compile(partial(self.position), inputs=[self.model.state])
         self.compiled.move_to_end(shape)
@@ -102,7 +105,7 @@ class CompiledDecoder(Decoder):
 def compute_position(model, launches, last, filled, offsets, mask, layers):
     """Logits (N, V) after `last` (N, 1), and the layers' buffers with it. offsets: its positions, (N,)."""
     cache = [FixedKVCache(keys, values, filled, offsets, mask) for keys, values in layers]
-    with cuda_kernels.in_place(launches, cuda_kernels.attention):
+    with cuda_kernels.fast_kernels(launches, cuda_kernels.attention):
         logits = model(last, cache=cache)[:, -1]
     return logits, [[layer.keys, layer.values] for layer in cache]
 

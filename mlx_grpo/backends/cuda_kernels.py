@@ -1,8 +1,8 @@
 """Linear layers, attention and rotary embeddings of one position of each row, for CUDA.
 
-There a position's few rows take the GPU less time than launching MLX's own takes the host. A decoder has these in the place of
-nn.Linear's and mx.fast's; what they do not cover goes to those. They have no gradient. The results are MLX's to rounding: both
-sum in float32.
+The few rows of a decoded position take the GPU less time than the host needs to launch MLX's kernels, so
+fewer launches are faster. A decoder uses these instead of nn.Linear and mx.fast; what they do not cover goes
+to MLX. They have no gradient. Results equal MLX's up to rounding: both sum in float32.
 """
 
 import functools
@@ -15,17 +15,16 @@ import mlx.nn as nn
 from mlx_grpo.backends.device import on_cuda
 
 MLX_ATTENTION, MLX_ROPE, MLX_LINEAR = mx.fast.scaled_dot_product_attention, mx.fast.rope, nn.Linear.__call__
-ONE_INPUT = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-)  # layers of one input, as models call them
+# Layers that read the same input, by the names that models give them.
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HALVES = {mx.bfloat16: "bf16", mx.float16: "f16"}  # PTX's names
-MOST_READS = (
-    2**26
-)  # numbers that the blocks of a launch read; more keep the GPU busy for longer than MLX's launches take the host
+# Numbers that the blocks of a launch read, at most. More take the GPU longer than the host needs to launch
+# MLX's own kernels, and then these gain nothing.
+MOST_READS = 2**26
 
-# A block has 32 rows and 16 columns of the result of one LAYER, and each of its W warps every W-th 32 of the K inputs. A thread
-# reads 16 bytes of a row or column at once, two products' worth: the order of the inputs within 32 is free, if it is one for both.
+# A block has 32 rows and 16 columns of the result of one LAYER, and each of its W warps every W-th 32 of the
+# K inputs. A thread reads 16 bytes of a row or column at once, two products' worth: the order of the inputs
+# within 32 is free, if it is one for both.
 LINEAR = """
   constexpr int R = 32, C = 16;
   __shared__ float sums[W][R][C];
@@ -36,9 +35,11 @@ LINEAR = """
   LAYER
   const uint4 *rows[R / 8], *columns[C / 8];
   #pragma unroll
-  for (int i = 0; i < R / 8; i++) rows[i] = (const uint4*)(x + (size_t)min(row + i * 8 + group, M - 1) * K) + part;
+  for (int i = 0; i < R / 8; i++)
+    rows[i] = (const uint4*)(x + (size_t)min(row + i * 8 + group, M - 1) * K) + part;
   #pragma unroll
-  for (int j = 0; j < C / 8; j++) columns[j] = (const uint4*)(weight + (size_t)(column + j * 8 + group) * K) + part;
+  for (int j = 0; j < C / 8; j++)
+    columns[j] = (const uint4*)(weight + (size_t)(column + j * 8 + group) * K) + part;
   float c[R / 16][C / 8][4] = {};
   #pragma unroll (32 / W)
   for (int k = warp; k < K / 32; k += W) {
@@ -60,7 +61,8 @@ LINEAR = """
     #pragma unroll
     for (int j = 0; j < C / 8; j++)
       #pragma unroll
-      for (int e = 0; e < 4; e++) sums[warp][i * 16 + e / 2 * 8 + group][j * 8 + part * 2 + e % 2] = c[i][j][e];
+      for (int e = 0; e < 4; e++)
+        sums[warp][i * 16 + e / 2 * 8 + group][j * 8 + part * 2 + e % 2] = c[i][j][e];
   __syncthreads();
   for (int i = threadIdx.x; i < R * C && row + i / C < M; i += W * 32) {
     float sum = bias ? (float)bias[column + i % C] : 0;
@@ -70,19 +72,21 @@ LINEAR = """
   }
 """
 MULTIPLY = """
-__device__ inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+__device__ inline void multiply(
+    float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.HALF.HALF.f32 "
     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 """
 
-# A block has the G queries of one key head of one row. D / 8 threads have a position, 8 of its D numbers each, and keep running
-# sums over the positions they have had (online softmax, arXiv 1805.02867), which are merged at the end.
+# A block has the G queries of one key head of one row. D / 8 threads have a position, 8 of its D numbers
+# each, and keep running sums over the positions they have had (online softmax, arXiv 1805.02867), which are
+# merged at the end.
 ATTENTION = """
   constexpr int L = D / 8, P = 32 / L, W = 8;
   __shared__ float sums[W][G][D], tops[W][G], totals[W][G];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % L, place = lane / L;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % L, position = lane / L;
   const int S = keys_shape[2], heads = keys_shape[1], n = blockIdx.x / heads, h = blockIdx.x % heads;
   float query[G][8], sum[G][8] = {}, top[G], total[G] = {};
   #pragma unroll
@@ -96,8 +100,8 @@ ATTENTION = """
   const auto* value_at = values + n * values_strides[0] + h * values_strides[1] + part * 8;
   #pragma unroll 2
   for (int first = warp * P; first < S; first += W * P) {
-    const int s = min(first + place, S - 1);
-    const bool seen = first + place < S && SEEN;
+    const int s = min(first + position, S - 1);
+    const bool seen = first + position < S && SEEN;
     if (!__any_sync(~0u, seen)) continue;  // padding, or a buffer's end that is not filled yet
     float key[8], value[8];
     unpack(key, key_at + s * keys_strides[2]);
@@ -109,7 +113,8 @@ ATTENTION = """
       for (int d = 0; d < 8; d++) score += query[g][d] * key[d];
       #pragma unroll
       for (int step = 1; step < L; step *= 2) score += __shfl_xor_sync(~0u, score, step);
-      const float now = fmaxf(top[g], seen ? score : -1e30f), fade = exp2f(top[g] - now), weight = seen ? exp2f(score - now) : 0;
+      const float now = fmaxf(top[g], seen ? score : -1e30f), fade = exp2f(top[g] - now);
+      const float weight = seen ? exp2f(score - now) : 0;
       top[g] = now;
       total[g] = total[g] * fade + weight;
       #pragma unroll
@@ -131,7 +136,7 @@ ATTENTION = """
       sum[g][d] *= fade;
       #pragma unroll
       for (int step = L; step < 32; step *= 2) sum[g][d] += __shfl_xor_sync(~0u, sum[g][d], step);
-      if (place == 0) sums[warp][g][part * 8 + d] = sum[g][d];
+      if (position == 0) sums[warp][g][part * 8 + d] = sum[g][d];
     }
   }
   __syncthreads();
@@ -179,12 +184,15 @@ def has_tensor_cores() -> bool:
 
 
 def cuda_kernel(name, inputs, outputs, source, constants, **options):
-    """MLX's kernel, its constants defined ahead of its source, which MLX searches for the shapes and strides it asks for."""
+    """MLX's kernel of this source, with its constants as macros.
+
+    MLX searches the source for the shapes and strides that it uses.
+    """
     defined = "".join(f"#define {constant} {value}\n" for constant, value in constants.items())
     return mx.fast.cuda_kernel(name, inputs, outputs, defined + source, **options)
 
 
-# --- Linear layers ----------------------------------------------------------------------------------------------
+# --- Linear layers ------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -194,7 +202,8 @@ def linear_kernel(dtype, count: int, biased: bool, warps: int):
     layer = (
         f"int N = weight0_shape[0]; auto weight = weight0, bias = {biases[0]}; auto out = out0;"
         + "".join(
-            f"if (column >= N) column -= N, N = weight{i}_shape[0], weight = weight{i}, bias = {biases[i]}, out = out{i};"
+            f"if (column >= N) column -= N, N = weight{i}_shape[0], weight = weight{i}, "
+            f"bias = {biases[i]}, out = out{i};"
             for i in numbers[1:]
         )
     )
@@ -209,11 +218,14 @@ def linear_kernel(dtype, count: int, biased: bool, warps: int):
 class Linears:
     """What each of some linear layers gives for an input, from one launch for all of them.
 
-    The first that is asked computes it. A model may ask in any order, leave one out, or give one another input.
+    The first that is asked computes it. A model may ask in any order, leave one out, or give one another
+    input.
     """
 
     def __init__(self, layers: list[nn.Linear]):
-        self.layers, self.input, self.parts = layers, None, {}
+        self.layers = layers
+        self.input = None  # the last one, while a layer has not taken its part of the result
+        self.parts = {}  # the results of the layers that have not been asked yet, by number
 
     def __call__(self, number: int, x):
         if x is not self.input or number not in self.parts:
@@ -224,11 +236,10 @@ class Linears:
         return part
 
     def compute(self, x) -> list:
-        weights, biases = (
-            [layer.weight for layer in self.layers],
-            [layer.bias for layer in self.layers if "bias" in layer],
-        )
-        inputs, widths = x.shape[-1], [weight.shape[0] for weight in weights]
+        weights = [layer.weight for layer in self.layers]
+        biases = [layer.bias for layer in self.layers if "bias" in layer]
+        inputs = x.shape[-1]
+        widths = [weight.shape[0] for weight in weights]
         across, down = sum(widths) // 16, -(-x.size // (32 * inputs))  # blocks
         if x.dtype != weights[0].dtype or across * down * (32 + 16) * inputs > MOST_READS:
             return [MLX_LINEAR(layer, x) for layer in self.layers]
@@ -255,14 +266,12 @@ def fits(layer) -> bool:
 
 
 def launches(model) -> dict[int, tuple[Linears, int]]:
-    """The launch that each linear layer of a model has a part in, and the number of that part; by the layers' ids."""
+    """The launch that computes each linear layer of a model, and its number there, by the layer's id."""
     found = {}
     for module in model.modules() if has_tensor_cores() else []:
         children = {name: layer for name, layer in module.children().items() if fits(layer)}
-        for names in (
-            *((name,) for name in children),
-            *ONE_INPUT,
-        ):  # what is of one input in the place of what is alone
+        alone = [(name,) for name in children]
+        for names in (*alone, *ONE_INPUT):  # a shared launch, coming later, replaces a layer's own
             layers = [children.get(name) for name in names]
             if None not in layers and len(set(map(form, layers))) == 1:
                 launch = Linears(layers)
@@ -270,7 +279,7 @@ def launches(model) -> dict[int, tuple[Linears, int]]:
     return found
 
 
-# --- Attention --------------------------------------------------------------------------------------------------
+# --- Attention ----------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -296,7 +305,7 @@ def attention_kernel(dim: int, group: int, scale: float, masked: bool):
 
 
 def covers(queries, keys, values, *, scale, mask=None, sinks=None, **kwargs) -> bool:
-    """Whether this is one position of each row, of a form that the kernel has: it fits registers and shared memory."""
+    """Whether this is one position a row, in a shape that fits the kernel's registers and shared memory."""
     (rows, heads, length, dim), (_, key_heads, size, _) = queries.shape, keys.shape
     group = heads // key_heads
     if isinstance(mask, mx.array):
@@ -317,7 +326,10 @@ def covers(queries, keys, values, *, scale, mask=None, sinks=None, **kwargs) -> 
 
 
 def attention(queries, keys, values, *, scale, mask=None, **kwargs):
-    """softmax(q k^T * scale) v of queries (N, H, 1, D), keys and values (N, K, S, D), mask (N or 1, 1, 1, S) of booleans."""
+    """softmax(q k^T * scale) v -> (N, H, 1, D).
+
+    queries: (N, H, 1, D); keys, values: (N, K, S, D); mask: booleans (N or 1, 1, 1, S).
+    """
     if not covers(queries, keys, values, scale=scale, mask=mask, **kwargs):
         return MLX_ATTENTION(queries, keys, values, scale=scale, mask=mask, **kwargs)
     (rows, heads, _, dim), key_heads = queries.shape, keys.shape[1]
@@ -330,7 +342,7 @@ def attention(queries, keys, values, *, scale, mask=None, **kwargs):
     )[0]
 
 
-# --- Rotary embeddings ------------------------------------------------------------------------------------------
+# --- Rotary embeddings --------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -367,14 +379,15 @@ def rope(x, dims, *, traditional, base, scale, offset, freqs=None, **kwargs):
     )[0]
 
 
-# --- In their place ---------------------------------------------------------------------------------------------
+# --- Using them ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def in_place(launches: dict, attention=attention):
-    """While the graph of a position is built, a model on CUDA has these linear layers, this attention and these embeddings.
+def fast_kernels(launches: dict, attention=attention):
+    """Use these kernels while the graph of one position is built on CUDA.
 
-    launches: the model's. attention: MLX's own for a model whose keys and values are not slices of a cache's buffers.
+    launches: the model's, by `launches`. attention: pass MLX's own for a model whose keys and values are not
+    slices of a cache's buffers.
     """
 
     def linear(layer, x):
@@ -402,6 +415,6 @@ def attention_covers(model) -> bool:
 
     if not has_tensor_cores():
         return False
-    with in_place({}, asked):
+    with fast_kernels({}, asked):
         model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))  # a graph that nothing evaluates
     return all(covered)

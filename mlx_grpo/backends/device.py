@@ -36,7 +36,7 @@ def memory_bytes() -> int:
 
 
 def queued_bytes() -> int:
-    """Memory that queued work may hold on CUDA, where the host runs ahead of its GPU: ten buffers of commands."""
+    """Memory that queued work may hold on CUDA, in bytes: ten command buffers. Elsewhere 0."""
     return 10 * 2**20 * int(os.environ.get("MLX_MAX_MB_PER_BUFFER", "400")) if on_cuda() else 0
 
 

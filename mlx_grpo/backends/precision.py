@@ -1,7 +1,8 @@
 """Half-precision models on CPUs: computed in float32, saved in the precision that is their own.
 
-MLX multiplies bfloat16 and float16 matrices on CPUs without a BLAS, many times slower than float32 ones. So a model is
-widened when it is opened there, and narrowed when it is written: no file shows on which device it was trained.
+MLX multiplies bfloat16 and float16 matrices on CPUs without a BLAS, many times slower than float32 ones. So a
+model is widened when it is opened there, and narrowed when it is written: no file shows on which device it
+was trained.
 """
 
 from dataclasses import dataclass, replace
@@ -32,8 +33,9 @@ def half_is_slow() -> bool:
 
 
 def widen(model) -> str:
-    """Turn a half-precision model into float32 where that is faster; its own precision's name, or "" where nothing changes.
+    """Turn a half-precision model into float32 where that is faster.
 
+    Returns the name of its own precision, or "" where nothing changes.
     Quantised layers keep their integers; their scales and biases, and so all activations, become float32.
     """
     arrays = dict(tree_flatten(model.parameters()))
@@ -81,13 +83,16 @@ def masters(model) -> dict[str, mx.array]:
 
 
 def with_masters(model, optimizer: dict) -> dict:
-    """An optimizer's state as a checkpoint keeps it: with the model's float32 weights, named as MasterAdamW names its own."""
+    """An optimizer's state as a checkpoint keeps it: with the model's float32 weights.
+
+    They are named as MasterAdamW names its own.
+    """
     kept = {f"{name}.master": weight for name, weight in masters(model).items()}
     return tree_unflatten(list((dict(tree_flatten(optimizer)) | kept).items()))
 
 
 def without_masters(model, weights: dict[str, mx.array], optimizer: dict) -> tuple[dict[str, mx.array], dict]:
-    """A checkpoint's weights and optimizer's state as this model and its optimizer hold them: in float32 where that is computed.
+    """A checkpoint's weights and optimizer's state, in the precision that is computed in here.
 
     Raises KeyError where a float32 weight is missing.
     """

@@ -1,7 +1,7 @@
 """Independent parts of one computation side by side, on streams.
 
-A GPU fills itself. A CPU does not: MLX runs everything but matrix products on one core a stream. So there each core gets
-a stream, and works on a part of its own.
+A GPU fills itself. A CPU does not: MLX runs everything but matrix products on one core a stream. So there
+each core gets a stream, and works on a part of its own.
 """
 
 import contextlib
@@ -16,7 +16,10 @@ MADE = []  # streams, when first needed
 
 
 def stream_count() -> int:
-    """How many streams work side by side: one on a GPU, else one a core. Few, since in training each holds a gradient."""
+    """How many streams work side by side: one on a GPU, else one a core.
+
+    Few, since in training each holds a gradient.
+    """
     return 1 if not on_cpu() else min(MOST_STREAMS, cores())
 
 

@@ -1,12 +1,14 @@
-"""The nanochat model of 2026 for mlx-lm: convert_nanochat.py puts this beside the weights, as config.json's model_file.
+"""The nanochat model of 2026 for mlx-lm.
+
+convert_nanochat.py puts this file beside the weights, as config.json's model_file.
 
     mlx_lm.load(directory, trust_remote_code=True)
 
 What nanochat added, since March 2026, to the architecture of mlx_lm.models.nanochat (October 2025):
 - smear: each embedding takes on some of the embedding before it, through a gate on its first 24 channels;
 - before layer i, x becomes resid_lambdas[i] * x + x0_lambdas[i] * x0, where x0 is the smeared embedding;
-- every second layer, counted from the last, adds a value embedding of the token to its values, through a gate for each
-  KV head on the first 12 channels of the layer's input;
+- every second layer, counted from the last, adds a value embedding of the token to its values, through a
+  gate for each KV head on the first 12 channels of the layer's input;
 - queries and keys are scaled by 1.2 after their norm, and the rope base is 100000;
 - layers marked S in window_pattern see a quarter of the context, rounded up to 128 positions;
 - backout: the output of the middle layer, times backout_lambda, is taken off the last one's.
@@ -55,7 +57,9 @@ def norm(x):
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        dims, self.heads, self.kv_heads = args.hidden_size, args.num_attention_heads, args.num_key_value_heads
+        dims = args.hidden_size
+        self.heads = args.num_attention_heads
+        self.kv_heads = args.num_key_value_heads
         self.head_dim = dims // self.heads
         self.scale = QK_SCALE**2 / math.sqrt(self.head_dim)
         self.c_q = nn.Linear(dims, self.heads * self.head_dim, bias=False)
@@ -78,20 +82,8 @@ class Attention(nn.Module):
             v = v + gate[..., None] * self.value_embed(ids).reshape(v.shape).astype(v.dtype)
         v = v.transpose(0, 2, 1, 3)
         offset = 0 if cache is None else cache.offset
-        q, k = (
-            norm(
-                mx.fast.rope(
-                    a,
-                    self.head_dim,
-                    traditional=False,
-                    base=None,
-                    scale=1.0,
-                    offset=offset,
-                    freqs=self._freqs,
-                )
-            )
-            for a in (q, k)
-        )
+        rotation = {"traditional": False, "base": None, "scale": 1.0, "offset": offset, "freqs": self._freqs}
+        q, k = (norm(mx.fast.rope(a, self.head_dim, **rotation)) for a in (q, k))
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         out = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
@@ -136,8 +128,8 @@ class Backbone(nn.Module):
     def smear(self, x, cache):
         """Add to each position what its gate lets through of the position before it.
 
-        The cache keeps the embeddings, one half as keys and one as values: a plain KVCache, so that whatever mlx-lm does
-        to caches (batching, padding, trimming) is right for it too.
+        The cache keeps the embeddings, one half as keys and one as values: a plain KVCache, so that whatever
+        mlx-lm does to caches (batching, padding, trimming) is right for it too.
         """
         B, T, D = x.shape
         offset = 0 if cache is None else cache.offset
@@ -149,15 +141,13 @@ class Backbone(nn.Module):
                 halves = [
                     mx.dequantize(*half, group_size=cache.group_size, bits=cache.bits) for half in halves
                 ]
-            history = mx.concatenate([half[:, 0] for half in halves], axis=-1).astype(
-                x.dtype
-            )  # (B, past + T, D)
+            history = mx.concatenate([half[:, 0] for half in halves], axis=-1)  # (B, past + T, D)
+            history = history.astype(x.dtype)
         before = mx.pad(history, ((0, 0), (1, 0), (0, 0)))[:, -T - 1 : -1]
-        # A row's first position has none before it; in a padded batch rows begin at different places.
+        # A row's first position has none before it; in a padded batch rows begin at different positions.
         first = mx.reshape(mx.array(offset), (-1, 1, 1)) + mx.arange(T)[None, :, None] <= 0
-        gate = self.smear_lambda.astype(x.dtype) * mx.sigmoid(
-            self.smear_gate(x[..., :SMEAR_CHANNELS])
-        )  # (B, T, 1)
+        gate = mx.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
+        gate = self.smear_lambda.astype(x.dtype) * gate
         return x + mx.where(first, 0, gate * before).astype(x.dtype)
 
     def __call__(self, ids, cache=None):
@@ -166,16 +156,11 @@ class Backbone(nn.Module):
         x = x0 = self.smear(x, cache[-1])
         masks = {}
         for window in {self.args.window(layer) for layer in range(len(self.h))}:
-            past = (
-                0
-                if cache[0] is None
-                else cache[0].offset
-                if isinstance(cache[0].offset, int)
-                else cache[0].size()
-            )
-            limit = (
-                window + 1 if past + x.shape[1] > window + 1 else None
-            )  # mlx-lm counts the position itself
+            past = 0
+            if cache[0] is not None:
+                past = cache[0].offset if isinstance(cache[0].offset, int) else cache[0].size()
+            # mlx-lm's window counts the position itself.
+            limit = window + 1 if past + x.shape[1] > window + 1 else None
             masks[window] = create_attention_mask(x, cache[0], window_size=limit)
         for i, layer in enumerate(self.h):
             # The lambdas are float32 whatever the weights are; the sum is rounded once.

@@ -19,15 +19,15 @@ class Row:
     """One completion while it is being decoded."""
 
     def __init__(self, tokenizer, stop_strings, max_tokens, primed=""):
-        """primed: the text that the prompt ends with and the completion begins with, as far as it is scored."""
-        self.tokenizer, self.stop_strings, self.max_tokens, self.primed = (
-            tokenizer,
-            stop_strings,
-            max_tokens,
-            primed,
-        )
-        self.awake = None  # the ids after which stop strings count; None until it is known whether, or how long, the model thinks
-        self.ids, self.logps, self.finish_reason = [], [], ""
+        """primed: text that ends the prompt and counts as the completion's beginning when it is scored."""
+        self.tokenizer = tokenizer
+        self.stop_strings = stop_strings
+        self.max_tokens = max_tokens
+        self.primed = primed
+        # How many ids the thinking takes: stop strings count after them. None while that is not known.
+        self.awake = None
+        self.ids, self.logps = [], []
+        self.finish_reason = ""
 
     def take(self, ids: tuple[int, ...], logps: tuple[float, ...]) -> None:
         """Append a block of ids, up to and including the one that ends the row."""
@@ -43,9 +43,10 @@ class Row:
             del self.ids[end:], self.logps[end:]
 
     def stop(self, before: int) -> int | None:
-        """How many ids there are where a stop string is complete that was not among the first `before`; None without one.
+        """How many ids the row keeps when a stop string ends it; None where none does.
 
-        Stop strings sleep while the model thinks: from a <think> at the beginning to </think>.
+        Only a stop string that the first `before` ids do not hold counts. While the model thinks, from a
+        <think> at the beginning to </think>, stop strings are ignored.
         """
         if self.awake is None:
             begun = (self.primed + self.tokenizer.decode(self.ids[:16])).lstrip()
@@ -59,10 +60,13 @@ class Row:
         return self.first(self.stop_strings, self.awake or 0, before)
 
     def first(self, strings: list[str], start: int, before: int) -> int | None:
-        """The least n > before such that ids[start:n] hold one of the strings, which ids[start:before] do not."""
+        """The least n > before where ids[start:n] hold one of the strings, and ids[start:before] none."""
         # An id is a byte at the least, so that a string that began before it lies within this many ids.
         tail = max([start, before - max((len(s.encode()) for s in strings), default=0)])
-        holds = lambda n: any(s in self.tokenizer.decode(self.ids[tail:n]) for s in strings)  # noqa: E731
+
+        def holds(n: int) -> bool:
+            return any(s in self.tokenizer.decode(self.ids[tail:n]) for s in strings)
+
         found = strings and holds(len(self.ids))
         return next(n for n in range(before + 1, len(self.ids) + 1) if holds(n)) if found else None
 

@@ -1,8 +1,9 @@
 """Prompts by what was earned on them lately: those that were all right or all wrong are drawn less often.
 
-A group whose completions all score alike has no signal. Its prompt is easy where they earn more than the middle of all
-rewards seen in the run, else hard. A history is plain data, {row: the last outcomes, a letter each, newest last}, so that
-a checkpoint can hold it; it depends on rewards and seed alone, and is the same on all ranks.
+A group whose completions all score alike has no signal. Its prompt is easy where they earn more than the
+middle of all rewards seen in the run, else hard. A history is plain data, {row: the last outcomes, a letter
+each, newest last}, so that a checkpoint can hold it; it depends on rewards and seed alone, and is the same on
+all ranks.
 """
 
 import numpy as np

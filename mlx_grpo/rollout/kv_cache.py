@@ -97,7 +97,7 @@ def recording(function, note):
 
 
 def mapped_rows(state, change):
-    """A cache's state with `change` applied to every array; all that are not scalars have the rows as their first axis."""
+    """A cache's state with `change` applied to every array but scalars; their first axis is the rows."""
     return tree_map(lambda x: change(x) if isinstance(x, mx.array) and x.ndim else x, state)
 
 
@@ -141,9 +141,10 @@ def prefill(model, tokens: mx.array, pads: mx.array | None, repeats: int) -> lis
 
 @mx.custom_function
 def enter(parameters, x):
-    """A layer's parameters and its input as they are; in the backward pass the layer before waits for the gradients of both.
+    """A layer's parameters and its input, unchanged.
 
-    Else MLX may leave the parameters' gradients for the end, and keep what they are computed from.
+    In the backward pass the layer before waits for the gradients of both. Else MLX may leave the parameters'
+    gradients for the end, and keep what they are computed from.
     """
     return parameters, x
 
@@ -155,15 +156,16 @@ def enter_vjp(primals, cotangents, outputs):
 
 
 def own_copy(x):
-    """An attribute of a cache as one of its own: mlx-lm changes lists of states, and arrays of paddings, in place."""
+    """A copy of a cache's attribute: mlx-lm changes lists of states, and arrays of paddings, in place."""
     return x + 0 if isinstance(x, mx.array) else list(x) if isinstance(x, list) else x
 
 
 def checkpointed(call):
-    """A layer's `call`, but in training it keeps its input alone and computes the rest again in the backward pass.
+    """A layer's `call` with gradient checkpointing: its backward pass computes the layer again.
 
-    What it leaves in its cache, keys and values or states, is an output too, with a gradient: mlx-lm's grad_checkpoint has none
-    there, and a group's prompt could not be computed once.
+    In training only the layer's input is kept. What the call leaves in the cache, keys and values or states,
+    is an output with a gradient too. mlx-lm's grad_checkpoint gives it none, and a group's prompt could not
+    be computed once.
     """
 
     def call_checkpointed(layer, x, *args, **kwargs):
@@ -173,24 +175,22 @@ def checkpointed(call):
             (a for a in (*args, *kwargs.values()) if hasattr(a, "update_and_fetch") or hasattr(a, "advance")),
             None,
         )
-        # The graph keeps a twin, without what the layer adds: a cache that refers to a graph that refers to it is never freed.
-        twin = copy.copy(cache)
-        args = [twin if a is cache else a for a in args]
-        kwargs = {name: twin if a is cache else a for name, a in kwargs.items()}
-        state = {} if cache is None else vars(twin)
+        # Trace with a shallow copy: a cache that its own graph refers to is never freed.
+        traced = copy.copy(cache)
+        args = [traced if a is cache else a for a in args]
+        kwargs = {name: traced if a is cache else a for name, a in kwargs.items()}
+        state = {} if cache is None else vars(traced)
         before = dict(state)
 
         def run(parameters, x, stored, args, kwargs):
             layer.update(parameters)
-            state.update(
-                {name: own_copy(x) for name, x in (before | stored).items()}
-            )  # as it was: the backward pass comes here again
+            # The cache as it was before the layer: the backward pass runs this again.
+            state.update({name: own_copy(x) for name, x in (before | stored).items()})
             out = call(layer, x, *args, **kwargs)
             return out, {name: state.pop(name) for name in stored}
 
-        stored = {
-            name: before[name] for name in ("keys", "values", "cache") if name in before
-        }  # ArraysCache has its states in `cache`
+        # An ArraysCache has its states in `cache`.
+        stored = {name: before[name] for name in ("keys", "values", "cache") if name in before}
         out, stored = mx.checkpoint(run)(*enter(layer.trainable_parameters(), x), stored, args, kwargs)
         if cache is not None:
             vars(cache).update(state | stored)

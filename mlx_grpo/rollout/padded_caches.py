@@ -14,7 +14,7 @@ from mlx_lm.models.cache import (
 
 
 class Joining:
-    """A block joins what is there, cheap for a gradient. Single positions fill a buffer that grows."""
+    """A block is concatenated, which is cheap for a gradient. Single positions fill a buffer that grows."""
 
     def update_and_fetch(self, keys, values):
         if keys.shape[2] == 1:
@@ -48,7 +48,7 @@ class PaddedRotatingKVCache(BatchRotatingKVCache):
 
     def __init__(self, max_size: int, pads: mx.array):
         super().__init__(max_size, [0])
-        self.left_padding = pads + 0  # one of its own: mlx-lm subtracts in place
+        self.left_padding = pads + 0  # a copy: mlx-lm subtracts in place
         self.offset = -pads
 
     def make_mask(self, N, window_size=None, return_array=False):
@@ -68,7 +68,7 @@ def has_padded_form(layer) -> bool:
 
 
 def batched(layer, pads: mx.array | None):
-    """What stands for an empty cache of mlx-lm with rows padded on the left by pads (P,), or by nothing."""
+    """The batched form of an empty mlx-lm cache. pads: (P,), each row's padding on the left, or None."""
     if isinstance(layer, CacheList):
         return CacheList(*(batched(part, pads) for part in layer.caches))
     if type(layer) is KVCache:

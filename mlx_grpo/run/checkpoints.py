@@ -12,13 +12,13 @@ from mlx_grpo.errors import RunError, UserError
 from mlx_grpo.run.directory import checkpoints, remove_directory, remove_old_checkpoints, write_directory
 
 MAY_CHANGE = {  # settings that a resumed run may have otherwise: where and how often it writes
-    "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps", "save_total_limit",
-    "eval_steps", "eval_every_updates", "max_nan_updates", "max_flat_updates", "reward_timeout", "trust_remote_code", "report_to",
-    "distributed_timeout", "check_weights_steps",
+    "output_dir", "run_name", "logging_steps", "log_jsonl", "log_completions_steps", "save_steps",
+    "save_total_limit", "eval_steps", "eval_every_updates", "max_nan_updates", "max_flat_updates",
+    "reward_timeout", "trust_remote_code", "report_to", "distributed_timeout", "check_weights_steps",
 }  # fmt: skip
 MAY_BE_SET = {  # and those that alter it, but only by --set: rate, lengths, and what makes it fit into memory
-    "learning_rate", "num_epochs", "max_completion_length", "max_new_tokens", "micro_batch_tokens", "grad_checkpoint",
-    "kv_budget_gb", "memory_limit_gb", "use_compile",
+    "learning_rate", "num_epochs", "max_completion_length", "max_new_tokens", "micro_batch_tokens",
+    "grad_checkpoint", "kv_budget_gb", "memory_limit_gb", "use_compile",
 }  # fmt: skip
 FAILED_SAVES = 3  # in a row that end a run
 
@@ -99,21 +99,24 @@ def changed_inputs(then: dict, now: dict, accepted: bool, folder: Path) -> dict[
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if names and not accepted:
         raise UserError(
-            f"Cannot resume {folder}: what the run reads has changed since: {', '.join(names)}. Put it back, or go on "
-            "with it by --accept-changed-inputs"
+            f"Cannot resume {folder}: what the run reads has changed since: {', '.join(names)}. Put it back, "
+            "or go on with it by --accept-changed-inputs"
         )
     return {name: [then.get(name), now.get(name)] for name in names}
 
 
 class Checkpoints:
-    """A run's checkpoint directories: each complete or absent, the newest `limit` kept (0: all), and the best."""
+    """A run's checkpoint directories, each complete or absent: the newest `limit` (0: all), and the best."""
 
     def __init__(self, run_dir: Path, limit: int):
         self.run_dir, self.limit = run_dir, limit
         self.failures = 0  # in a row
 
     def write(self, update: int, best_update: int, write, may_fail: bool) -> None:
-        """Make checkpoint-UPDATE by write(folder). Raises RunError where it fails, unless it may; the third time always."""
+        """Make checkpoint-UPDATE by write(folder).
+
+        Raises RunError where it fails, unless it may; the third time always.
+        """
         target = self.run_dir / f"checkpoint-{update}"
         if target.exists():  # nothing has happened since
             return

@@ -1,4 +1,4 @@
-"""The run's directory on disk: which one it is, its lock, checkpoints that are complete or absent, and the logs.
+"""The run's directory on disk: its name, its lock, checkpoints that are complete or absent, and the logs.
 
 OUTPUT_DIR/RUN_NAME/    config.resolved.toml  training_log.jsonl  completions.jsonl  checkpoint-STEP/  final/
 """
@@ -31,7 +31,10 @@ def sync_to_disk(path: Path) -> None:
 
 
 def remove_directory(folder: Path) -> None:
-    """Remove `folder` if it is there: under its name it stands whole or not at all, also where the process is killed half-way."""
+    """Remove `folder` if it is there.
+
+    It is renamed first: where the process is killed half-way, no half of it keeps the name.
+    """
     if folder.exists():
         leaving = folder.with_name(f".{folder.name}.removed")
         shutil.rmtree(leaving, ignore_errors=True)
@@ -77,11 +80,8 @@ def write_directory(folder: Path, write) -> None:
                 for p in files
             }
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # MLX's failed write is a RuntimeError, a name that leads outside a ValueError
+    except (OSError, RuntimeError, ValueError) as error:
+        # MLX's failed write is a RuntimeError, a name that leads outside the folder a ValueError.
         raise RunError(f"Failed to save checkpoint: {error}") from None
 
 
@@ -164,7 +164,7 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def choose_run_dir(output_dir: Path, run_name: str, name: str, resume: str | None) -> Path:
-    """The run's directory: the one to resume, a given run_name that is still free, or the next free number of `name`."""
+    """The run's directory: the one to resume, a run_name that is free, or the next free number of `name`."""
     if resume:
         return Path(resume).expanduser().resolve().parent
     base = output_dir.expanduser() / (run_name or name)
@@ -179,7 +179,8 @@ def choose_run_dir(output_dir: Path, run_name: str, name: str, resume: str | Non
         return base if run_name or not begun else begun[-1]
     if run_name and holds_update(base):
         raise UserError(
-            f"Run directory holds a run already: {base}. Continue it with --resume, or choose another run_name"
+            f"Run directory holds a run already: {base}. Continue it with --resume, or choose another "
+            "run_name"
         )
     return (
         base
@@ -189,7 +190,10 @@ def choose_run_dir(output_dir: Path, run_name: str, name: str, resume: str | Non
 
 
 def lock_directory(path: Path):
-    """Hold `path` for this process; the lock goes when the process does, however it ends. Raises UserError when taken."""
+    """Hold `path` for this process; the lock goes when the process does, however it ends.
+
+    Raises UserError when taken.
+    """
     file = open(path / ".lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,6 +242,6 @@ class RunLogs:
         return {path.name: path.stat().st_size for path in files}
 
     def cut(self, sizes: dict[str, int]) -> None:
-        """Cut each file to the whole lines a checkpoint has seen, by name: what came after will be logged again."""
+        """Truncate each file to its size in a checkpoint, by name: what came after will be logged again."""
         for path in self.run_dir.glob("*.jsonl"):
             os.truncate(path, path.read_bytes()[: sizes.get(path.name, 0)].rfind(b"\n") + 1)

@@ -1,8 +1,8 @@
-"""Several processes, one run: MLX's own collectives, and a watch that ends the run when a process dies or hangs.
+"""Several processes, one run: MLX's collectives, and a watch that ends it when a process dies or hangs.
 
-`mlx.launch` starts the same command once a rank and says by environment variables who is who. Each rank rolls out its
-share of the prompts; what the ranks found out is gathered, so that each knows the whole batch and decides the same;
-each has its share of the gradient, and the sum over the ranks is the whole batch's.
+`mlx.launch` starts the same command once a rank and says by environment variables who is who. Each rank rolls
+out its share of the prompts; what the ranks found out is gathered, so that each knows the whole batch and
+decides the same; each has its share of the gradient, and the sum over the ranks is the whole batch's.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class PlainData(pickle.Unpickler):
 
 
 def digest(array: mx.array) -> int:
-    """A number that changes with any one bit of the array, computed where the array is, the same on every device."""
+    """A number that changes with any one bit of the array, computed on its device, the same on every one."""
     bits = array.reshape(-1).view({1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32))
     total = 0
     for start in range(0, bits.size, PIECE // 4):
@@ -50,7 +50,7 @@ def digest(array: mx.array) -> int:
 
 
 class Ranks:
-    """This process among `size`. Alone, nothing is opened or sent, and every method hands back what it was given.
+    """This process among `size`. Alone, nothing is sent, and every method returns what it was given.
 
     Every rank must call the same methods in the same order. Used as a context: its end waits for all ranks.
     """
@@ -59,7 +59,8 @@ class Ranks:
         self.rank, self.size, self.timeout, self.group = rank, size, timeout, group
         self.waited = self.communicated = 0.0  # seconds: for slower ranks, and of the exchange itself
         self.waiting_since = None  # when the exchange in progress began
-        self.quiet, self.watch = contextlib.ExitStack(), None
+        self.quiet = contextlib.ExitStack()
+        self.watch = None
 
     # Work
 
@@ -68,23 +69,25 @@ class Ranks:
         return items[self.rank :: self.size]
 
     def balanced(self, items: list, cost) -> list:
-        """This rank's part of `items`, in their order, such that the ranks' sums of cost(item) are about equal."""
+        """This rank's part of `items`, in their order: the ranks' sums of cost(item) are about equal."""
         if self.size == 1:
             return items
-        loads, mine = [0] * self.size, set()
-        for place in sorted(
-            range(len(items)), key=lambda i: -cost(items[i])
-        ):  # the largest first, to the least loaded
+        loads = [0] * self.size
+        mine = set()
+        for i in sorted(range(len(items)), key=lambda i: -cost(items[i])):  # the largest first
             rank = loads.index(min(loads))
-            loads[rank] += cost(items[place])
+            loads[rank] += cost(items[i])
             if rank == self.rank:
-                mine.add(place)
-        return [item for place, item in enumerate(items) if place in mine]
+                mine.add(i)
+        return [item for i, item in enumerate(items) if i in mine]
 
     # Exchange
 
     def exchange(self, collective):
-        """Evaluate a collective operation. Raises RunError where the connection is lost and the watch finds no dead rank."""
+        """Evaluate a collective operation.
+
+        Raises RunError where the connection is lost and the watch finds no dead rank.
+        """
         self.waiting_since = time.monotonic()
         try:
             result = collective()
@@ -92,9 +95,7 @@ class Ranks:
             return result
         except RuntimeError as error:
             if self.watch:
-                self.watch.join(
-                    self.timeout + GRACE
-                )  # which names the rank that is gone, and ends this process
+                self.watch.join(self.timeout + GRACE)  # it names the dead rank, and ends this process
             raise RunError(f"The connection between the ranks failed: {error}") from None
         finally:
             self.waiting_since = None
@@ -103,7 +104,8 @@ class Ranks:
         """The `value` of every rank, by rank: None, numbers, text, and lists and dicts of them."""
         if self.size == 1:
             return [value]
-        data, start = np.frombuffer(pickle.dumps(value), np.uint8), time.perf_counter()
+        data = np.frombuffer(pickle.dumps(value), np.uint8)
+        start = time.perf_counter()
         sizes = self.exchange(
             lambda: mx.distributed.all_gather(mx.array([data.size]), group=self.group)
         ).tolist()
@@ -116,7 +118,10 @@ class Ranks:
         return [PlainData(io.BytesIO(row[:size].tobytes())).load() for row, size in zip(rows, sizes)]
 
     def merge(self, part: list | RunError) -> list:
-        """The items of all ranks, in the order `share` cut them from. Where a rank's part is an error, all raise it."""
+        """The items of all ranks, in the order `share` cut them from.
+
+        Where a rank's part is an error, all raise it.
+        """
         if isinstance(part, RunError) and self.size == 1:
             raise part
         parts = self.gather(str(part) if isinstance(part, RunError) else part)
@@ -130,16 +135,12 @@ class Ranks:
         return self.gather(function() if self.rank == 0 else None)[0]
 
     def sum(self, tree):
-        """The sum over the ranks of a tree of gradients, added in float32: in half precision small parts would be lost."""
+        """The ranks' sum of a tree of gradients, in float32: half precision would lose small parts."""
         if self.size == 1:
             return tree
-        flat, summed = (
-            [
-                (name, a.astype(mx.float32))
-                for name, a in sorted(tree_flatten(tree), key=lambda item: item[0])
-            ],
-            [],
-        )
+        by_name = sorted(tree_flatten(tree), key=lambda item: item[0])
+        flat = [(name, a.astype(mx.float32)) for name, a in by_name]
+        summed = []
         mx.eval(flat)
         self.gather(None)  # so that waiting for slower ranks is not counted as communication
         start = time.perf_counter()
@@ -148,11 +149,11 @@ class Ranks:
             while flat and sum(a.nbytes for _, a in piece) + flat[0][1].nbytes <= PIECE:
                 piece.append(flat.pop(0))
             names, arrays = zip(*piece)
-            # One collective an evaluation: the order of several is not the same on all ranks. The factor makes the
-            # average a sum, exactly for 2, 4, 8 ... ranks.
+            # One collective an evaluation: the order of several is not the same on all ranks. The factor
+            # makes the average a sum, exactly for 2, 4, 8 ... ranks.
             total = self.exchange(
                 lambda: [a * self.size for a in nn.average_gradients(list(arrays), self.group, PIECE)]
-            )  # noqa: B023
+            )
             summed += zip(names, total)
         self.communicated += time.perf_counter() - start
         return tree_unflatten(summed)
@@ -161,13 +162,11 @@ class Ranks:
         """Rank 0's values of a tree of arrays that has the same names and shapes on every rank."""
         if self.size == 1:
             return tree
-        flat = [
-            (name, a if self.rank == 0 else mx.zeros_like(a))
-            for name, a in sorted(tree_flatten(tree), key=lambda item: item[0])
-        ]  # a file has an order of its own
+        by_name = sorted(tree_flatten(tree), key=lambda item: item[0])  # a tree from a file has its own order
+        flat = [(name, a if self.rank == 0 else mx.zeros_like(a)) for name, a in by_name]
         return tree_unflatten(
             [(name, self.exchange(lambda: mx.distributed.all_sum(a, group=self.group))) for name, a in flat]
-        )  # noqa: B023
+        )
 
     # Agreement
 
@@ -180,7 +179,8 @@ class Ranks:
             if other != digests[0]:
                 names = [name for name in {**digests[0], **other} if other.get(name) != digests[0].get(name)]
                 raise RunError(
-                    f"Weights differ between ranks 0 and {rank} {when}: {names[0]} and {len(names) - 1} more. Nothing is saved of it"
+                    f"Weights differ between ranks 0 and {rank} {when}: {names[0]} and {len(names) - 1} "
+                    "more. Nothing is saved of it"
                 )
 
     def must_agree(self, **facts) -> None:
@@ -188,7 +188,8 @@ class Ranks:
         for rank, other in enumerate(found := self.gather(facts)):
             if different := [name for name in facts if other[name] != found[0][name]]:
                 raise UserError(
-                    f"Ranks 0 and {rank} differ in {', '.join(different)}: every rank needs the same settings, model and data"
+                    f"Ranks 0 and {rank} differ in {', '.join(different)}: every rank needs the same "
+                    "settings, model and data"
                 )
 
     def timing(self, seconds: dict) -> tuple[dict, dict]:
@@ -219,9 +220,7 @@ class Ranks:
             return
         sys.stdout.flush()
         if error is None:
-            self.gather(
-                None
-            )  # nobody leaves before all are here: the launcher ends the rest when one is gone
+            self.gather(None)  # wait for all ranks: the launcher ends the rest when one is gone
             self.watch.leave(None)
             self.quiet.close()
             return
@@ -240,7 +239,7 @@ ALONE = Ranks()
 
 
 def launched_as() -> tuple[str, int, str]:
-    """(MLX backend, ranks asked for, host of rank 0) as mlx.launch says it in the environment; ("", 1, "") without it."""
+    """(MLX backend, ranks asked for, host of rank 0) by mlx.launch's environment; ("", 1, "") without it."""
     given = os.environ
     if given.get("MLX_IBV_DEVICES"):
         host = given.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0]
@@ -259,7 +258,8 @@ def launched_as() -> tuple[str, int, str]:
 def start_ranks(timeout: float) -> Ranks:
     """The ranks that mlx.launch started, connected; ALONE without it. timeout: seconds all have to come up.
 
-    Raises RunError where the world is not the size that was asked for: MLX would otherwise train each rank by itself.
+    Raises RunError where the world is not the size that was asked for: MLX would otherwise train each rank by
+    itself.
     """
     try:
         backend, size, _ = launched_as()
@@ -273,7 +273,7 @@ def start_ranks(timeout: float) -> Ranks:
         print(
             f"ranks      waiting at most {timeout:g} s for {size} of them to come up on {backend}", flush=True
         )
-    # MLX waits without an end and holds the interpreter, so that no thread of Python's could end it. Exit status 1.
+    # MLX waits for ever and holds the interpreter, so that no Python thread could end it; this exits with 1.
     faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
     try:
         group = mx.distributed.init(strict=True, backend=backend)
@@ -289,19 +289,23 @@ def start_ranks(timeout: float) -> Ranks:
     return Ranks(group.rank(), size, timeout, group)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The watch
-# ---------------------------------------------------------------------------------------------------------------
-# MLX's collectives wait without an end for a rank that is gone. So rank 0 holds a TCP connection to each other rank
-# beside them, over which both say every second that they are alive, and at the end why they leave.
+# ------------------------------------------------------------------------------------------------------------
+# MLX's collectives wait without an end for a rank that is gone. So rank 0 holds a TCP connection to each
+# other rank beside them, over which both say every second that they are alive, and at the end why they leave.
 
 
 def connect(ranks: Ranks) -> dict[int, socket.socket]:
-    """The connections: on rank 0 one to each rank, on the others one to rank 0. Raises RunError where it cannot be made."""
+    """The connections: on rank 0 one to each rank, on the others one to rank 0.
+
+    Raises RunError where it cannot be made.
+    """
     ours = socket.create_server(("", 0)) if ranks.rank == 0 else None
     offer = [ours.getsockname()[1], secrets.token_hex(16), socket.gethostname()] if ours else None
     port, token, hostname = ranks.gather(offer)[0]
-    deadline, found = time.monotonic() + ranks.timeout, {}
+    deadline = time.monotonic() + ranks.timeout
+    found = {}
     if ours is None:
         reason = ""
         for host in filter(None, (launched_as()[2], hostname)):
@@ -322,7 +326,8 @@ def connect(ranks: Ranks) -> dict[int, socket.socket]:
         except TimeoutError:
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"Ranks {sorted(set(range(1, ranks.size)) - set(found))} did not connect to rank 0's port {port}"
+                    f"Ranks {sorted(set(range(1, ranks.size)) - set(found))} did not connect to rank 0's "
+                    f"port {port}"
                 ) from None
             continue
         except (OSError, UnicodeDecodeError):
@@ -335,10 +340,11 @@ def connect(ranks: Ranks) -> dict[int, socket.socket]:
 
 
 class Watch(threading.Thread):
-    """Ends this process, with a message that names the rank and the reason, when another dies, hangs or fails.
+    """Ends this process, naming the rank and the reason, when another one dies, hangs or fails.
 
-    A rank hangs when nothing is heard of it for `timeout` seconds: its process is stopped, its interpreter stuck, its
-    machine or network gone. One that only takes long goes on saying that it is alive; rank 0 then says who waits for it.
+    A rank hangs when nothing is heard of it for `timeout` seconds: its process is stopped, its interpreter
+    stuck, its machine or network gone. One that only takes long goes on saying that it is alive; rank 0 then
+    says who waits for it.
     """
 
     def __init__(self, ranks: Ranks, peers: dict[int, socket.socket]):
@@ -364,7 +370,9 @@ class Watch(threading.Thread):
         self.say(end=reason)
 
     def run(self):
-        heard, said, patience = dict.fromkeys(self.peers, time.monotonic()), 0.0, self.timeout
+        heard = dict.fromkeys(self.peers, time.monotonic())
+        said = 0.0
+        patience = self.timeout
         while self.peers:
             if time.monotonic() - said >= self.period and not self.leaving.is_set():
                 since = self.ranks.waiting_since
@@ -377,7 +385,8 @@ class Watch(threading.Thread):
             for rank in list(self.peers):
                 if time.monotonic() - heard[rank] > self.timeout:
                     self.end(
-                        f"Rank {rank} hangs: nothing has been heard of it for distributed_timeout = {self.timeout:g} s"
+                        f"Rank {rank} hangs: nothing has been heard of it for distributed_timeout = "
+                        f"{self.timeout:g} s"
                     )
             if self.ranks.rank == 0 and max(self.waits.values()) <= self.timeout:
                 patience = self.timeout
@@ -387,7 +396,8 @@ class Watch(threading.Thread):
                     self.end(f"All ranks wait for each other since {self.timeout:g} s: the exchange is stuck")
                 if busy:
                     print(
-                        f"Waiting for rank {', '.join(map(str, busy))} for {patience:.0f} s; alive, but still at work",
+                        f"Waiting for rank {', '.join(map(str, busy))} for {patience:.0f} s; alive, but "
+                        "still at work",
                         file=sys.stderr,
                         flush=True,
                     )

@@ -1,8 +1,8 @@
 """Whether a run has anything to learn from, and what to do where it has not.
 
-A group whose completions all score alike has no advantages, and an update of such groups changes no weight. The
-run looks before its first update, watches while it trains, and says so at the end, in the words "No signal: ..."
-and "Nothing was learnt: ...".
+A group whose completions all score alike has no advantages, and an update of such groups changes no weight.
+The run looks before its first update, watches while it trains, and says so at the end, in the words "No
+signal: ..." and "Nothing was learnt: ...".
 """
 
 import numpy as np
@@ -18,10 +18,7 @@ IN_TAGS = {  # built-in rewards that want the answer tags
     "correctness_reward_func", "int_reward_func", "strict_format_reward_func", "soft_format_reward_func",
     "xmlcount_reward_func",
 }  # fmt: skip
-WANT_NUMBERS = {
-    "correctness_reward_func",
-    "last_number_reward_func",
-}  # those that compare with the gold answer
+WANT_NUMBERS = {"correctness_reward_func", "last_number_reward_func"}  # they compare with the gold answer
 MOST_PAID = {"correctness_reward_func": 2.0, "last_number_reward_func": 1.0, "math_verify_reward_func": 2.0}
 
 
@@ -43,12 +40,12 @@ def check_record(groups: list, rewards: np.ndarray, advantages: np.ndarray, name
 
 
 def check_lines(record: dict, groups: list, rewards: np.ndarray, names: list[str]) -> list[str]:
-    """The same for the terminal: each function's least, mean and greatest value, and three completions' scores."""
+    """The same for the terminal: each function's least, mean and greatest value, and three completions."""
     telling = round(record["signal_fraction"] * record["prompts"])
     size = record["completions"] // record["prompts"]
     lines = [
-        f"check      {record['prompts']} prompts x {size} completions before the first update: in {telling} of "
-        f"{record['prompts']} groups ({record['signal_fraction']:.0%}) the rewards tell completions apart"
+        f"check      {record['prompts']} prompts x {size} completions before the first update: in {telling} "
+        f"of {record['prompts']} groups ({record['signal_fraction']:.0%}) the rewards tell completions apart"
     ]
     for name in names:
         values = record[f"rewards/{name}"]
@@ -94,7 +91,8 @@ def likely_cures(
     known = rewards[~np.isnan(rewards)]
     if not known.size:
         return [
-            "look at what makes the reward functions return None: a server that does not answer, an empty column"
+            "look at what makes the reward functions return None: a server that does not answer, an empty "
+            "column"
         ]
     if all_right(completions, names):
         return ["every answer is right already: take harder prompts"]
@@ -103,13 +101,14 @@ def likely_cures(
     if WANT_NUMBERS & set(names) and 2 * len(no_numbers) >= len(golds):
         cures.append(
             f"the gold answers do not parse as numbers ({len(no_numbers)} of {len(golds)}; one is "
-            f"{shortened(str(no_numbers[0]), 60)!r}): set answer_field to the column with the number, or end the "
-            "field in '#### NUMBER'"
+            f"{shortened(str(no_numbers[0]), 60)!r}): set answer_field to the column with the number, or end "
+            "the field in '#### NUMBER'"
         )
     cut = sum(completion.finish_reason == "length" for completion in completions)
     if 2 * cut >= len(completions):
         cures.append(
-            f"{cut} of {len(completions)} completions were cut at {max_tokens} tokens: raise max_completion_length"
+            f"{cut} of {len(completions)} completions were cut at {max_tokens} tokens: raise "
+            "max_completion_length"
         )
     if len({completion.text for group in groups for completion in group.completions}) <= len(groups):
         cures.append("the completions of a prompt are all the same text: raise temperature")
@@ -123,8 +122,8 @@ def likely_cures(
             else "the form that the reward asks for may never be met"
         )
         cures.append(
-            f"{seen}: ask for a shorter form in system_prompt, begin it by completion_prefix, or show an example in "
-            "the prompt"
+            f"{seen}: ask for a shorter form in system_prompt, begin it by completion_prefix, or show an "
+            "example in the prompt"
         )
     other = ""
     if WANT_NUMBERS & set(names) and "last_number_reward_func" not in names:
@@ -143,7 +142,7 @@ def all_right(completions: list, names: list[str]) -> bool:
 
 
 def should_say(state, max_flat_updates: int) -> bool:
-    """Whether `No signal: ...` is due: after the first 5 updates without it in a row, and at most every 50."""
+    """Whether `No signal: ...` is due: after 5 updates in a row without signal, and at most every 50."""
     enough = min(FIRST_FLAT, max_flat_updates or FIRST_FLAT)
     lately = state.said_no_signal and state.update - state.said_no_signal < SAID_EVERY
     return state.flat_updates >= enough and not lately
@@ -156,11 +155,12 @@ def why_stop(state, new_updates: int, config) -> str:
             f"NaN gradient encountered: {state.nan_updates} updates in a row; lower learning_rate, raise "
             "clipping (max_grad_norm), or load the model in float32"
         )
-    before, most = max(0, state.flat_updates - new_updates), config.max_flat_updates
+    before = max(0, state.flat_updates - new_updates)
+    most = config.max_flat_updates
     if most and before // most < state.flat_updates // most:  # a run that is resumed has as many again
         return (
-            f"No signal: {state.flat_updates} updates in a row changed nothing (max_flat_updates = {most}; 0 goes "
-            "on). The lines above say what to try"
+            f"No signal: {state.flat_updates} updates in a row changed nothing (max_flat_updates = {most}; 0 "
+            "goes on). The lines above say what to try"
         )
     return ""
 
@@ -173,16 +173,17 @@ def nothing_learnt(state) -> str:
     if others := state.update - sum(state.skipped.values()):
         reasons.append(f"{others} at learning rate 0")
     return (
-        f"Nothing was learnt: none of {state.update} updates changed a weight ({', '.join(reasons)}); the model is "
-        "as it was. What to try: docs/TROUBLESHOOTING.md, The reward stays at zero"
+        f"Nothing was learnt: none of {state.update} updates changed a weight ({', '.join(reasons)}); the "
+        "model is as it was. What to try: docs/TROUBLESHOOTING.md, The reward stays at zero"
     )
 
 
 class SignalWatch:
     """Says to the user and to the log whether a run has anything to learn from.
 
-    rows: the training data; say(text); logs: RunLogs. The counts are the RunState's: a resumed run says no more
-    and no less. Its methods take the names of the reward functions, groups, and rewards and advantages (B, G).
+    rows: the training data; say(text); logs: RunLogs. The counts are the RunState's: a resumed run says no
+    more and no less. Its methods take the names of the reward functions, groups, and rewards and advantages
+    (B, G).
     """
 
     def __init__(self, config, rows: list[dict], say, logs):
@@ -193,7 +194,7 @@ class SignalWatch:
         return no_signal(groups, rewards, names, self.golds, self.config.rollout_tokens)
 
     def check(self, names: list[str], groups: list, rewards: np.ndarray, advantages: np.ndarray) -> dict:
-        """Before the first update: say what a few groups earn; the log record where that is nothing, else {}."""
+        """Before the first update: say what a few groups earn. Returns the record of no signal, else {}."""
         record = check_record(groups, rewards, advantages, names)
         lines = check_lines(record, groups, rewards, names)
         if not advantages.any():

@@ -29,16 +29,23 @@ def thinking_facts(texts: list[str]) -> dict:
 
 
 def completion_records(update: int, groups: list, names: list[str]) -> list[dict]:
-    """The lines of completions.jsonl for an update's groups. names: of the reward functions, in the order of their rewards."""
+    """The lines of completions.jsonl for an update's groups.
+
+    names: of the reward functions, in the order of the completions' rewards.
+    """
     return [
         {
-            "update": update, "prompt": group.row["prompt"], "answer": group.row["answer"], "completion": completion.text,
+            "update": update,
+            "prompt": group.row["prompt"],
+            "answer": group.row["answer"],
+            "completion": completion.text,
             "rewards": {name: None if np.isnan(r) else r for name, r in zip(names, completion.rewards)},
-            "finish_reason": end_of(completion), "length": len(completion.ids),
+            "finish_reason": end_of(completion),
+            "length": len(completion.ids),
         }
         for group in groups
         for completion in group.completions
-    ]  # fmt: skip
+    ]
 
 
 def nan_mean(values: np.ndarray) -> float | None:
@@ -48,7 +55,10 @@ def nan_mean(values: np.ndarray) -> float | None:
 
 
 def update_facts(groups: list, rewards: np.ndarray, advantages: np.ndarray, names: list[str]) -> dict:
-    """What the log says of an update's completions. rewards, advantages: (B, G); names: of the reward functions."""
+    """What the log says of an update's completions.
+
+    rewards, advantages: (B, G); names: of the reward functions.
+    """
     completions = [completion for group in groups for completion in group.completions]
     lengths = np.array([len(completion.ids) for completion in completions])
     per_function = np.array([completion.rewards for completion in completions]).T  # (F, N)
@@ -69,7 +79,8 @@ def update_facts(groups: list, rewards: np.ndarray, advantages: np.ndarray, name
 def time_facts(groups: list, seconds: dict, prompts_drawn: int, metrics: list[dict]) -> dict:
     """What the log says of a batch's time and memory.
 
-    prompts_drawn: those of replaced groups included; metrics: of each update on the batch, of which some may be skipped.
+    prompts_drawn: those of replaced groups included; metrics: of each update on the batch, of which some may
+    be skipped.
     """
     updates = sum("skipped" not in one for one in metrics)
     tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
@@ -88,7 +99,12 @@ def machine_facts(memory: int) -> dict:
     """What the report says of the machine, the versions and the command. memory: the machine's, in bytes."""
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")}
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "chip": mx.device_info().get("device_name", "unknown"),
-        "device": mx.default_device().type.name, "cores": os.cpu_count(), "memory_gb": round(memory / 2**30, 1),
-        "platform": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), **versions,
-    }  # fmt: skip
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "chip": mx.device_info().get("device_name", "unknown"),
+        "device": mx.default_device().type.name,
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory / 2**30, 1),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **versions,
+    }

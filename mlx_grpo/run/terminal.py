@@ -21,7 +21,7 @@ MISMATCH_WARNING = 0.05  # nats a token between sampler and policy
 
 
 def has_exact_match(record: dict) -> bool:
-    """Whether an evaluation's exact match is what the run is after: the correctness reward is among its rewards."""
+    """Whether an evaluation's exact match means something: the correctness reward is in it, or no reward."""
     return "rewards/correctness_reward_func" in record or not any(
         name.startswith("rewards/") for name in record
     )
@@ -37,7 +37,7 @@ def score_rows(record: dict) -> list[tuple[str, str]]:
 
 
 def score_text(record: dict, key: str, with_interval: bool = True) -> str:
-    """A score in words: `26.0% (20.4-32.5)`, or of a reward, which may be negative, `1.250 (1.103 to 1.397)`."""
+    """A score in words: `26.0% (20.4-32.5)`; a reward, which may be negative: `1.250 (1.103 to 1.397)`."""
     value, interval = record[key], record.get(f"{key}_ci")
     if value is None:
         return "none"
@@ -90,10 +90,12 @@ def figures(record: dict) -> dict[str, str]:
 
 
 class Monitor:
-    """Shows a run while it trains: a live display in a terminal, plain lines that grep can find elsewhere; and passes it on
-    to the trackers.
+    """Shows a run while it trains, and passes it on to the trackers.
 
-        with monitor:  phase("sampling"), update(record), evaluation(record, "update 25"), completions(records, totals)
+    A live display in a terminal; plain lines that grep can find elsewhere.
+
+        with monitor:  phase("sampling"), update(record), completions(records, totals),
+                       evaluation(record, "update 25")
     """
 
     MARGIN = 3  # columns left free: a ^C that the terminal writes behind the last line must not wrap it
@@ -106,23 +108,22 @@ class Monitor:
         self.trackers = Trackers()
         self.done = 0  # updates
         self.record = None  # the last one shown; between them the display keeps its numbers
-        self.rewards, self.shown_rewards = (
-            [],
-            0,
-        )  # of each update since the start of this process; how many are shown
+        self.rewards = []  # of each update since the start of this process
+        self.shown_rewards = 0  # how many of them are shown
         self.held_out = None  # the newest evaluation on held-out data
         self.times = collections.deque(maxlen=20)  # (updates done, when), for the time that is left
-        self.doing, self.since, self.note = "", 0.0, ""
+        self.doing, self.since = "", 0.0
+        self.note = ""
         self.live = None
-        self.warned = self.warned_of_thinking = (
-            False  # that the sampler has drifted too far from the policy to learn from: once is enough
-        )
+        # Each warning comes once: of a sampler too far from the policy, of completions cut while thinking.
+        self.warned = self.warned_of_thinking = False
 
     def __enter__(self):
         if self.console.file.isatty() and self.console.is_interactive:
             from rich.live import Live
 
-            # Twice a second moves the clock; updates and phases redraw at once. A stderr that goes elsewhere is let alone.
+            # Redrawn twice a second for the clock, and at once for updates and phases. A stderr that does not
+            # go to the terminal is left alone.
             self.live = Live(
                 self, console=self.console, refresh_per_second=2, redirect_stderr=sys.stderr.isatty()
             )
@@ -136,7 +137,7 @@ class Monitor:
             self.live = None
 
     def begin(self, done: int, held_out: dict | None) -> None:
-        """What there is already: nothing, or after a resume the updates done and the evaluation before the first."""
+        """Start from the updates done before a resume, and from the evaluation before the first update."""
         self.done, self.held_out = done, held_out
 
     def say(self, text: str) -> None:
@@ -176,22 +177,24 @@ class Monitor:
         if (record.get("mismatch/kl") or 0.0) > MISMATCH_WARNING and not self.warned:
             self.warned = True
             print(
-                f"Warning: sampler and policy differ by {record['mismatch/kl']:.3f} nats a token; raise bits, lower sync_every, "
-                "or set top_p = 1, top_k = 0, min_p = 0, repetition_penalty = 1",
+                f"Warning: sampler and policy differ by {record['mismatch/kl']:.3f} nats a token; raise "
+                "bits, lower sync_every, or set top_p = 1, top_k = 0, min_p = 0, repetition_penalty = 1",
                 file=sys.stderr,
             )
         if record.get("cut_thinking_fraction", 0.0) > MOSTLY and not self.warned_of_thinking:
             self.warned_of_thinking = True
             print(
-                f"Warning: {record['cut_thinking_fraction']:.0%} of the completions were cut while thinking, before any answer; raise "
-                "max_completion_length, or set chat_template_kwargs = { enable_thinking = false } where the model's template takes it",
+                f"Warning: {record['cut_thinking_fraction']:.0%} of the completions were cut while thinking, "
+                "before any answer; raise max_completion_length, or set chat_template_kwargs = { "
+                "enable_thinking = false } where the model's template takes it",
                 file=sys.stderr,
             )
         self.done = record["update"]
         self.times.append((self.done, time.monotonic()))
         self.rewards.append(record["reward_mean"])
         if self.done % self.logging_steps == 0:
-            self.record, self.shown_rewards = record, len(self.rewards)
+            self.record = record
+            self.shown_rewards = len(self.rewards)
             if not self.live:
                 words = " ".join(f"{name} {value}" for name, value in figures(record).items())
                 left = self.seconds_left()
@@ -202,9 +205,10 @@ class Monitor:
             self.live.refresh()
 
     def completions(self, records: list[dict], totals) -> None:
-        """Show one prompt's best and worst completion: of the first group whose rewards differ, else of the first group.
+        """Show one prompt's best and worst completion.
 
-        records: of completions.jsonl, B*G of them; totals: (B, G), the weighted rewards, NaN where all abstained.
+        They are of the first group whose rewards differ, else of the first group. records: B*G of
+        completions.jsonl; totals: (B, G), the weighted rewards, NaN where all abstained.
         """
         self.trackers.completions(records)
         totals = np.asarray(totals, dtype=float)
@@ -213,7 +217,8 @@ class Monitor:
         chosen = [
             (name, int(i)) for name, i in (("best", highest[b].argmax()), ("worst", lowest[b].argmin()))
         ]
-        update, question = records[0]["update"], records[b * totals.shape[1]]["prompt"]
+        update = records[0]["update"]
+        question = records[b * totals.shape[1]]["prompt"]
         told = [(name, totals[b, i], records[b * totals.shape[1] + i]) for name, i in chosen]
         if self.live:
             self.console.print(self.sample_table(update, question_text(question), told))
@@ -221,11 +226,12 @@ class Monitor:
         self.say(f"sample {update} prompt: {shortened(question_text(question), 400)}")
         for name, total, record in told:
             self.say(
-                f"sample {update} {name} {total:.3f} ({reward_words(record)}): {shortened(record['completion'], 400)}"
+                f"sample {update} {name} {total:.3f} ({reward_words(record)}): "
+                f"{shortened(record['completion'], 400)}"
             )
 
     def stopping(self) -> None:
-        """Called by a signal handler, which may have interrupted a write: nothing is printed where the display can tell."""
+        """Called by a signal handler, which may have interrupted a write: the live display tells it later."""
         if self.live:
             self.note = "stopping after this update; Ctrl-C again: at once"
         else:
@@ -248,10 +254,8 @@ class Monitor:
     def __rich_console__(self, console, options):
         from rich.text import Text
 
-        width, plain = (
-            max(10, options.max_width - self.MARGIN),
-            not console.encoding.lower().startswith("utf"),
-        )
+        width = max(10, options.max_width - self.MARGIN)
+        plain = not console.encoding.lower().startswith("utf")
         lines = [self.progress_line(width, plain)]
         if self.record:
             lines.append(self.reward_line(width, plain))
@@ -271,7 +275,8 @@ class Monitor:
         words = [f"{clock(left)} left"] if left is not None and self.done < self.updates else []
         if self.doing:
             words.append(f"{self.doing} {time.monotonic() - self.since:.0f} s")
-        head, tail = f"update {self.done:>{len(str(self.updates))}}/{self.updates} ", "  ".join(words)
+        head = f"update {self.done:>{len(str(self.updates))}}/{self.updates} "
+        tail = "  ".join(words)
         bar = min(40, width - len(head) - 32)  # of one length, whatever stands behind it
         line = Text(head)
         if bar >= 5:
@@ -303,11 +308,12 @@ class Monitor:
             shown = {"held-out": f"{score} at {self.held_out['update']}", **shown}
         room = 24  # columns of the widest pair: held-out 100.0% at 99999
         across = max(1, (width + 2) // (room + 2))
-        pairs, lines = list(shown.items()), []
+        pairs = list(shown.items())
+        lines = []
         for start in range(0, len(pairs), across):
             line = Text()
-            for place, (name, value) in enumerate(pairs[start : start + across]):
-                line.pad_right(max(0, place * (room + 2) - line.cell_len))
+            for column, (name, value) in enumerate(pairs[start : start + across]):
+                line.pad_right(max(0, column * (room + 2) - line.cell_len))
                 line.append(f"{name} ", "dim").append(escaped(value))
             lines.append(line)
         return lines
@@ -332,7 +338,7 @@ class Monitor:
         return table
 
     def few_lines(self, text: str, width: int, most: int):
-        """At most `most` lines of a text, its beginning and its end, escaped and wrapped at `width` columns."""
+        """The beginning and end of a text: at most `most` lines, escaped and wrapped at `width` columns."""
         from rich.text import Text
 
         text = shortened(text, 2 * most * width)  # at least all that can be shown
@@ -354,7 +360,7 @@ def reward_words(record: dict) -> str:
 
 @contextlib.contextmanager
 def stopping_on_signals(request_stop, monitor: Monitor, with_hangup: bool):
-    """Ctrl-C and SIGTERM let the update finish and be saved, by request_stop(number); a second one stops at once."""
+    """Ctrl-C and SIGTERM let the update finish and be saved, by request_stop(number); a second ends it."""
     received = []
 
     def on_signal(number, frame):
@@ -377,7 +383,10 @@ def stopping_on_signals(request_stop, monitor: Monitor, with_hangup: bool):
 
 
 def print_outcome(run_dir: Path, outcome: dict, nothing_learnt: str = "") -> None:
-    """The table of held-out scores before and after, and where the model is; or that nothing was learnt, in these words."""
+    """Print the held-out scores before and after, and where the model is.
+
+    nothing_learnt: what to print instead of how to try the model, where nothing was learnt.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -400,9 +409,8 @@ def print_outcome(run_dir: Path, outcome: dict, nothing_learnt: str = "") -> Non
 def write_report(run_dir: Path) -> None:
     """Rewrite report.html, in a process of its own: whatever goes wrong with it, the run goes on."""
     command = [sys.executable, str(ROOT / "utils" / "report.py"), str(run_dir)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, start_new_session=True
-    )  # Ctrl-C is for the trainer
+    # In a session of its own: Ctrl-C is for the trainer.
+    result = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     if result.returncode:
         print(
             f"Warning: no report.html: {(result.stderr.strip() or 'stopped').splitlines()[-1]}",

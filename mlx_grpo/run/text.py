@@ -6,8 +6,9 @@ import numpy as np
 
 
 def escaped(text: str, encoding: str = "utf-8") -> str:
-    """`text` on one line, with all that a terminal would act on or cannot show as escapes: control characters, ANSI codes,
-    marks of direction and width, halves of surrogate pairs, and what `encoding` lacks."""
+    """`text` on one line, with all that a terminal would act on or cannot show as escapes: control
+    characters, ANSI codes, marks of direction and width, halves of surrogate pairs, and what `encoding`
+    lacks."""
     shown = "".join(
         c if c.isprintable() else " " if c in "\u00a0\u3000" else c.encode("unicode_escape").decode()
         for c in text
@@ -27,9 +28,10 @@ def question_text(prompt: str | list[dict]) -> str:
 
 
 def sparkline(values: list[float | None], width: int, ascii_only: bool = False) -> str:
-    """The values as at most `width` bars from the least to the greatest; more values are drawn by the means of stretches.
+    """The values as at most `width` bars, from the least to the greatest.
 
-    None (and what is not finite) is a gap.
+    Where there are more values than bars, a bar is the mean of a stretch. None, as any
+    value that is not finite, is a gap.
     """
     levels = "_.-=*#" if ascii_only else "▁▂▃▄▅▆▇█"
     stretches = [
@@ -40,8 +42,11 @@ def sparkline(values: list[float | None], width: int, ascii_only: bool = False) 
     if not known:
         return ""
     low, spread = min(known), max(known) - min(known)
-    place = lambda m: round((m - low) / spread * (len(levels) - 1)) if spread else len(levels) // 2  # noqa: E731
-    return "".join(levels[place(m)] if m == m else " " for m in means)
+
+    def bar(mean: float) -> str:
+        return levels[round((mean - low) / spread * (len(levels) - 1)) if spread else len(levels) // 2]
+
+    return "".join(bar(m) if m == m else " " for m in means)
 
 
 def clock(seconds: float) -> str:

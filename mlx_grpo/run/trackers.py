@@ -1,7 +1,8 @@
 """Trackers: TensorBoard, Weights & Biases, Trackio and SwanLab.
 
-Each takes scalars(values, update), completions(columns, rows, update) and close(failed). Their files go under the run's
-directory, and each goes on with the run it had after a resume, by the id in the run's file tracker_id.
+Each takes scalars(values, update), completions(columns, rows, update) and close(failed). Their files go under
+the run's directory, and each goes on with the run it had after a resume, by the id in the run's file
+tracker_id.
 """
 
 import importlib.util
@@ -36,7 +37,8 @@ def numbers(record: dict) -> dict[str, float]:
 class TensorBoard:
     """Event files in RUN/tensorboard: `tensorboard --logdir outputs` shows all runs.
 
-    A resumed run writes another file there, and TensorBoard drops what the stopped run had beyond the checkpoint.
+    A resumed run writes another file there, and TensorBoard drops what the stopped run had beyond the
+    checkpoint.
     """
 
     def __init__(self, run_dir: Path, config: dict, run_id: str, update: int, resumed: bool):
@@ -54,7 +56,7 @@ class TensorBoard:
 
     @staticmethod
     def code(text: str) -> str:
-        """Text as Markdown that shows it letter by letter: TensorBoard would drop <answer> as unknown HTML."""
+        """Text as a Markdown code block: TensorBoard would drop <answer> as unknown HTML otherwise."""
         return "\n".join("    " + line for line in text.splitlines())
 
     def add(self, summary, update: int) -> None:
@@ -77,10 +79,11 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases, in RUN/wandb and on its server; WANDB_MODE=offline stays on this machine, for `wandb sync` later.
+    """Weights & Biases, in RUN/wandb and on its server.
 
-    A resumed run keeps its id, so that the server (or the sync) joins the parts. `update` is an x axis of its own:
-    W&B's step may not go back, as a resume from an earlier checkpoint does.
+    WANDB_MODE=offline stays on this machine, for `wandb sync` later. A resumed run keeps its id, so that the
+    server (or the sync) joins the parts. `update` is an x axis of its own: W&B's step may not go back, as a
+    resume from an earlier checkpoint does.
     """
 
     def __init__(self, run_dir: Path, config: dict, run_id: str, update: int, resumed: bool):
@@ -114,8 +117,8 @@ class Wandb:
 
 
 class Trackio:
-    """Trackio, a database in RUN/trackio: `TRACKIO_DIR=RUN/trackio trackio show`. A TRACKIO_DIR or TRACKIO_SPACE_ID of the
-    user's wins. A resumed run goes on under its name."""
+    """Trackio, a database in RUN/trackio: `TRACKIO_DIR=RUN/trackio trackio show`. A TRACKIO_DIR or
+    TRACKIO_SPACE_ID of the user's wins. A resumed run goes on under its name."""
 
     def __init__(self, run_dir: Path, config: dict, run_id: str, update: int, resumed: bool):
         os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))  # read when it is imported
@@ -151,9 +154,8 @@ class SwanLab:
 
         self.swanlab = swanlab
         settings = swanlab.Settings(terminal=swanlab.Settings.Terminal(proxy_type="none"))  # as with W&B
-        named = [
-            os.environ.get(name) for name in ("SWANLAB_PROJECT_NAME", "SWANLAB_PROJ_NAME")
-        ]  # the latter up to 0.7
+        # SwanLab up to 0.7 reads SWANLAB_PROJ_NAME.
+        named = [os.environ.get(name) for name in ("SWANLAB_PROJECT_NAME", "SWANLAB_PROJ_NAME")]
         self.run = swanlab.init(
             project=next(filter(None, named), "mlx-grpo"), name=run_dir.name, id=run_id, resume="allow",
             log_dir=str(run_dir / "swanlog"), config=config, settings=settings,
@@ -177,16 +179,18 @@ def check_trackers(names: list[str]) -> None:
     """Raise UserError for trackers whose package is not installed."""
     for name in names:
         spec = importlib.util.find_spec(name)
-        if (
-            spec is None or spec.origin is None
-        ):  # no origin: a folder such as wandb/, which its runs leave behind
+        # Without an origin it is a folder such as wandb/, which its runs leave behind.
+        if spec is None or spec.origin is None:
             raise UserError(
-                f"report_to: {name} is not installed; install it with uv sync --extra trackers, or uv pip install {name}"
+                f"report_to: {name} is not installed; install it with uv sync --extra trackers, or uv pip "
+                f"install {name}"
             )
 
 
 class Trackers:
-    """The trackers of a run, [(name, tracker)]. One that fails is named once and let go: training does not depend on it.
+    """The trackers of a run, [(name, tracker)].
+
+    One that fails is named once and let go: training does not depend on it.
 
     with trackers:  closes them at the end, as failed after an exception
     """
@@ -205,22 +209,17 @@ class Trackers:
 
     def completions(self, records: list[dict]) -> None:
         """A table of completions.jsonl's records, all of one update."""
-        columns = [
-            "update",
-            "prompt",
-            "answer",
-            "completion",
-            *records[0]["rewards"],
-            "finish_reason",
-            "length",
-        ]
-        texts = lambda r: [
-            t.encode("utf-8", "replace").decode()
-            for t in (question_text(r["prompt"]), str(r["answer"]), r["completion"])
-        ]  # noqa: E731
+        rewards = records[0]["rewards"]
+        columns = ["update", "prompt", "answer", "completion", *rewards, "finish_reason", "length"]
+
+        def texts(record: dict) -> list[str]:
+            """Its three texts, where halves of surrogate pairs, which are no UTF-8, become question marks."""
+            raw = (question_text(record["prompt"]), str(record["answer"]), record["completion"])
+            return [text.encode("utf-8", "replace").decode() for text in raw]
+
         rows = [
             [r["update"], *texts(r), *r["rewards"].values(), r["finish_reason"], r["length"]] for r in records
-        ]  # no half characters
+        ]
         self.each("completions", columns, rows, records[0]["update"])
 
     def close(self, failed: bool) -> None:
@@ -239,7 +238,10 @@ class Trackers:
 
 
 def start_trackers(names: list[str], run_dir: Path, config: dict, update: int) -> Trackers:
-    """Open the named trackers for a run. update: those done before. Raises RunError where one does not start."""
+    """Open the named trackers for a run. update: those done before.
+
+    Raises RunError where one does not start.
+    """
     run_dir = run_dir.resolve()
     id_file = run_dir / "tracker_id"
     resumed = id_file.is_file()
@@ -255,7 +257,8 @@ def start_trackers(names: list[str], run_dir: Path, config: dict, update: int) -
             trackers.close(failed=True)
             offline = f"set {name.upper()}_MODE=offline, " if name in ("wandb", "swanlab") else ""
             raise RunError(
-                f"Cannot start tracker {name}: {reason(error)}; mend that, {offline}or leave it out of report_to"
+                f"Cannot start tracker {name}: {reason(error)}; mend that, {offline}or leave it out of "
+                "report_to"
             ) from None
     return trackers
 

@@ -1,4 +1,4 @@
-"""Which way a run's rollouts and updates go, and why: the lines of the plan that keep a slow path from being silent."""
+"""Which code path a run's rollouts and updates take, and why: the plan's lines that name a slow path."""
 
 from mlx_grpo.backends.cuda_decoding import FAST_AFTER, CompiledDecoder
 from mlx_grpo.rollout.kv_cache import reason_not_to_pad
@@ -29,18 +29,27 @@ def rollout_way(model, compiled: bool) -> str:
 
 
 def update_way(model, shares_padded: bool, use_compile: bool) -> str:
-    """How an update computes prompts, and whether it is compiled. shares_padded: whether padded prompts are shared too."""
+    """How an update computes prompts, and whether it is compiled.
+
+    shares_padded: whether padded prompts are shared too.
+    """
     if reason := reason_not_to_share(model):
         prompts = f"whole sequences, prompts computed once a row: {reason}"
     elif shares_padded:
         prompts = "a group's prompt computed once"
     else:
-        prompts = "a group's prompt computed once where those of a batch are equally long, else once a row (padding needs a mask, which is slow on CUDA)"
+        prompts = (
+            "a group's prompt computed once where those of a batch are equally long, else once a row "
+            "(padding needs a mask, which is slow on CUDA)"
+        )
     if not use_compile:
         return f"{prompts}; not compiled"
     if not compiling_pays():
         return f"{prompts}; not compiled, which earns too little on CPUs"
-    return f"{prompts}; a shape is compiled once it has come in {updates_to_earn_it()} updates, {MOST_SHAPES} shapes at most"
+    return (
+        f"{prompts}; a shape is compiled once it has come in {updates_to_earn_it()} updates, "
+        f"{MOST_SHAPES} shapes at most"
+    )
 
 
 def plan_lines(learner, sampler, decoder) -> list[str]:

@@ -12,7 +12,10 @@ def adapter_layers(model) -> list[tuple[str, nn.Module]]:
 
 
 def shared_copy(model):
-    """A second module tree over the same arrays: it keeps today's weights while the original moves on, for no memory."""
+    """A second module tree over the same arrays, which takes no memory.
+
+    It keeps the present weights when the original is updated.
+    """
     return copy.deepcopy(model, {id(a): a for _, a in tree_flatten(model.parameters())})
 
 

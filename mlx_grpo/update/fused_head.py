@@ -1,4 +1,4 @@
-"""Log-probs and entropies from hidden states, with their own backward pass, and never a whole (N, T, V) tensor."""
+"""Log-probs and entropies from hidden states, with their own backward pass and no (N, T, V) tensor."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def softmax(logits: mx.array) -> mx.array:
 
 
 class HiddenThrough:
-    """Stands where a model's backbone stood and hands the hidden states given for token ids on to the head."""
+    """Replaces a model's backbone: it is called with hidden states, and returns them to the head."""
 
     def __init__(self, backbone):
         self.backbone = backbone
@@ -43,7 +43,8 @@ class HiddenThrough:
 def split_head(model):
     """(backbone, head) with model(ids) == head(backbone(ids)), or None for a model that cannot be split so.
 
-    The head is the model's own code after its backbone, with soft caps, scales and biases, sharing its weights.
+    The head is the model's own code after its backbone, with soft caps, scales and biases, sharing its
+    weights.
     """
     owner = model.language_model if "language_model" in model and "model" in model.language_model else model
     name = next((n for n in ("model", "transformer", "backbone") if n in owner), None)
@@ -55,11 +56,7 @@ def split_head(model):
     ids = mx.array([[0, 1, 2]])
     try:
         whole, parts = model(ids), head(backbone(ids))
-    except (
-        TypeError,
-        AttributeError,
-        ValueError,
-    ):  # a backbone with another call, or a head that needs more than it
+    except (TypeError, AttributeError, ValueError):  # the backbone takes, or the head needs, something else
         return None
     same = whole.shape == parts.shape and mx.allclose(whole, parts, rtol=1e-3, atol=1e-3).item()
     return (backbone, head) if same else None
@@ -68,10 +65,11 @@ def split_head(model):
 def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_gradient: bool):
     """f(hidden (M, D), ids (M,)) -> log-probs (M,), entropies (M,) in float32, without an (M, V) tensor.
 
-    Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the backward
-    pass computes the logits again: memory holds one chunk's logits however many positions and ids there are. Where
-    all positions are one chunk, its probabilities are kept for the backward pass instead (not on CUDA). The gradient is
-    written out: of log p_id it is onehot - p, of the entropy H -p (log p + H), the latter only where `entropy_gradient`.
+    Forward and backward go through the head chunk by chunk, each chunk waiting for the one before, and the
+    backward pass computes the logits again: memory holds one chunk's logits however many positions and ids
+    there are. Where all positions are one chunk, its probabilities are kept for the backward pass instead
+    (not on CUDA). The gradient is written out: of log p_id it is onehot - p, of the entropy H -p (log p + H),
+    the latter only where `entropy_gradient`.
     chunk: positions in one.
     """
     # Tied models keep their head's weight in the embedding, under the backbone.
@@ -93,7 +91,7 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
         return logits if temperature == 1.0 else logits.astype(mx.float32) / temperature
 
     def stats(logits, ids):
-        """Log-probs, entropies, the logarithms of the softmax's normalisers (C,), and the probabilities (C, V), all in float32."""
+        """Log-probs, entropies and the softmax's log-normalisers (C,), probabilities (C, V), in float32."""
         logits = scaled(logits)
         chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0].astype(mx.float32)
         exact = logits.astype(mx.float32)
@@ -134,7 +132,8 @@ def make_head_stats(head, backbone, temperature: float, chunk: int, entropy_grad
     def chunked_vjp(primals, cotangents, outputs):
         hidden, ids, *weights = primals
         _, entropies, normalisers, kept = outputs
-        hidden_grads, weight_grads = [], None
+        hidden_grads = []
+        weight_grads = None
         for part in chunks(ids.shape[0]):
             here = hidden[part]
             if hidden_grads:

@@ -1,6 +1,6 @@
 """An update's completions as padded arrays, in parts that fit the budget of positions.
 
-A unit is the list of (group, first row) pairs that go through the model together, `k` rows from each first one on.
+A micro-batch is a list of (group, row slice): the rows that go through the model together.
 """
 
 import math
@@ -11,11 +11,14 @@ import numpy as np
 from mlx_grpo.backends.device import on_cpu
 from mlx_grpo.backends.streams import stream_count
 
-STREAM_POSITIONS = 256  # for which a stream of its own is worth it
+STREAM_POSITIONS = 256  # positions that are worth a stream of their own
 
 
 def bucket(n: int, least: int = 8) -> int:
-    """The length n of a rollout is padded to: steps of a quarter of its power of two, so that few shapes are ever compiled."""
+    """What a rollout's length n is padded to: steps of a quarter of its power of two.
+
+    So few shapes are ever compiled.
+    """
     step = max(least, 2 ** max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step
 
@@ -23,8 +26,9 @@ def bucket(n: int, least: int = 8) -> int:
 def grid(n: int, least: int = 8) -> int:
     """What a length, or a number of groups, of an update is padded to: 8, 16, 24, 32, 48, 64, 96 and so on.
 
-    On GPUs a new shape costs time, and a shape that comes again is compiled: 90 updates with sampled lengths, 8 x 8 up to 256
-    tokens, meet 23 shapes in place of 36 in steps of quarters, for 3% more positions. CPUs take every length as it is.
+    On GPUs a new shape costs time, and a shape that comes again is compiled: 90 updates with sampled lengths,
+    8 x 8 up to 256 tokens, meet 23 shapes in place of 36 in steps of quarters, for 3% more positions. CPUs
+    take every length as it is.
     """
     if on_cpu():
         return n
@@ -39,17 +43,18 @@ def left_pad(prompts: list[list[int]], length: int) -> tuple[mx.array, mx.array]
 
 
 def micro_batches(groups: list, advantages: np.ndarray, config, ranks, shares_padded: bool) -> list[dict]:
-    """This rank's share of an update's arrays, in batches of at most micro_batch_tokens positions; advantages: (B, G).
+    """This rank's share of an update's arrays, in batches of at most micro_batch_tokens positions.
 
+    advantages: (B, G). shares_padded: whether a padded prompt is computed once for its rows.
     Each has prompts (P, L), pads (P,), ids and mask (P*K, T), sampler_logps (P*K, T), advantages (P*K,),
     `rows`, how many of the P*K are no padding, and what makes the parts add up to the whole: `totals`, the
-    step's sizes as grpo_loss takes them. shares_padded: whether a padded prompt is computed once for its rows.
+    step's sizes as grpo_loss takes them.
     """
     g = config.num_generations
     tokens = mx.array(float(sum(sum(trained(c, config)) for group in groups for c in group.completions)))
 
     def cost(count: int, prompt: int, longest: int, rows: int) -> int:
-        """Positions of `count` groups, padded: `rows` rows each, of prompts and completions up to these lengths."""
+        """Padded positions of `count` groups of `rows` rows, by their longest prompt and completion."""
         return grid(count, 1) * ((1 if shares_padded else rows) * grid(prompt) + rows * grid(longest))
 
     def whole(b: int) -> int:
@@ -61,8 +66,8 @@ def micro_batches(groups: list, advantages: np.ndarray, config, ranks, shares_pa
     used = ranks.balanced(used, whole)
     if not used:
         return []
-    units, k = cut(groups, used, cost, sum(map(whole, used)), config)
-    batches = [collate(groups, advantages, unit, k, config, shares_padded) for unit in units]
+    parts = split_micro_batches(groups, used, cost, sum(map(whole, used)), config)
+    batches = [collate(groups, advantages, part, config, shares_padded) for part in parts]
     totals = {"rows": mx.array(float(len(groups) * g)), "tokens": tokens, "entropy_tokens": tokens}
     for batch in batches:
         batch["totals"] = totals
@@ -80,53 +85,57 @@ def trained(completion, config) -> list[int]:
     return completion.mask
 
 
-def cut(groups: list, used: list[int], cost, total: int, config) -> tuple[list[list], int]:
-    """The units of an update, and k.
+def split_micro_batches(
+    groups: list, used: list[int], cost, total: int, config
+) -> list[list[tuple[int, slice]]]:
+    """The micro-batches of an update, each a list of (group, row slice); all slices are equally long.
 
-    used: the groups in it, by length; `total`: the sum of their costs. On a CPU streams work side by side: within the
-    budget together, and each on its share.
+    used: the numbers of the groups in it, by length; total: the sum of their costs, in positions. On a CPU
+    the streams work side by side: together they keep within the budget, and each has an equal share of it.
     """
-    g, side_by_side = config.num_generations, stream_count()
-    budget = config.micro_batch_tokens // side_by_side
-    parts = (
-        side_by_side * math.ceil(total / config.micro_batch_tokens)
-        if total >= side_by_side * STREAM_POSITIONS
-        else 1
-    )
-    # Rows of a group that go together: all of them, unless one group alone is over the budget, or parts are too few.
-    widest = max(len(groups[b].prompt) for b in used), max(longest_completion(groups[b]) for b in used)
-    fits = lambda k: cost(1, *widest, k) <= budget and len(used) * g // k >= parts  # noqa: E731
-    k = next(k for k in range(g, 0, -1) if g % k == 0 and (k == 1 or fits(k)))
+    g = config.num_generations
+    streams = stream_count()
+    budget = config.micro_batch_tokens // streams
+    is_large = total >= streams * STREAM_POSITIONS
+    parts = streams * math.ceil(total / config.micro_batch_tokens) if is_large else 1
+    longest_prompt = max(len(groups[b].prompt) for b in used)
+    longest = max(longest_completion(groups[b]) for b in used)
 
-    def positions(unit):
-        longest = max(len(c.ids) for b, first in unit for c in groups[b].completions[first : first + k])
-        return cost(len(unit), max(len(groups[b].prompt) for b, _ in unit), longest, k)
+    def fits(rows: int) -> bool:
+        return cost(1, longest_prompt, longest, rows) <= budget and len(used) * g // rows >= parts
 
-    first, *rest = [(b, start) for b in used for start in range(0, g, k)]
-    units = [[first]]
+    # A group's rows go together, unless one group alone is over the budget, or there would be too few parts.
+    rows = next(rows for rows in range(g, 0, -1) if g % rows == 0 and (rows == 1 or fits(rows)))
+
+    def positions(part: list) -> int:
+        completion = max(len(c.ids) for b, chosen in part for c in groups[b].completions[chosen])
+        return cost(len(part), max(len(groups[b].prompt) for b, _ in part), completion, rows)
+
+    first, *rest = [(b, slice(start, start + rows)) for b in used for start in range(0, g, rows)]
+    found = [[first]]
     for piece in rest:
-        now, larger = positions(units[-1]), positions([*units[-1], piece])
-        is_nearer = (
-            len(units) < parts and now + larger > 2 * total / parts
-        )  # to an equal share, without the piece
+        now, larger = positions(found[-1]), positions([*found[-1], piece])
+        # Without the piece, the last micro-batch is nearer to an equal share of the positions.
+        is_nearer = len(found) < parts and now + larger > 2 * total / parts
         if is_nearer or larger > budget:
-            units.append([])
-        units[-1].append(piece)
-    return units, k
+            found.append([])
+        found[-1].append(piece)
+    return found
 
 
-def collate(groups: list, advantages: np.ndarray, unit: list, k: int, config, shares_padded: bool) -> dict:
-    """The arrays of a unit, padded to shapes of the grid."""
-    rows = [(b, i) for b, first in unit for i in range(first, first + k)]
-    count = grid(len(unit), 1)
+def collate(groups: list, advantages: np.ndarray, part: list, config, shares_padded: bool) -> dict:
+    """The arrays of a micro-batch, a list of (group, row slice), padded to shapes of the grid."""
+    rows = [(b, i) for b, chosen in part for i in range(chosen.start, chosen.stop)]
+    k = len(rows) // len(part)  # rows of each slice
+    count = grid(len(part), 1)
     width = grid(max(len(groups[b].completions[i].ids) for b, i in rows))
-    prompts = [groups[b].prompt for b, _ in unit]
-    prompts += prompts[:1] * (count - len(unit))
+    prompts = [groups[b].prompt for b, _ in part]
+    prompts += prompts[:1] * (count - len(part))
     # Where a padded prompt cannot be shared, one of exact length can; elsewhere few shapes are worth more.
     equal = len(set(map(len, prompts))) == 1 and not shares_padded
     tokens, pads = left_pad(prompts, len(prompts[0]) if equal else grid(max(map(len, prompts))))
-    arrays = {name: np.zeros((count * k, width), kind) for name, kind in
-              (("ids", np.int32), ("mask", np.float32), ("sampler_logps", np.float32))}  # fmt: skip
+    kinds = {"ids": np.int32, "mask": np.float32, "sampler_logps": np.float32}
+    arrays = {name: np.zeros((count * k, width), kind) for name, kind in kinds.items()}
     for n, (b, i) in enumerate(rows):
         completion = groups[b].completions[i]
         length = len(completion.ids)

@@ -1,4 +1,4 @@
-"""SwiGLU with a backward pass of its own, in the place of mlx-lm's in the models that call it."""
+"""SwiGLU with its own backward pass, used instead of mlx-lm's by the models that call that."""
 
 import sys
 from functools import partial
@@ -11,7 +11,10 @@ from mlx_grpo.update.fused_head import sigmoid
 @mx.custom_function
 @partial(mx.compile, shapeless=True)
 def swiglu(gate, x):
-    """silu(gate) * x (arXiv 2002.05202, eq. 5), of any shape; for its backward pass it keeps these two, and nothing computed from them."""
+    """silu(gate) * x (arXiv 2002.05202, eq. 5), of any shape.
+
+    For its backward pass it keeps its two inputs, and nothing computed from them.
+    """
     return gate * sigmoid(gate) * x
 
 
@@ -24,7 +27,7 @@ def gradients(gate, x, cotangent):
 
 @swiglu.vjp
 def swiglu_vjp(primals, cotangent, output):
-    # They wait for the cotangent: else compilation takes the sigmoid from the forward pass, and keeps it for that.
+    # Wait for the cotangent: else compilation would share the forward pass's sigmoid, and keep it alive.
     return gradients(*mx.depends(list(primals), [cotangent]), cotangent)
 
 

@@ -1,4 +1,7 @@
-"""Sliding windows that keep all positions, for gradients. To be imported where they are used: mlx-lm takes seconds."""
+"""Sliding windows that keep all positions, for gradients.
+
+To be imported where they are used: mlx-lm takes seconds.
+"""
 
 from mlx_lm.models.cache import RotatingKVCache
 
@@ -30,7 +33,7 @@ class PaddedWindowKVCache(PaddedKVCache):
 
 
 def training_cache(layer, pads):
-    """What takes the place of an empty cache of mlx-lm in training, for rows padded on the left by pads (P,), or by nothing."""
+    """The form that an empty mlx-lm cache has in training. pads: (P,), padding on the left, or None."""
     if type(layer) is not RotatingKVCache:
         return batched(layer, pads)
     return WindowKVCache(layer.max_size) if pads is None else PaddedWindowKVCache(layer.max_size, pads)
