@@ -1092,7 +1092,20 @@ def repetition_reward_func(completions, **kwargs) -> list[float]:
     return scores
 
 
-BUILT_IN_REWARDS = {name: function for name, function in globals().items() if name.endswith("_reward_func")}
+BUILT_IN_REWARDS = {
+    function.__name__: function
+    for function in (
+        correctness_reward_func,
+        last_number_reward_func,
+        int_reward_func,
+        strict_format_reward_func,
+        soft_format_reward_func,
+        xmlcount_reward_func,
+        math_verify_reward_func,
+        soft_overlong_reward_func,
+        repetition_reward_func,
+    )
+}
 # Rewards with only two values, 0 and this: the interval of their mean is that of a proportion.
 ALL_OR_NOTHING = {
     "correctness_reward_func": 2.0, "last_number_reward_func": 1.0, "int_reward_func": 0.5,
