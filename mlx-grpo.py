@@ -87,7 +87,7 @@ from mlx_grpo.loading import (
     prompt_key, read_chat, read_model_config, resolve_model, warn_of_rows,
 )  # fmt: skip
 from mlx_grpo.run.learning_signal import CHECKED_PROMPTS, SignalWatch, nothing_learnt, why_stop
-from mlx_grpo.run.memory_plan import LESS_MEMORY, print_plan, suggestions, work_of
+from mlx_grpo.run.memory_plan import LESS_MEMORY, Work, print_plan, suggestions, work_of
 from mlx_grpo.run.records import completion_records, machine_facts, time_facts, update_facts
 from mlx_grpo.run.ways import compiled_shapes, plan_lines
 from mlx_grpo.run.terminal import Monitor, print_outcome, stopping_on_signals, write_report
@@ -2284,11 +2284,12 @@ class Learner:
         idle = dict.fromkeys([*IDLE_METRICS, *self.config.objective.metrics], 0.0)
         return {**idle, "lr": rate, "skipped": "no signal"}
 
-    def probe_memory(self, longest: list[int], groups: int) -> None:
+    def probe_memory(self, rows: list[dict], groups: int) -> None:
         """One gradient at the largest possible micro-batch, so that too little memory fails at the start.
 
-        longest: the ids of the longest prompt. groups: how many there are.
+        rows: of the prompts. groups: of an update.
         """
+        longest = max((row["prompt_ids"] for row in rows), key=len)
         length = self.config.rollout_tokens
         prompt = [0] * (grid(len(longest)) - len(longest)) + longest  # padded as in training
         completion = Completion([0] * length, [0.0] * length, [1] * length, "eos", "")
@@ -2297,6 +2298,16 @@ class Learner:
         print(f"probe      the longest batch, {len(longest)} + {length} tokens a row: ", end="", flush=True)
         self.trial_gradient([Group({}, prompt, [completion] * self.config.num_generations)] * groups)
         print(f"{mx.get_peak_memory() / 2**30:.2f} GB at the peak", flush=True)
+
+    def try_gradient(self, groups: list[Group]) -> float:
+        """trial_gradient. Raises RunError where it is not finite."""
+        norm = self.trial_gradient(groups)
+        if not math.isfinite(norm):
+            raise RunError(
+                "NaN gradient encountered: in the first backward pass; "
+                "load the model in float32, or check its weights"
+            )
+        return norm
 
     def trial_gradient(self, groups: list[Group]) -> float:
         """The norm of a gradient that is thrown away, with made-up advantages: one micro-batch a stream."""
@@ -2346,6 +2357,12 @@ class OldPolicy:
         """
         positions = update // self.config.num_iterations * self.config.rollout_tokens
         return self.decoder if positions >= FAST_AFTER else None
+
+    def stop_quantising(self) -> None:
+        """Sample in full precision from here on, since the gradient was not finite."""
+        print("NaN gradient encountered: rollouts are in full precision from here on", file=sys.stderr)
+        self.quantize = False
+        self.refresh(self.weights)
 
     def copy(self, weights: dict | None):
         """The policy, adapters merged; quantised where rollouts are to be."""
@@ -2426,6 +2443,11 @@ class RunState:
     best_update: int = 0  # and when
     before: dict = field(default_factory=dict)  # the evaluations before the first update
     shapes: dict = field(default_factory=dict)  # of micro-batches: which are compiled (note_shapes)
+
+    @classmethod
+    def first(cls, config: MLXGRPOConfig) -> "RunState":
+        """Of a run that has not begun."""
+        return cls(quantize_rollouts=config.quantize_for_rollouts, entropy_coef=config.entropy_coef)
 
     def bonus(self, config: MLXGRPOConfig) -> float:
         """The entropy bonus's coefficient in the next step."""
@@ -2625,34 +2647,34 @@ class RunFiles:
         return state
 
 
+def count_updates(config: MLXGRPOConfig, rows: int, ranks: int) -> int:
+    """Updates of a run on so many prompts. Raises UserError where an update has none for some rank."""
+    if config.prompts_per_update < ranks:
+        raise UserError(
+            f"{ranks} ranks share {config.prompts_per_update} prompts an update; "
+            "raise batch_size, or start fewer"
+        )
+    return max(1, int(config.num_epochs * rows / config.prompts_per_update)) * config.num_iterations
+
+
 class MLXGRPOTrainer:
     """GRPO (DeepSeekMath, Algorithm 1) with the settings of `config`, into the directory `run_dir`.
 
     model: the policy. model_old: what samples, the policy itself unless it is to be quantised or stale.
-    ref_model: the policy as it was at the start, for the KL; None where kl_coeff is 0. Each of several
-    `ranks` rolls out its share of the prompts.
+    ref_model: the policy at the start, for the KL, or None. Each of `ranks` takes its share of the prompts.
     """
 
     def __init__(self, config: MLXGRPOConfig, run_dir: Path, ranks: Ranks = ALONE):
-        self.config = config
-        self.run_dir = Path(run_dir)
-        self.ranks = ranks
+        self.config, self.run_dir, self.ranks = config, Path(run_dir), ranks
         self.reward_functions, self.reward_weights = load_rewards(config, BUILT_IN_REWARDS)
         source = resolve_model(config.model_name)  # looked up once: a save must not depend on the hub
-        # Data come before the model: a wrong path fails at once.
         splits = {split: load_dataset_split(config, split) for split in ("train", "test")}
         self.model, self.tokenizer = load_model(config)
+        special = special_tokens(self.tokenizer)
         if ranks.rank == 0:
-            special = special_tokens(self.tokenizer)
             warn_of_rows(config, special, training=splits["train"], held_out=splits["test"])
         self.rows, self.eval_rows = prompt_rows(splits, self.model, self.tokenizer, config)
-        if config.prompts_per_update < ranks.size:
-            raise UserError(
-                f"{ranks.size} ranks share {config.prompts_per_update} prompts an update; "
-                "raise batch_size, or start fewer"
-            )
-        batches = max(1, int(config.num_epochs * len(self.rows) / config.prompts_per_update))
-        self.updates = batches * config.num_iterations
+        self.updates = count_updates(config, len(self.rows), ranks.size)
 
         # Queued MLX work keeps its buffers alive: above this, MLX waits for queued work.
         self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
@@ -2665,9 +2687,7 @@ class MLXGRPOTrainer:
         self.old_policy = OldPolicy(self.model, config)
         compiled = compiled_shapes(self.old_policy.decoder, config.use_compile, self.updates)
         self.work = work_of(self.learner, {len(row["prompt_ids"]) for row in self.rows}, rows, compiled)
-        self.state = RunState(
-            quantize_rollouts=config.quantize_for_rollouts, entropy_coef=config.entropy_coef
-        )
+        self.state = RunState.first(config)
         self.learner.shapes = self.state.shapes
         writer = ModelWriter(self.model, self.tokenizer, read_model_config(source), source, config)
         inputs = input_digests(self.rows, self.eval_rows["test"], self.model, reward_files(config))
@@ -2687,9 +2707,7 @@ class MLXGRPOTrainer:
 
     def train_step(self) -> list[dict]:
         """Algorithm 1, lines 4 to 11, for one batch of prompts: num_iterations updates, a log record each."""
-        config = self.config
-        watch = Stopwatch()
-        start = dataclasses.replace(self.state)
+        config, watch, start = self.config, Stopwatch(), dataclasses.replace(self.state)
         groups = self.rollout(config.prompts_per_update, watch)
         for _ in range(config.dynamic_sampling_max_batches):  # DAPO: new prompts for groups without signal
             useful = [group for group in groups if self.advantages([group])[1].any()]
@@ -2705,7 +2723,8 @@ class MLXGRPOTrainer:
             self.old_policy.refresh()
         if is_due(self.state.update - len(metrics), self.state.update, config.check_weights_steps):
             self.files.check_weights(self.state)
-        return self.report(groups, rewards, advantages, metrics, watch, self.state.drawn_since(start))
+        drawn = self.state.drawn_since(start)
+        return self.report(groups, rewards, advantages, metrics, watch.seconds, drawn)
 
     def rollout(self, count: int, watch: Stopwatch) -> list[Group]:
         """Complete and score the next `count` prompts."""
@@ -2758,24 +2777,19 @@ class MLXGRPOTrainer:
 
     def train_on(self, groups: list[Group], advantages: np.ndarray) -> list[dict]:
         """num_iterations optimizer steps on one batch of groups; the metrics of each. advantages: (B, G)."""
-        config = self.config
-        state = self.state
-        metrics = []
+        config, state, metrics = self.config, self.state, []
         idle = not advantages.any() and config.estimator.tokens is None
         batches = [] if idle else self.learner.prepare(groups, advantages)
         note_shapes(state.shapes, batches, state.update)
         for _ in range(config.num_iterations):
-            rate = learning_rate(config, state.update, self.updates)
-            if idle:
-                record = self.learner.idle_step(rate)
-            else:
-                record = self.learner.step(batches, rate, state.bonus(config))
-            metrics.append(record)
-            state.note(record, config)
-        if state.nan_updates and self.old_policy.quantize:
-            state.quantize_rollouts = self.old_policy.quantize = False
-            print("NaN gradient encountered: rollouts are in full precision from here on", file=sys.stderr)
-            self.old_policy.refresh(self.old_policy.weights)
+            rate, learner = learning_rate(config, state.update, self.updates), self.learner
+            metrics.append(
+                learner.idle_step(rate) if idle else learner.step(batches, rate, state.bonus(config))
+            )
+            state.note(metrics[-1], config)
+        if state.nan_updates and state.quantize_rollouts:
+            self.old_policy.stop_quantising()
+            state.quantize_rollouts = False
         return metrics
 
     def compute_grpo_loss(self, batch: dict, logps: mx.array, entropies: mx.array) -> tuple[mx.array, dict]:
@@ -2784,41 +2798,21 @@ class MLXGRPOTrainer:
     # The run
 
     def check_signal(self) -> tuple[list[Group], dict]:
-        """Sample a few prompts before training: their groups, and a log record where they earn nothing.
-
-        Their random keys are their own, so that training samples the same with and without this check.
-        """
+        """A few prompts, sampled with keys of their own: their groups, and a record if they earn nothing."""
         rows = fixed_subset(self.rows, min(CHECKED_PROMPTS, self.config.prompts_per_update), self.config.seed)
         groups = self.sample_groups([(f"check {i}", row) for i, row in enumerate(rows)], Stopwatch())
         return groups, self.signal.check(names_of(self.reward_functions), groups, *self.advantages(groups))
 
-    def dry_run(self) -> None:
-        """The check before training, and one backward pass; nothing is written and no weight changes."""
-        groups = self.check_signal()[0][: self.ranks.size]
-        norm = self.learner.trial_gradient(groups)
-        if not math.isfinite(norm):
-            raise RunError(
-                "NaN gradient encountered: in the first backward pass; "
-                "load the model in float32, or check its weights"
-            )
-        print("to fit     " + "\n           ".join(suggestions(self.work)))
-        tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
-        print(f"dry run    {tokens} tokens in one backward pass (gradient norm {norm:.3g}): all well")
-
     def train(self) -> dict:
-        """Train to the end: evaluate, update, log, save.
-
-        Returns the evaluations before and after, or {} when stopped.
-        """
+        """Train to the end. Returns the evaluations before and after, or {} when stopped."""
         state = self.state
-        longest = max((row["prompt_ids"] for row in self.rows), key=len)
-        self.learner.probe_memory(longest, self.config.prompts_per_update)
+        self.learner.probe_memory(self.rows, self.config.prompts_per_update)
         with self.monitor as monitor:
             monitor.begin(state.update, state.before.get("test"))
             if not state.before:
                 monitor.phase("checking")
                 self.files.logs.add("training_log", *filter(None, self.check_signal()[1:]))
-                state.before = self.evaluate_all()
+                state.before = {split: self.evaluate_em(split) for split in self.eval_rows}
             while state.update < self.updates and not self.is_stopped():
                 previous = state.update
                 monitor.phase("sampling")
@@ -2834,15 +2828,14 @@ class MLXGRPOTrainer:
                 self.save_checkpoint()
                 return {}
             self.signal.end(state)
-            after = self.evaluate_all()
+            after = {split: self.evaluate_em(split) for split in self.eval_rows}
             monitor.phase("saving")
             self.files.save_final()
         return {"before": state.before, "after": after}
 
     def evaluate_and_save(self, previous: int) -> None:
         """The evaluations and the checkpoint that are due after the updates since `previous`."""
-        config = self.config
-        update = self.state.update
+        config, update = self.config, self.state.update
         for split, every in (("test", config.eval_steps), ("train", config.eval_every_updates)):
             if is_due(previous, update, every):
                 self.evaluate_em(split)
@@ -2851,10 +2844,7 @@ class MLXGRPOTrainer:
             self.save_checkpoint()
 
     def stop_where_nothing_is_learnt(self, previous: int) -> None:
-        """Save and raise RunError where gradients fail, or there is no signal, for too long.
-
-        previous: the number of updates before the last batch of prompts.
-        """
+        """Save and raise RunError where gradients failed, or there was no signal, for too long."""
         if reason := why_stop(self.state, self.state.update - previous, self.config):
             self.save_checkpoint()
             self.signal.end(self.state)
@@ -2862,8 +2852,7 @@ class MLXGRPOTrainer:
             raise RunError(f"{reason}. Saved in {self.run_dir}. {nothing_learnt(self.state)}".rstrip())
 
     def request_stop(self, number: int) -> None:
-        """Let the update finish, save and end; number: the signal that asked for it."""
-        self.stop_signal = number
+        self.stop_signal = number  # of the signal that asks for it: the update finishes and is saved
 
     def is_stopped(self) -> bool:
         """Whether any rank has been told to stop; all of them then do."""
@@ -2872,20 +2861,16 @@ class MLXGRPOTrainer:
 
     def evaluate_em(self, split: str) -> dict:
         """Evaluate on a fixed part of a split, log and show it, and note the best held-out score."""
-        start = time.perf_counter()
-        state = self.state
-        rows = self.eval_rows[split]
-        named = {0: "before training", self.updates: "after training"}
-        when = named.get(state.update, f"update {state.update}")
+        start, state, rows = time.perf_counter(), self.state, self.eval_rows[split]
+        ends = {0: "before training", self.updates: "after training"}
+        when = ends.get(state.update, f"update {state.update}")
         self.monitor.evaluating(len(rows), when)
         self.model.eval()
         rewards = self.reward_functions, self.reward_weights
         shared = self.old_policy.decoder_at(state.update) if self.model_old is self.model else None
         with keeping_what_is_learnt(state, self.save_checkpoint):
-            result = evaluate(
-                self.model, self.tokenizer, rows, self.config,
-                ranks=self.ranks, decoder=shared, rewards=rewards,
-            )  # fmt: skip
+            given = {"ranks": self.ranks, "decoder": shared, "rewards": rewards}
+            result = evaluate(self.model, self.tokenizer, rows, self.config, **given)
         del result["texts"]
         record = {"event": "eval", "update": state.update, "split": split, **result}
         timed = {**record, "seconds": time.perf_counter() - start}
@@ -2895,31 +2880,21 @@ class MLXGRPOTrainer:
         self.after_evaluation(self.run_dir)
         return record
 
-    def evaluate_all(self) -> dict:
-        return {split: self.evaluate_em(split) for split in self.eval_rows}
-
     def report(
-        self, groups, rewards, advantages, metrics, watch: Stopwatch, drawn: dict[str, int]
-    ) -> list[dict]:
-        """The log records of the updates just made; shows and logs samples where they are due.
-
-        drawn: RunState.drawn_since of the batch.
-        """
-        config = self.config
-        state = self.state
-        names = names_of(self.reward_functions)
-        previous = state.update - len(metrics)
-        every = config.log_completions_steps
+        self, groups: list[Group], rewards, advantages, metrics: list[dict], seconds: dict, drawn: dict
+    ):
+        """The log records of the updates just made; samples are shown where they are due."""
+        state, names = self.state, names_of(self.reward_functions)
+        previous, every = state.update - len(metrics), self.config.log_completions_steps
         if every and (not previous or is_due(previous, state.update, every)):
             samples = completion_records(state.update, groups, names)
             self.files.logs.add("completions", *samples)
             self.monitor.completions(samples, rewards)
-        seconds, exchanges = self.ranks.timing(watch.seconds)
+        seconds, exchanges = self.ranks.timing(seconds)
         facts = update_facts(groups, rewards, advantages, names)
-        facts |= time_facts(groups, seconds, drawn["prompts_drawn"], metrics)
+        facts |= time_facts(groups, seconds, drawn["prompts_drawn"], metrics) | drawn | exchanges
         state.tokens += facts.pop("sampled")
         facts |= {"epoch": round(state.cursor / len(self.rows), 4), "total_tokens": state.tokens}
-        facts |= drawn | exchanges
         self.signal.after_updates(state, names, groups, rewards)
         return [{"update": previous + i, "kl": 0.0, **one, **facts} for i, one in enumerate(metrics, 1)]
 
@@ -3023,7 +2998,7 @@ def run_on(
         ways=plan_lines(trainer.learner, trainer.old_policy.model, trainer.old_policy.decoder),
     )  # fmt: skip
     if arguments.dry_run:
-        trainer.dry_run()
+        dry_run(trainer.learner, trainer.check_signal()[0][: ranks.size], trainer.work)
         return 0
 
     with contextlib.ExitStack() as held:
@@ -3058,6 +3033,14 @@ def run_on(
 
 
 NO_CHECKPOINT = Path("")
+
+
+def dry_run(learner: Learner, groups: list[Group], work: Work) -> None:
+    """One backward pass on the groups of the check before training; nothing is written, no weight changes."""
+    norm = learner.try_gradient(groups)
+    print("to fit     " + "\n           ".join(suggestions(work)))
+    tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
+    print(f"dry run    {tokens} tokens in one backward pass (gradient norm {norm:.3g}): all well")
 
 
 def print_settings(config: MLXGRPOConfig, sources: dict) -> None:
