@@ -1,8 +1,12 @@
 """Settings of all tests: no network, exact float32, and this machine's fast backend, as the programs have it."""
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,3 +21,23 @@ sys.path.insert(0, str(ROOT))
 from mlx_grpo.backends import use_fast_backend  # noqa: E402
 
 use_fast_backend()
+
+
+def interruptible() -> None:
+    """In a child before its program starts: Ctrl-C interrupts it, though the tests may run with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def child():
+    """subprocess.Popen whose process a SIGINT reaches, and which the test's end kills where it still runs."""
+    children = []
+
+    def start(*arguments, **options) -> subprocess.Popen:
+        children.append(subprocess.Popen(*arguments, preexec_fn=interruptible, **options))
+        return children[-1]
+
+    yield start
+    for process in children:
+        with process:  # closes its pipes, and waits
+            process.kill()

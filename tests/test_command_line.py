@@ -25,10 +25,13 @@ def command(folder, *arguments, settings=()):
     return [sys.executable, str(ROOT / "mlx-grpo.py"), *pairs, *arguments]
 
 
-def started(folder, *arguments, settings=()):
-    return subprocess.Popen(
-        command(folder, *arguments, settings=settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
-    )
+@pytest.fixture
+def started(child):
+    def start(folder, *arguments, settings=()):
+        line = command(folder, *arguments, settings=settings)
+        return child(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+
+    return start
 
 
 def finished(folder, *arguments, settings=()):
@@ -64,7 +67,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_run_is_resumed_to_its_end(tmp_path):
+def test_ctrl_c_saves_and_the_run_is_resumed_to_its_end(started, tmp_path):
     process = started(tmp_path)
     wait_for_update(process, tmp_path, 2)
     process.send_signal(signal.SIGINT)
@@ -80,7 +83,7 @@ def test_ctrl_c_saves_and_the_run_is_resumed_to_its_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path):
+def test_a_killed_run_resumes_from_its_last_checkpoint(started, tmp_path):
     process = started(tmp_path, settings=["save_steps=2"])
     wait_for_update(process, tmp_path, 5)
     process.kill()
@@ -91,7 +94,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(tmp_path):
+def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(started, tmp_path):
     process = started(tmp_path, settings=["save_steps=1"])
     wait_for_update(process, tmp_path, 2)
     second = finished(tmp_path, "--resume", settings=["save_steps=1"])
@@ -101,7 +104,7 @@ def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(tmp_path
 
 
 @pytest.mark.slow
-def test_a_changed_setting_is_refused_on_resume_by_name(tmp_path):
+def test_a_changed_setting_is_refused_on_resume_by_name(started, tmp_path):
     process = started(tmp_path)
     wait_for_update(process, tmp_path, 1)
     process.send_signal(signal.SIGTERM)
@@ -112,7 +115,7 @@ def test_a_changed_setting_is_refused_on_resume_by_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(started, tmp_path):
     process = started(tmp_path, settings=["save_steps=1"])
     wait_for_update(process, tmp_path, 4)
     process.kill()

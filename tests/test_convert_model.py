@@ -588,11 +588,12 @@ def test_an_output_that_cannot_be_made_is_one_line(source, run, tmp_path):
     assert status == 1 and error.startswith(f"Cannot write {tmp_path}/file/out") and error.count("\n") == 1
 
 
-def test_a_reader_that_leaves_sees_no_traceback(source, tmp_path):
+def test_a_reader_that_leaves_sees_no_traceback(child, source, tmp_path):
     command = [sys.executable, str(SCRIPT), "--hf-path", str(source()), "--output-dir", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
-    assert "Traceback" not in process.stderr.read() and "Broken" not in process.stderr.read() and process.wait() == 1
+    error = process.stderr.read()
+    assert "Traceback" not in error and "Broken" not in error and process.wait() == 1
 
 
 def test_overwrite_spares_what_is_no_model(source, altered, run, tmp_path):

@@ -9,6 +9,7 @@ import random
 import re
 import select
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -332,10 +333,11 @@ class Terminal:
     def __init__(self, *arguments):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests may run with it ignored
             os.environ["TERM"] = "dumb"
             os.execv(sys.executable, [sys.executable, str(SCRIPT), *map(str, arguments)])
 
-    def until(self, pattern: str, seconds: float = 60) -> str:
+    def until(self, pattern: str, seconds: float = 120) -> str:
         """What is printed up to a match of the pattern."""
         seen, end = "", time.time() + seconds
         while not re.search(pattern, seen):
@@ -350,7 +352,29 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def status(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        """Of the program that has ended, or ends."""
+        pid, self.pid = self.pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self.status()
+        os.close(self.fd)
+
+
+@pytest.fixture
+def in_terminal():
+    """Start the script in a terminal; the test's end kills what still runs."""
+    terminals = []
+
+    def start(*arguments):
+        terminals.append(Terminal(*arguments))
+        return terminals[-1]
+
+    yield start
+    for terminal in terminals:
+        terminal.close()
 
 
 @pytest.fixture(scope="module")
@@ -367,8 +391,8 @@ def babbler(tmp_path_factory):
     return folder
 
 
-def test_chat_in_a_terminal(babbler):
-    terminal = Terminal("--model", babbler, "--chat", "--max-tokens", "100000", "--verbose")
+def test_chat_in_a_terminal(babbler, in_terminal):
+    terminal = in_terminal("--model", babbler, "--chat", "--max-tokens", "100000", "--verbose")
     ended = r"prompt (\d+) tokens \((\d+) from the cache\).*generation (\d+) tokens.*GB\r\n"
 
     def stopped_answer(question):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -467,8 +468,13 @@ def test_ctrl_c_in_a_terminal_leaves_it_as_it_was(tmp_path):
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 60, 0, 0))
         environment = {**os.environ, "TERM": "xterm-256color"}
         environment = {k: v for k, v in environment.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "TTY_INTERACTIVE")}
+
+        def before_it_starts():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests may run with it ignored
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
         process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment,
-                                   preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
+                                   preexec_fn=before_it_starts)  # fmt: skip
         os.close(slave)
         seen, deadline = b"", time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -482,7 +488,11 @@ def test_ctrl_c_in_a_terminal_leaves_it_as_it_was(tmp_path):
                 interrupts -= 1
                 time.sleep(0.02)
         os.close(master)
-        return process.wait(timeout=10), seen.decode()
+        try:
+            return process.wait(timeout=60), seen.decode()
+        finally:
+            process.kill()
+            process.wait()
 
     status, text = in_terminal(1)
     assert status == 130 and "To continue, run the same command with --resume" in text.replace("\r\n", "")

@@ -160,11 +160,13 @@ def start_pair(folder: Path, arguments: list[str], timeout: float = 150) -> list
         streams = {"stdout": open(folder / f"stdout{rank}", "w+"), "stderr": open(folder / f"stderr{rank}", "w+")}
         processes.append(subprocess.Popen([sys.executable, *arguments], cwd=folder / f"disk{rank}", env=environment, **streams))
     until = time.monotonic() + timeout
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        processes[0].wait(timeout)
-        processes[1].wait(min(8, max(0.1, until - time.monotonic())))
-    for process in processes:
-        process.kill()  # a stopped one
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            processes[0].wait(timeout)
+            processes[1].wait(min(8, max(0.1, until - time.monotonic())))
+    finally:
+        for process in processes:
+            process.kill()  # a stopped one
     return [(p.wait(), (folder / f"stdout{r}").read_text(), (folder / f"stderr{r}").read_text()) for r, p in enumerate(processes)]
 
 
@@ -337,9 +339,8 @@ def test_ranks_that_cannot_train_together_are_refused(pair):
 @pytest.mark.parametrize("fate, said", [("killed", "Rank 1 ended without a word"), ("halted", f"Rank 1 hangs: nothing .* {TIMEOUT} s")])
 def test_a_rank_that_dies_or_hangs_ends_the_run(tmp_path, fate, said):
     reward = f'reward_funcs=["{tmp_path}/rewards.py:{fate}", "{tmp_path}/rewards.py:noise"]'
-    start = time.monotonic()
     (status, _, errors), _ = start_pair(tmp_path, [str(ROOT / "mlx-grpo.py"), *command(tmp_path, reward, "run_name=run", "log_jsonl=false")], timeout=60)
-    assert status == 1 and time.monotonic() - start < 60
+    assert status == 1  # it ended by itself: what is killed at the limit has another status
     assert re.search(said, errors, re.MULTILINE)
     assert len(checkpoints(tmp_path / "disk0/outputs/run")) == 1  # of update 1: the rank went in update 2
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -110,12 +109,15 @@ def test_no_text_at_all_breaks_the_graders(one, other):
 
 
 @pytest.mark.parametrize("text", ["1e999999", "9" * 5000, "0." + "3" * 5000, "<answer>" * 3000, "-" * 5000, "1," * 5000, "1,000" * 2000, "####" * 2000])
-def test_monstrous_answers_are_graded_quickly(text):
-    start = time.perf_counter()
-    grade(f"<answer>{text}</answer>", "5")
-    int_reward_func(chats(f"<answer>{text}</answer>")), last_number_reward_func(chats(text), answer=["5"])
-    strict_format_reward_func(chats(text)), soft_format_reward_func(chats("<reasoning>" * 500 + text))
-    assert time.perf_counter() - start < 1
+def test_monstrous_answers_are_graded_as_any_other(text):
+    assert grade(f"<answer>{text}</answer>", "5") == (False, False)
+    equals_itself = "<answer>" not in text  # the last block's text is what was answered
+    assert grade(f"<answer>{text}</answer>", text) == (equals_itself, equals_itself)
+    whole = text in ("1e999999", "9" * 5000)
+    assert int_reward_func(chats(f"<answer>{text}</answer>")) == [0.5 if whole else 0.0]
+    assert last_number_reward_func(chats(text), answer=["5"]) == [0.0]
+    assert strict_format_reward_func(chats(text)) == [0.0]
+    assert soft_format_reward_func(chats("<reasoning>" * 500 + text)) == [0.0]
 
 
 # Answers in a text
@@ -291,24 +293,26 @@ def test_a_column_named_completions_does_not_replace_what_is_scored(reward_file)
 def test_async_functions_run_beside_each_other(reward_file):
     source = """
         import asyncio
-        async def slow(completions, **kwargs):
-            await asyncio.sleep(0.25)
+        async def meet(started, name):
+            started.add(name)
+            while len(started) < 3:
+                await asyncio.sleep(0.001)
+        async def slow(completions, started, **kwargs):
+            await meet(started, 'slow')
             return [1.0] * len(completions)
-        async def also_slow(completions, **kwargs):
-            await asyncio.sleep(0.25)
+        async def also_slow(completions, started, **kwargs):
+            await meet(started, 'also slow')
             return [2.0] * len(completions)
         def plain(completions, **kwargs):
             return [3.0] * len(completions)
         class Callable:
-            async def __call__(self, completions, **kwargs):
-                await asyncio.sleep(0.25)
+            async def __call__(self, completions, started, **kwargs):
+                await meet(started, 'an object')
                 return [4.0] * len(completions)
         an_object = Callable()
     """
     functions, _ = reward_file(source, "slow", "plain", "also_slow", "an_object")
-    start = time.perf_counter()
-    assert scored(functions)[:, 0].tolist() == [1.0, 3.0, 2.0, 4.0]
-    assert time.perf_counter() - start < 0.6
+    assert scored(functions, started=set())[:, 0].tolist() == [1.0, 3.0, 2.0, 4.0]  # each waits for the other two
 
 
 def test_a_function_may_abstain(reward_file):
@@ -371,11 +375,19 @@ def test_a_failure_that_no_single_row_explains_is_still_reported(reward_file):
 
 def test_looking_for_the_row_takes_no_longer_than_the_timeout(reward_file):
     # A judge that fails slowly, asked again for each of 64 completions, would keep its error back for an hour.
-    functions, _ = reward_file("import time\ndef bad(completions, **kwargs):\n    time.sleep(0.1)\n    return [1 / (len(completions) < 40)] * len(completions)", "bad")
-    start = time.perf_counter()
+    source = """
+        import time
+        asked = []
+        def bad(completions, **kwargs):
+            asked.append(len(completions))
+            time.sleep(0.1)
+            return [1 / (len(completions) < 40)] * len(completions)
+    """
+    functions, _ = reward_file(source, "bad")
     with pytest.raises(RunError, match="^Reward function bad raised ZeroDivisionError"):
         scored(functions, ["text"] * 40, timeout=0.5)
-    assert time.perf_counter() - start < 1.5
+    asked = functions[0].__globals__["asked"]
+    assert asked[:2] == [40, 1] and len(asked) <= 1 + 5  # all at once, then at most 0.5 s of 0.1 s each
 
 
 def test_a_missing_column_is_named(reward_file):
@@ -387,27 +399,26 @@ def test_a_missing_column_is_named(reward_file):
 @pytest.mark.parametrize(
     "source",
     [
-        "import time\ndef hangs(completions, **kwargs): time.sleep(30)",
-        "def hangs(completions, **kwargs):\n    while True: pass",
-        "import asyncio\nasync def hangs(completions, **kwargs): await asyncio.sleep(30)",
-        "import time\nasync def hangs(completions, **kwargs): time.sleep(30)",
-        "import asyncio, time\nasync def hangs(completions, **kwargs): await asyncio.to_thread(time.sleep, 30)",
+        "def hangs(completions, **kwargs):\n    time.sleep(2)",
+        "def hangs(completions, **kwargs):\n    while not ended: pass",
+        "async def hangs(completions, **kwargs):\n    await asyncio.sleep(2)",
+        "async def hangs(completions, **kwargs):\n    time.sleep(2)",
+        "async def hangs(completions, **kwargs):\n    await asyncio.to_thread(time.sleep, 2)",
     ],
     ids=["sleep", "loop", "await", "sleep in async", "sleep in a thread"],
 )
 def test_a_function_that_hangs_is_stopped(reward_file, source):
     # "sleep in a thread": asyncio.run waits for the thread as it closes, and an alarm that rings there is no function's result.
-    functions, _ = reward_file(source.replace("30", "2"), "hangs")
-    start = time.perf_counter()
+    functions, _ = reward_file(f"import asyncio, time\nended = []\n{source}\n    ended.append(1)\n    return [0.0] * 3", "hangs")
     with pytest.raises(RunError, match=r"^Reward function hangs took longer than reward_timeout = 0\.2 s$"):
         scored(functions, timeout=0.2)
-    assert time.perf_counter() - start < 1.5
+    assert functions[0].__globals__["ended"] == []
 
 
 def test_the_timer_is_off_afterwards(reward_file):
     functions, _ = reward_file("def quick(completions, **kwargs): return [0.0] * 3", "quick")
-    scored(functions, timeout=0.05)
-    time.sleep(0.1)
+    assert scored(functions, timeout=0.5).tolist() == [[0.0] * 3]
+    assert signal.getitimer(signal.ITIMER_REAL) == signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 def test_a_timeout_of_the_functions_own_is_not_taken_for_reward_timeout(reward_file):

@@ -156,9 +156,9 @@ def test_a_real_sweep_ends_in_the_comparison_and_its_logs_are_as_documented(tmp_
 
 
 @pytest.mark.slow
-def test_sigterm_reaches_the_trainer_and_the_sweep_can_go_on(tmp_path):
+def test_sigterm_reaches_the_trainer_and_the_sweep_can_go_on(child, tmp_path):
     command = [sys.executable, SCRIPT, ROOT / "configs" / "quickstart.toml", "--grid", "seed=1,2", "--set", "eval_samples=4", "--output", tmp_path / "out"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     log, deadline = tmp_path / "out" / "seed=1" / "training_log.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (log.is_file() and '"reward_mean"' in log.read_text()):
         time.sleep(0.2)
