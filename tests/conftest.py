@@ -29,6 +29,14 @@ def interruptible() -> None:
 
 
 @pytest.fixture
+def ctrl_c_interrupts():
+    """A SIGINT raises KeyboardInterrupt in this process, though the tests may run with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def child():
     """subprocess.Popen whose process a SIGINT reaches, and which the test's end kills where it still runs."""
     children = []

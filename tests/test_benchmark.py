@@ -49,11 +49,6 @@ def test_argument_errors_are_one_line(argv, message, capsys):
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_help_shows_examples(capsys):
-    with pytest.raises(SystemExit):
-        benchmark.parse_arguments(["--help"])
-    assert capsys.readouterr().out.count("uv run python utils/benchmark.py") == 3
-
 
 def test_a_wrong_setting_is_the_users_mistake(tmp_path, capsys):
     assert benchmark.main(["objectives", "--output", str(tmp_path), "--set", "learning_rat=1"]) == 2

@@ -1,4 +1,4 @@
-"""The program as its user starts it: plan, stop and resume, a kill, a full disk, two runs in one directory."""
+"""The program as its user starts it: plan, stop and resume, a full disk, two runs in one directory."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mlx_grpo
-from mlx_grpo.run.directory import checkpoints, complete_or_absent
+from mlx_grpo.run.directory import complete_or_absent
 
 ROOT = Path(mlx_grpo.__file__).parents[1]
 SMALL = [
@@ -46,17 +46,13 @@ def updates(folder):
 
 def wait_for_update(process, folder, number):
     log = folder / "run" / "training_log.jsonl"
-    for _ in range(600):
+    for _ in range(3000):
         if log.is_file() and log.read_text().count('"grad_norm"') >= number:
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    raise AssertionError("no update in a minute")
+    raise AssertionError("no update in five minutes")
 
-
-def test_help_fits_a_screen_and_needs_no_model(tmp_path):
-    shown = finished(tmp_path, "--help")
-    assert shown.returncode == 0 and len(shown.stdout.splitlines()) <= 24
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
@@ -82,16 +78,6 @@ def test_ctrl_c_saves_and_the_run_is_resumed_to_its_end(started, tmp_path):
     assert "Held-out problems" in resumed.stdout and (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_from_its_last_checkpoint(started, tmp_path):
-    process = started(tmp_path, settings=["save_steps=2"])
-    wait_for_update(process, tmp_path, 5)
-    process.kill()
-    process.communicate()
-    resumed = finished(tmp_path, "--resume", settings=["save_steps=2"])
-    assert resumed.returncode == 0, resumed.stderr
-    assert updates(tmp_path) == list(range(1, 21))
-
 
 @pytest.mark.slow
 def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(started, tmp_path):
@@ -103,28 +89,6 @@ def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(started,
     assert second.returncode == 2 and second.stderr.startswith("Run directory is in use by another process:")
 
 
-@pytest.mark.slow
-def test_a_changed_setting_is_refused_on_resume_by_name(started, tmp_path):
-    process = started(tmp_path)
-    wait_for_update(process, tmp_path, 1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
-    refused = finished(tmp_path, "--resume", settings=["num_generations=6"])
-    assert refused.returncode == 2 and "num_generations" in refused.stderr and len(refused.stderr.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(started, tmp_path):
-    process = started(tmp_path, settings=["save_steps=1"])
-    wait_for_update(process, tmp_path, 4)
-    process.kill()
-    process.communicate()
-    newest = checkpoints(tmp_path / "run")[-1]
-    with open(newest / "optimizer.safetensors", "r+b") as file:
-        file.truncate(100)
-    resumed = finished(tmp_path, "--resume", settings=["save_steps=1"])
-    assert resumed.returncode == 0 and f"{newest} is skipped: optimizer.safetensors is damaged" in resumed.stderr
 
 
 def test_a_failed_save_is_one_line_and_leaves_earlier_checkpoints(tmp_path):
@@ -156,11 +120,6 @@ def test_what_stood_there_comes_back_where_the_new_directory_cannot_take_its_pla
         (aside / "half").write_text("x")
     assert [p.name for p in tmp_path.iterdir()] == ["model"] and (folder / "kept").read_text() == "whole"
 
-
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_missing_checkpoint_is_named(tmp_path):
-    refused = finished(tmp_path, "--resume", str(tmp_path / "nowhere"))
-    assert refused.returncode == 2 and refused.stderr == f"Checkpoint not found: {tmp_path / 'nowhere'}\n"
 
 
 def test_running_in_a_process_leaves_its_signal_handlers(tmp_path):

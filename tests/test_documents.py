@@ -151,17 +151,22 @@ def test_troubleshooting_has_each_message():
 # --- Help -------------------------------------------------------------------------------------------------------
 
 
+def help_of(script: str) -> str:
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
 def test_help_fits_a_screen():
-    shown = subprocess.run([sys.executable, "mlx-grpo.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    shown = help_of("mlx-grpo.py").splitlines()
     assert len(shown) <= 24 and max(map(len, shown)) <= 80
     for name in re.findall(r"[a-z]+_[a-z_]+", " ".join(shown)):
         assert name in mlx_grpo.MLXGRPOConfig.__dataclass_fields__, name
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_help_shows_two_examples(script):
-    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    examples = [line.strip() for line in shown.partition("examples:")[2].splitlines() if script in line]
+def test_help_shows_two_examples_that_parse(script):
+    examples = [line.strip() for line in help_of(script).partition("examples:")[2].splitlines() if script in line]
     assert len(examples) >= 2
     for example in examples:
         check(re.sub(r"\s{2,}.*", "", example))

@@ -224,10 +224,6 @@ def test_mistakes_are_one_line_and_exit_2(score, tmp_path, monkeypatch, argument
     assert (status, out) == (2, "") and said in err and err.count("\n") == 1
 
 
-def test_help_shows_two_examples(score):
-    status, out, _ = score("--help")
-    assert status == 0 and out.count("uv run python utils/evaluate.py") == 2
-
 
 def test_every_flag_names_a_setting():
     assert {setting for _, setting, _, _ in evaluate.FLAGS} <= {f.name for f in dataclasses.fields(mlx_grpo.MLXGRPOConfig)}

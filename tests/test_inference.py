@@ -268,10 +268,6 @@ def test_a_base_model_is_asked_raw(ask, tmp_path):
     assert ask("--model", tmp_path, "--prompt", "x", "--raw", "--max-tokens", "4")[0] == 0
 
 
-def test_help_shows_two_examples(ask):
-    status, out, _ = ask("--help")
-    assert status == 0 and out.count("uv run python utils/inference.py") == 2
-
 
 def test_a_filter_as_wide_as_the_vocabulary_keeps_everything(ask):
     common = ["--model", STARTER, "--prompt", QUESTION, *WILD, "--top-k"]

@@ -281,8 +281,6 @@ def test_the_command(tmp_path):
     run = make_run(tmp_path / "run", 2)
     result = subprocess.run([sys.executable, SCRIPT, run], capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, str(run / "report.html"), "")
-    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True).stdout
-    assert shown.count("utils/report.py outputs/") == 2
 
 
 # --- In a browser -----------------------------------------------------------------------------------------------

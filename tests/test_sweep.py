@@ -72,10 +72,6 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, capsys, arguments, me
     assert error.startswith(message) and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_help_shows_two_examples():
-    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True).stdout
-    assert shown.count("utils/sweep.py configs/") == 2
-
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
