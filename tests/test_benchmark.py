@@ -175,13 +175,27 @@ SMALL = ["--prompt-tokens", "30", "--tokens", "6", "--repeats", "1", "--completi
 QUICK = [*SMALL, "--set", "use_compile=false"]
 
 
-@pytest.mark.parametrize("command", ["rollout", "train", "step"])
+def table_of(out: str) -> list[list[str]]:
+    """The cells of the table's rows, without its head."""
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+PHASES = {"rollout": ["rollout"], "train": ["train"], "step": ["rollout", "train", "other", "step"]}
+
+
+@pytest.mark.parametrize("command", PHASES)
 def test_each_speed_on_little_work(command, capsys):
     assert benchmark.main([command, *QUICK]) == 0
     out = capsys.readouterr().out
     assert "4.0M parameters, float32; 2 prompts of 20 to 30 tokens, new ones each turn, x 2 completions of at most 6 tokens" in out
-    assert "(log-normal, median 2, sigma 0.67, 5% cut at the limit, seed 0; mean " in out and f"| {command} " in out
-    assert "| phase" in out and "| first, s | median, s | mean, s |" in out
+    assert "(log-normal, median 2, sigma 0.67, 5% cut at the limit, seed 0; mean " in out
+    rows = table_of(out)
+    assert [row[0] for row in rows] == PHASES[command]
+    assert all(row[2] == row[3] for row in rows)  # one turn after the first: its seconds are the median and the mean
+    if command == "step":
+        first, later = np.array([row[1:3] for row in rows], float).T
+        assert [first[:3].sum(), later[:3].sum()] == pytest.approx([first[3], later[3]], abs=0.002)
 
 
 def test_fixed_lengths(capsys):
@@ -392,7 +406,11 @@ def test_a_peer_that_cannot_start_is_one_line(capsys):
 
 def test_the_peer_mlx_lm_does_the_same_work(capsys):
     assert benchmark.main(["rollout", *QUICK, "--peer", "mlx-lm", "--peer-python", sys.executable]) == 0
-    assert "| mlx-lm: first, s | median, s | mean, s | ratio |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| mlx-lm: first, s | median, s | mean, s | ratio |" in out
+    ((phase, *cells),) = table_of(out)
+    own, theirs, ratio = (float(cells[column]) for column in (2, -2, -1))
+    assert phase == "rollout" and ratio == pytest.approx(theirs / own, rel=0.1)
 
 
 def test_trl_ends_rows_where_they_are_to():

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 import mlx_grpo
@@ -75,7 +76,10 @@ def test_ctrl_c_saves_and_the_run_is_resumed_to_its_end(started, tmp_path):
     resumed = finished(tmp_path, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert updates(tmp_path) == list(range(1, 21))
-    assert "Held-out problems" in resumed.stdout and (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    assert "Held-out problems" in resumed.stdout
+    base, final = (mx.load(str(folder / "model.safetensors")) for folder in (ROOT / "starter" / "model", tmp_path / "run" / "final"))
+    assert final.keys() == base.keys()
+    assert not any(mx.array_equal(final[name].astype(mx.float32), base[name].astype(mx.float32)) for name in base)
 
 
 

@@ -217,7 +217,7 @@ def test_convert_model_converts_it_further(converted, ids, tmp_path, capsys):
     assert mx.abs(model(mx.array([ids])) - converted.model(mx.array([ids]))).max().item() < 0.2
     assert tokenizer.eos_token_ids == converted.tokenizer.eos_token_ids
     assert tokenizer.encode("<|bos|> the") == converted.encoding.encode_ordinary("<|bos|> the")
-    assert (tmp_path / "o" / "tokenizer.pkl").is_file()
+    assert (tmp_path / "o" / "tokenizer.pkl").read_bytes() == (converted.output / "tokenizer.pkl").read_bytes()
 
 
 def test_dtype_and_quantize(converted, ids, tmp_path, capsys):
@@ -439,10 +439,11 @@ def test_wrong_arguments(checkpoint, tmp_path, capsys):
     ):
         status, error = run(capsys, source, tmp_path / "out", *more)
         assert status == 2 and reason in error
+    weights = (folder / "model_000123.pt").read_bytes()
     for output in (folder, tmp_path):
         status, error = run(capsys, folder, output, "--overwrite")
         assert status == 2 and "holds the checkpoint itself" in error
-    assert (folder / "model_000123.pt").is_file()
+    assert (folder / "model_000123.pt").read_bytes() == weights
     (folder / "tokenizer.pkl").unlink()
     status, error = run(capsys, folder, tmp_path / "out")
     assert status == 1 and error.startswith("Tokenizer not found: ")

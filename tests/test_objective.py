@@ -532,7 +532,7 @@ def test_on_policy_the_ratio_is_1_and_the_gradient_is_not_0(loss_type, level):
     if loss_type == "luspo" and level == "sequence":
         wanted = -advantages * mask / 6
     assert_grad(grad, wanted)
-    assert np.abs(grad).max() > 1e-3
+    assert np.any(wanted)
     assert all(value == 0 for name, value in metrics.items() if "clip_ratio" in name)
     again = value_and_grads({**inputs, "old_logps": inputs["logps"]}, **options)
     assert again[0] == loss

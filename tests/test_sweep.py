@@ -106,15 +106,18 @@ def test_each_point_is_run_once_in_its_own_directory(stand_in, tmp_path, capfd):
 def test_a_failed_point_does_not_stop_the_others(stand_in, tmp_path, capfd):
     status, calls = stand_in("1", "5")
     assert status == 1 and len(calls) == 2 and "Failed: seed=1 (status 1)" in capfd.readouterr().err
-    assert (tmp_path / "out" / "comparison.html").exists()
+    assert (tmp_path / "out" / "comparison.html").read_text() == f"{tmp_path}/out/seed=1 {tmp_path}/out/seed=5"  # both have a log
 
 
 def test_a_stopped_sweep_continues(stand_in, tmp_path, capfd):
     status, calls = stand_in("130", "5")
     assert status == 130 and len(calls) == 1 and "To continue, run the same command" in capfd.readouterr().err
     assert not (tmp_path / "out" / "comparison.html").exists()
+    log = tmp_path / "out" / "seed=130" / "training_log.jsonl"
+    log.write_text("of the first start")
     stand_in("130", "5")  # without a checkpoint it begins anew, and the old records stay
-    assert (tmp_path / "out" / "seed=130.interrupted-1" / "training_log.jsonl").exists()
+    assert (tmp_path / "out" / "seed=130.interrupted-1" / log.name).read_text() == "of the first start"
+    assert log.read_text() == '{"update": 1, "reward_mean": 1.0}\n'
 
 
 def test_an_interrupted_point_resumes_from_its_checkpoint(stand_in, tmp_path, monkeypatch):

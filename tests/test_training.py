@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import textwrap
 from pathlib import Path
 
@@ -169,6 +170,17 @@ def train_on(trainer, groups):
     return trainer.train_on(groups, trainer.advantages(groups)[1])
 
 
+def mean_kl(model, groups, reference_logps):
+    """The mean of exp(d) - d - 1 over all tokens, with d the reference's log-prob less the model's."""
+    gaps = np.concatenate(reference_logps) - np.concatenate(completion_logps(model, groups))
+    return np.mean(np.exp(gaps) - gaps - 1)
+
+
+def completion_logps(model, groups):
+    """Each completion's log-probs, from a forward of its own."""
+    return [np.array(reference_stats(model, group.prompt, c.ids, 1.0)[0]) for group in groups for c in group.completions]
+
+
 def set_rewards(group, rewards):
     """rewards: (F, G)"""
     for completion, values in zip(group.completions, np.array(rewards).T.tolist()):
@@ -296,24 +308,43 @@ def test_adaptive_entropy_moves_the_coefficient_and_pays_once_the_entropy_is_low
         assert record["loss"] - records[0]["loss"] == pytest.approx(-record["entropy_coef"] * entropy, rel=1e-4)
 
 
-def dry_run(trainer):
-    mlx_grpo.dry_run(trainer.learner, trainer.check_signal()[0][:1], trainer.work)
+def dry_run(trainer, groups):
+    mlx_grpo.dry_run(trainer.learner, groups, trainer.work)
 
 
-def test_a_dry_run_says_what_its_gradient_was_and_does_not_pass_one_that_is_not_finite(tmp_path, capsys):
+def test_a_dry_run_says_what_its_gradient_was_and_does_not_pass_one_that_is_not_finite(tmp_path, capsys, monkeypatch):
     trainer = trainer_of(tmp_path)
-    dry_run(trainer)
-    assert float(capsys.readouterr().out.split("gradient norm ")[1].split(")")[0]) > 0
+    monkeypatch.setattr(mlx_grpo.script, "stream_count", lambda: 8)  # room for every micro-batch
+    group = groups_of(trainer)[:1]
+    dry_run(trainer, group)
+    said = capsys.readouterr().out.rpartition("dry run ")[2]
+    tokens, norm = int(said.split()[0]), float(said.split("gradient norm ")[1].split(")")[0])
+    made_up = np.linspace(-1, 1, trainer.config.num_generations)
+    assert tokens == sum(len(c.ids) for c in group[0].completions)
+    assert norm == pytest.approx(plain_gradient_norm(trainer, group, made_up), rel=0.01)
     trainer.model.model.norm.weight = mx.full(trainer.model.model.norm.weight.shape, mx.nan)
     with pytest.raises(mlx_grpo.RunError, match="^NaN gradient encountered: in the first backward pass"):
-        dry_run(trainer)
+        dry_run(trainer, group)
 
 
-def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero(tmp_path):
+def plain_gradient_norm(trainer, groups, advantages):
+    """Of REINFORCE's gradient, each row's mean over its tokens, by a forward for each completion."""
+    rows = [(group.prompt, c.ids) for group in groups for c in group.completions]
+
+    def loss(model):
+        means = [reference_stats(model, prompt, ids, 1.0)[0].mean() for prompt, ids in rows]
+        return -(mx.stack(means) * mx.array(advantages.reshape(-1), dtype=mx.float32)).mean()
+
+    gradient = nn.value_and_grad(trainer.model, loss)(trainer.model)[1]
+    return math.sqrt(sum((g * g).sum().item() for _, g in tree_flatten(gradient)))
+
+
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforces(tmp_path):
     trainer = trainer_of(tmp_path)
     groups = trainer.rollout(3, mlx_grpo.Stopwatch())
+    wanted = plain_gradient_norm(trainer, groups, trainer.advantages(groups)[1])
     record = train_on(trainer, groups)[0]
-    assert record["grad_norm"] > 1e-3
+    assert record["grad_norm"] == pytest.approx(wanted, rel=1e-3) and wanted > 0
     assert record["clip_ratio/region_mean"] == 0.0
     assert record["mismatch/max"] < 1e-3  # the rollout's log-probs are the training forward's
 
@@ -404,8 +435,10 @@ def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path, monkeypatch):
 def test_the_reference_is_the_policy_at_first_and_stays_behind(tmp_path):
     trainer = trainer_of(tmp_path, "kl_coeff=0.1")
     groups = groups_of(trainer)
+    at_first = completion_logps(trainer.model, groups)
     assert train_on(trainer, groups)[0]["kl"] == pytest.approx(0, abs=1e-9)
-    assert train_on(trainer, groups)[0]["kl"] > 1e-6
+    wanted = mean_kl(trainer.model, groups, at_first)
+    assert train_on(trainer, groups)[0]["kl"] == pytest.approx(wanted, rel=1e-3) and wanted > 0
 
 
 def test_the_adapters_reference_is_the_base(tmp_path):
@@ -413,8 +446,10 @@ def test_the_adapters_reference_is_the_base(tmp_path):
         trainer = trainer_of(tmp_path, "kl_coeff=0.1", f"fine_tune_type={kind}")
         assert all(k.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m") for k in trainable_arrays(trainer.model))
         groups = groups_of(trainer)
+        at_first = completion_logps(trainer.model, groups)  # B begins as zeros
         assert train_on(trainer, groups)[0]["kl"] == pytest.approx(0, abs=1e-6)
-        assert train_on(trainer, groups)[0]["kl"] > 1e-6
+        wanted = mean_kl(trainer.model, groups, at_first)
+        assert train_on(trainer, groups)[0]["kl"] == pytest.approx(wanted, rel=1e-3) and wanted > 0
 
 
 def test_the_adapters_of_a_half_precision_model_are_as_it_is_but_for_dora(tmp_path, monkeypatch):
