@@ -12,7 +12,8 @@ from mlx.utils import tree_flatten
 from mlx_grpo.backends.precision import narrow, narrowed
 from mlx_grpo.update.adapters import adapter_layers, fused, shared_copy
 
-SHARD_BYTES = 2**29  # of weights that are merged at once, and written to one file
+SHARD_BYTES = 5 * 2**30  # of one file, as mlx-lm cuts them
+MERGED_SHARD_BYTES = 2**29  # of a file whose layers are merged for it, and in memory together
 
 
 @dataclass
@@ -65,7 +66,7 @@ def save_model(folder: Path, model, tokenizer, model_config: dict, source: Path,
             for key in ("quantization", "quantization_config"):
                 model_config.get(key, {}).pop(name, None)
     weights = dict(tree_flatten(narrow(fused(model) if adapters else shared_copy(model)).parameters()))
-    write_shards(folder, weights)
+    write_shards(folder, weights, MERGED_SHARD_BYTES if adapters else SHARD_BYTES)
     save_config(model_config, folder / "config.json")
     tokenizer.save_pretrained(folder)
     for name in ("generation_config.json", "tokenizer.pkl", model_config.get("model_file") or ""):
@@ -81,10 +82,10 @@ def merged_bytes(model) -> int:
         return 0
     written = narrowed(model, {"lora_a": layers[0]["lora_a"]})["lora_a"].itemsize
     one = 3 * 4 * max(sizes)  # its base, what is added, and their sum
-    return min(SHARD_BYTES, written * sum(sizes)) + one
+    return min(MERGED_SHARD_BYTES, written * sum(sizes)) + one
 
 
-def write_shards(folder: Path, weights: dict[str, mx.array]) -> None:
+def write_shards(folder: Path, weights: dict[str, mx.array], limit: int) -> None:
     """Write model*.safetensors with their index as mlx-lm does, each file evaluated alone.
 
     `weights` is emptied. Arrays that are still to be computed, such as merged layers, are in memory one shard
@@ -92,7 +93,7 @@ def write_shards(folder: Path, weights: dict[str, mx.array]) -> None:
     """
     shards, sizes = [[]], [0]
     for name, array in weights.items():
-        if shards[-1] and sizes[-1] + array.nbytes > SHARD_BYTES:
+        if shards[-1] and sizes[-1] + array.nbytes > limit:
             shards.append([])
             sizes.append(0)
         shards[-1].append(name)
