@@ -19,14 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_grpo.loading import local_path
-from mlx_grpo.errors import RunError, UserError
-
-
-class OutOfTime(BaseException):
-    """A reward function took too long.
-
-    No Exception, so that a function's own `except Exception` does not swallow it.
-    """
+from mlx_grpo.errors import OutOfTime, RunError, UserError
 
 
 GRACE = 10  # seconds for which what is out of time is asked to end, once a second; then the process ends
