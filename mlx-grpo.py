@@ -64,7 +64,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_grpo.update.compiled_shapes import CompiledShapes, compiling_pays, note_shapes
 from mlx_grpo.update.adapters import adapter_layers, fused, reference_copy
 from mlx_grpo.answers import (
-    after_thinking, has_thought, is_thinking, last_boxed, last_number, last_quantity,
+    after_thinking, cut_while_thinking, last_boxed, last_number, last_quantity,
     parse_number, read_quantity, same_answer, unwrapped,
 )  # fmt: skip
 from mlx_grpo.chat_templates import (
@@ -2075,14 +2075,12 @@ def evaluate(
     except RunError as error:  # on one rank: merge raises it on all
         answers = error
     texts, lengths, scores = zip(*ranks.merge(answers))
-    cut = {}
-    if any(map(has_thought, texts)):
-        cut["cut_thinking"] = float(np.mean([is_thinking(text) for text in texts]))
+    cut = cut_while_thinking(texts)
     return {
         **reward_scores(np.array(scores).T, names_of(functions), weights),
         **exact_match(texts, [row["answer"] for row in rows]),
         "n": len(rows), "completion_length": float(np.mean(lengths)), "texts": list(texts),
-        **cut,
+        **({} if cut is None else {"cut_thinking": cut}),
     }  # fmt: skip
 
 
@@ -2677,11 +2675,11 @@ class MLXGRPOTrainer:
         self.updates = count_updates(config, len(self.rows), ranks.size)
 
         # Queued MLX work keeps its buffers alive: above this, MLX waits for queued work.
-        self.memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
-        mx.set_memory_limit(self.memory_limit)
+        memory_limit = int(config.memory_limit_gb * 2**30) or memory_bytes() // 2
+        mx.set_memory_limit(memory_limit)
         self.ref_model = reference_copy(self.model) if config.kl_coeff > 0 else None
         self.learner = Learner(
-            self.model, self.ref_model, self.compute_grpo_loss, config, ranks, self.memory_limit
+            self.model, self.ref_model, self.compute_grpo_loss, config, ranks, memory_limit
         )
         rows = math.ceil(config.prompts_per_update / ranks.size) * config.num_generations
         self.old_policy = OldPolicy(self.model, config)

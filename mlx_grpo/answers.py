@@ -11,9 +11,8 @@ NUMBER = re.compile(
     r"(?:(?<![\w)%.$])[-+−])?(?:\$\s?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)\.?\d*|\.\d+)(?:[eE][-+]?\d+)?%?"
 )
 THINK, THINK_END = "<think>", "</think>"  # what stands between them is the model's own, and is not graded
-LONGEST_ANSWER = (
-    200  # characters; what is longer is compared as it is, so that grading stays linear in the text
-)
+# Characters; what is longer is compared as it is, so that grading stays linear in the text.
+LONGEST_ANSWER = 200
 
 
 # --- Texts of models that think -----------------------------------------------------------------------------
@@ -27,6 +26,11 @@ def has_thought(text: str) -> bool:
 def is_thinking(text: str) -> bool:
     """Whether a completion begins with <think> and never reaches </think>: cut there, it has no answer."""
     return has_thought(text) and THINK_END not in text
+
+
+def cut_while_thinking(texts: list[str]) -> float | None:
+    """The share of completions that are still thinking at their end; None where none thinks at all."""
+    return sum(map(is_thinking, texts)) / len(texts) if any(map(has_thought, texts)) else None
 
 
 def after_thinking(text: str) -> str:

@@ -297,12 +297,11 @@ def contradictions(config):
     by_function = config.multi_objective_aggregation == "normalize_then_sum"
     yield (
         by_function and config.advantage_estimator != "group",
-        ("normalize_then_sum takes each function's group advantages; leave advantage_estimator at group"),
+        "normalize_then_sum takes each function's group advantages; leave advantage_estimator at group",
     )
-    weighted = min(config.easy_prompt_weight, config.hard_prompt_weight) < 1
     yield (
-        config.difficulty_window > 1 and not weighted,
-        ("difficulty_window does nothing while easy_prompt_weight and hard_prompt_weight are 1"),
+        config.difficulty_window > 1 and not config.draws_by_difficulty,
+        "difficulty_window does nothing while easy_prompt_weight and hard_prompt_weight are 1",
     )
     named = [f"rewards/{name.rpartition(':')[2]}" for name in functions]
     metrics = ["reward_mean", *named, "em_strict", "em_lenient"]

@@ -828,6 +828,14 @@ def seed_list(text: str) -> list[int]:
 seed_list.__name__ = "comma-separated integers"
 
 
+def add_sizes(parser: argparse.ArgumentParser, *sizes: tuple[str, int, str]) -> None:
+    """Flags that take a positive integer: each a flag, its default and what it is."""
+    for flag, default, what in sizes:
+        parser.add_argument(
+            flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
+
+
 def add_work(one: argparse.ArgumentParser, gpu: bool) -> None:
     """The flags that say what model and what work is measured."""
     model = one.add_mutually_exclusive_group()
@@ -836,16 +844,14 @@ def add_work(one: argparse.ArgumentParser, gpu: bool) -> None:
     model.add_argument(
         "--model", metavar="DIR", help="a real model instead: a directory, or a hub name that is in the cache"
     )
-    for flag, default, what in (
+    add_sizes(
+        one,
         ("--prompts", 8 if gpu else 1, "prompts a step"),
         ("--completions", 8, "completions a prompt"),
         ("--prompt-tokens", 125, "the longest prompt"),
         ("--tokens", 256 if gpu else 128, "the longest completion"),
         ("--repeats", 5, "turns after the first"),
-    ):
-        one.add_argument(
-            flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
-        )
+    )
     one.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawn lengths (default: 0)")
 
 

@@ -50,6 +50,8 @@ MODES = {
 }
 DTYPES = ("float16", "bfloat16", "float32")
 RECIPES = ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
+# What mlx-lm's code of a model raises where it does not fit a config.json or the weights.
+LOAD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RuntimeError)
 ROPE_SETTINGS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
 # Settings that change no logit at inference, or that strict loading verifies because they decide which
 # weights exist and their shapes.
@@ -387,16 +389,7 @@ def load_model(source, checkpoint, args):
             trust_remote_code=args.trust_remote_code,
         )
     # SystemExit: mlx-lm's olmo leaves the process where its own dependency is absent.
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-        RuntimeError,
-        SystemExit,
-    ) as error:
+    except (*LOAD_ERRORS, SystemExit) as error:
         reason = f"{type(error).__name__}: {shorten(str(error), args.verbose)}"
         if isinstance(error, SystemExit):
             reason = f"its {config['model_type']} needs a Python package that is not installed"

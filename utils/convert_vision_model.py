@@ -24,17 +24,7 @@ EXAMPLES = """examples:
   uv run python utils/convert_vision_model.py --hf-path Qwen/Qwen2-VL-2B-Instruct -q --output-dir qwen-vl-4bit
   uv run python utils/convert_vision_model.py --hf-path ./my-smolvlm --dtype bfloat16 --output-dir smolvlm"""
 KNOWN_TO_WORK = "qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm (for example Qwen/Qwen2-VL-2B-Instruct)"
-LOAD_ERRORS = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    AssertionError,
-    RuntimeError,
-    ImportError,
-    OSError,
-)
+LOAD_ERRORS = (*convert_model.LOAD_ERRORS, ImportError, OSError)
 
 
 # --- Loading, shared with inference_vision.py ---------------------------------------------------------------

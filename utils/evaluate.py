@@ -29,7 +29,7 @@ from inference import Parser, exit_status, json_object  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 import mlx_grpo  # noqa: E402
-from mlx_grpo.answers import has_thought, is_thinking, last_number, same_answer  # noqa: E402
+from mlx_grpo.answers import cut_while_thinking, last_number, same_answer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -213,14 +213,13 @@ def evaluate_model(
                     print(json.dumps({"model": label, **record}, ensure_ascii=False), file=output, flush=True)
     seconds = time.perf_counter() - start
     tokens = sum(r["tokens"] for r in records)
-    cut_thinking = {}
-    if any(has_thought(r["text"]) for r in records):
-        cut_thinking["cut_thinking"] = fmean(is_thinking(r["text"]) for r in records)
+    cut = cut_while_thinking([r["text"] for r in records])
     return {
         "model": label, "n": sum(row["answer"] is not None for row in rows), "questions": len(rows),
         **reward_means(records), **summarise(records, args.k),
         "tokens_per_answer": tokens / len(records),
-        "cut": fmean(r["finish_reason"] == "length" for r in records), **cut_thinking,
+        "cut": fmean(r["finish_reason"] == "length" for r in records),
+        **({} if cut is None else {"cut_thinking": cut}),
         "tokens_per_second": tokens / seconds, "seconds": seconds,
     }, records  # fmt: skip
 

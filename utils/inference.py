@@ -371,6 +371,25 @@ def json_object(text: str) -> dict:
     return found
 
 
+def add_sampling(add) -> None:
+    """The flags that inference_vision.py has too; `add` is a parser's add_argument."""
+    add("--max-tokens", metavar="N", type=number(int, 1), default=512, help="longest answer (default: 512)")
+    add(
+        "--temperature",
+        metavar="T",
+        type=number(float, 0),
+        default=0.0,
+        help="0 takes the likeliest token (default: 0)",
+    )
+    add(
+        "--top-p",
+        metavar="P",
+        type=number(float, 0, 1),
+        default=1.0,
+        help="keep the likeliest tokens of this share (default: 1, all)",
+    )
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         description=__doc__.split("\n\n")[0],
@@ -416,21 +435,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=json_object,
         help='values for the chat template, such as {"enable_thinking": false} (default: that run\'s)',
     )
-    add("--max-tokens", metavar="N", type=number(int, 1), default=512, help="longest answer (default: 512)")
-    add(
-        "--temperature",
-        metavar="T",
-        type=number(float, 0),
-        default=0.0,
-        help="0 takes the likeliest token (default: 0)",
-    )
-    add(
-        "--top-p",
-        metavar="P",
-        type=number(float, 0, 1),
-        default=1.0,
-        help="keep the likeliest tokens of this share (default: 1, all)",
-    )
+    add_sampling(add)
     add(
         "--top-k",
         metavar="K",

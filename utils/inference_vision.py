@@ -19,7 +19,7 @@ from mlx_grpo.backends import use_fast_backend  # noqa: E402
 if __name__ == "__main__":
     use_fast_backend()  # ahead of MLX: the first BLAS that is loaded is the one that it uses
 
-from inference import DEFAULT_MODEL, ctrl_c_noted, number, write_out  # noqa: E402
+from inference import DEFAULT_MODEL, add_sampling, ctrl_c_noted, number, write_out  # noqa: E402
 from convert_model import ConversionError, Parser, find_source, read_checkpoint, shorten  # noqa: E402
 from convert_vision_model import adapted, load_processor, load_vision_model, run_script  # noqa: E402
 
@@ -240,21 +240,7 @@ def parse_args(argv=None):
     )
     add("--stream", action="store_true", help="print the answer as it is written, as --chat always does")
     add("--system", "--system-prompt", metavar="TEXT", default="", help="system prompt (default: none)")
-    add("--max-tokens", metavar="N", type=number(int, 1), default=512, help="longest answer (default: 512)")
-    add(
-        "--temperature",
-        metavar="T",
-        type=number(float, 0),
-        default=0.0,
-        help="0 takes the likeliest token (default: 0)",
-    )
-    add(
-        "--top-p",
-        metavar="P",
-        type=number(float, 0, 1),
-        default=1.0,
-        help="keep the likeliest tokens of this share (default: 1, all)",
-    )
+    add_sampling(add)
     add("--seed", metavar="N", type=number(int, 0), default=0, help="of the sampling (default: 0)")
     add("--revision", help="branch, tag or commit of a hub model")
     add(

@@ -19,11 +19,11 @@ if __name__ == "__main__":
 
 from benchmark import (
     PRESETS,
+    add_sizes,
     cache_folder,
     machine,
     model_folder,
     on_gpu,
-    positive,
     print_table,
     questions,
     write_work,
@@ -122,16 +122,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="0.5b" if gpu else "tiny",
         help="the model's shape (default: 0.5b on a GPU, else tiny)",
     )
-    for flag, default, what in (
+    add_sizes(
+        parser,
         ("--prompts", 32 if gpu else 4, "prompts an update, over all ranks"),
         ("--completions", 8, "completions a prompt"),
         ("--prompt-tokens", 125, "tokens a prompt"),
         ("--tokens", 256 if gpu else 64, "tokens a completion"),
         ("--repeats", 5, "measurements; the median counts"),
-    ):
-        parser.add_argument(
-            flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
-        )
+    )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of mlx-grpo.py; repeatable"
     )

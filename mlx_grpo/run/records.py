@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_grpo.answers import has_thought, is_thinking
+from mlx_grpo.answers import cut_while_thinking, is_thinking
 
 
 def end_of(completion) -> str:
@@ -21,11 +21,8 @@ def end_of(completion) -> str:
 
 def thinking_facts(texts: list[str]) -> dict:
     """The share of completions that were cut while thinking, where the model thinks at all."""
-    return (
-        {"cut_thinking_fraction": float(np.mean([is_thinking(t) for t in texts]))}
-        if any(map(has_thought, texts))
-        else {}
-    )
+    cut = cut_while_thinking(texts)
+    return {} if cut is None else {"cut_thinking_fraction": cut}
 
 
 def completion_records(update: int, groups: list, names: list[str]) -> list[dict]:

@@ -73,19 +73,18 @@ class HeldOut:
 
     def rewards(self, rows: list[dict], ids: list[list[int]]) -> np.ndarray:
         """Rewards (F, N) of N completions of these rows' prompts, NaN where a function abstained."""
-        config = self.config
-        texts = [
-            config.completion_prefix + self.tokenizer.decode(row, skip_special_tokens=True) for row in ids
-        ]
-        flat = [
-            (
-                mlx_grpo.Group(row, row["prompt_ids"], []),
-                mlx_grpo.Completion(one, [], [1] * len(one), "", text),
-            )
-            for row, one, text in zip(rows, ids, texts)
-        ]
-        columns = mlx_grpo.reward_columns(flat) | {"max_completion_length": config.max_completion_length}
-        return mlx_grpo.score(self.functions, config.reward_timeout, texts, columns)
+        completions = []
+        for row, one in zip(rows, ids):
+            primed = mlx_grpo.primed_text(self.tokenizer, row["prompt_ids"], self.config.completion_prefix)
+            text = primed + mlx_grpo.completion_text(self.tokenizer, one)
+            completions.append(mlx_grpo.Completion(one, [], [1] * len(one), "", text))
+        return self.scored(rows, completions, self.config.max_completion_length)
+
+    def scored(self, rows: list[dict], completions: list, limit: int) -> np.ndarray:
+        """Rewards (F, N) of N completions of these rows' prompts, of at most `limit` ids."""
+        groups = [mlx_grpo.Group(row, row["prompt_ids"], [one]) for row, one in zip(rows, completions)]
+        mlx_grpo.score_groups(groups, self.functions, self.config.reward_timeout, limit)
+        return np.array([one.rewards for one in completions]).T
 
     def open(self) -> None:
         """The model as both programs start from it."""
@@ -104,15 +103,17 @@ class HeldOut:
 
     def score(self) -> float:
         config = self.config
+        limit = config.eval_max_new_tokens or config.max_completion_length
         completions = mlx_grpo.generate(
             self.model, self.tokenizer, [row["prompt_ids"] for row in self.rows],
             sampling=mlx_grpo.Sampling(temperature=0.0),
-            max_new_tokens=config.eval_max_new_tokens or config.max_completion_length,
-            stop_strings=config.stop_strings,
+            max_new_tokens=limit,
+            stop_strings=config.stops,
+            prefix=config.completion_prefix,
             kv_budget=int(config.kv_budget_gb * 2**30),
             most_rows=max(mlx_grpo.EVALUATION_ROWS, config.batch_size * config.num_generations),
         )  # fmt: skip
-        rewards = self.rewards(self.rows, [completion.ids for completion in completions])
+        rewards = self.scored(self.rows, completions, limit)
         return float(np.nansum(rewards * np.array(self.weights)[:, None]) / len(self.rows))
 
     def evaluate(self, own: Course, theirs: Course) -> None:
@@ -180,7 +181,7 @@ def peer_settings(config, updates: int) -> dict:
     settings |= {"min_p": config.min_p or None, "seed": config.seed, "max_steps": updates}
     settings["warmup_steps"] = math.ceil(config.warmup_ratio * updates)
     settings["per_device_train_batch_size"] = config.batch_size * config.num_generations
-    settings["generation_kwargs"] = {"stop_strings": config.stop_strings} if config.stop_strings else {}
+    settings["generation_kwargs"] = {"stop_strings": config.stops} if config.stops else {}
     return settings
 
 
