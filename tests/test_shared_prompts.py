@@ -57,6 +57,19 @@ def test_a_prompt_of_one_id_beside_a_longer_one(name):
         np.testing.assert_allclose(np.array(logps[n, : len(completion)]), np.array(expected), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", *MIXED])
+def test_equal_prompts_of_two_ids(name):
+    """Their one position of cache lies in a buffer with room for more, which the completions must not see."""
+    model = tiny_model(name)
+    prompts, completions = [[5, 6], [7, 8]], [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
+    batch = batch_of(prompts, completions, 2, 3)
+    del batch["pads"]
+    logps = log_probs(model)(batch)[0]
+    for n, completion in enumerate(completions):
+        expected = reference_stats(model, prompts[n // 2], completion, 1.0)[0]
+        np.testing.assert_allclose(np.array(logps[n, : len(completion)]), np.array(expected), atol=1e-4)
+
+
 def test_a_window_that_nothing_has_left_needs_no_mask():
     """Attention without an array mask is fused on GPUs."""
     model = tiny_model("gemma3_text", sliding_window=12)

@@ -19,9 +19,9 @@ class Joining:
     def update_and_fetch(self, keys, values):
         if keys.shape[2] == 1:
             return super().update_and_fetch(keys, values)
+        before = None if self.keys is None else self.keys_and_values()  # as many positions as offset says
         self.offset = self.offset + keys.shape[2]
-        if self.keys is not None:
-            before = self.keys_and_values()
+        if before:
             keys, values = (mx.concatenate(pair, axis=2) for pair in zip(before, (keys, values)))
         self.keys, self.values, self._idx = keys, values, keys.shape[2]
         return keys, values
